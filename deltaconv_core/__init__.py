@@ -1,0 +1,18 @@
+"""ΔConv in plain PyTorch: the block, its checkpoints, and everything around them that needs no host."""
+
+from .block import DeltaConvBlock
+from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from .errors import CheckpointError, DeltaConvError, FetchError, ManifestError
+from .spec import BlockSpec
+
+__all__ = [
+    "BlockSpec",
+    "Checkpoint",
+    "CheckpointError",
+    "DeltaConvBlock",
+    "DeltaConvError",
+    "FetchError",
+    "ManifestError",
+    "load_checkpoint",
+    "save_checkpoint",
+]

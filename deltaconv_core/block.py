@@ -1,0 +1,148 @@
+"""ΔConvBlock: the convolutional stand-in for one self-attention layer.
+
+Dong et al., "Can We Achieve Efficient Diffusion without Self-Attention? Distilling Self-Attention into
+Convolutions", ICCV 2025, arXiv 2504.21292, section 4. Parameter names follow the authors' release; kernels
+are stored as Conv2d weights (channels, 1, K, K). Unlike in the release, a stage never shrinks to zero rows or
+columns, and float16 does not overflow. `reference.py` is the specification of this fast path.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .errors import DeltaConvError
+from .spec import BlockSpec
+
+START_STD = 0.02  # spread of a fresh block's output for inputs of unit variance
+
+
+class Stage(nn.Module):
+    """The weights of one pyramid stage: a depth-wise convolution on `inter` channels."""
+
+    def __init__(self, spec: BlockSpec, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        self.conv_spatial: nn.Conv2d = operations.Conv2d(
+            spec.inter,
+            spec.inter,
+            spec.kernel_size,
+            padding=spec.kernel_size // 2,
+            groups=spec.inter,
+            bias=spec.depthwise_bias,
+            **factory,
+        )
+
+
+class DeltaConvBlock(nn.Module):
+    """Mixes tokens of an H x W grid by gated depth-wise convolutions at several scales plus a global mean.
+
+    Args:
+        spec: what the block is made of.
+        device, dtype: of the weights.
+        operations: namespace with `Linear` and `Conv2d`; a host passes its own castable layers. Weights are
+            initialized only with `torch.nn`; with any other namespace load a state dict or call
+            `reset_parameters`.
+
+    Example:
+        >>> block = DeltaConvBlock(BlockSpec(dim=64, kernel_size=7))
+        >>> block(torch.randn(2, 15 * 20, 64), grid=(15, 20)).shape
+        torch.Size([2, 300, 64])
+    """
+
+    def __init__(
+        self,
+        spec: BlockSpec,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        operations: Any = nn,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.spec = spec
+        self.conv_up: nn.Linear = operations.Linear(spec.dim, spec.inter, **factory)
+        self.gates = nn.ModuleList(Stage(spec, operations, **factory) for _ in spec.scales)
+        self.conv_out: nn.Linear = operations.Linear(spec.merged, spec.dim, **factory)
+        self.conv_pool: nn.Linear = operations.Linear(spec.dim, spec.dim, **factory)
+        if operations is nn:
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A start for distillation: random weights that keep unit variance inside, and a small output.
+
+        The output's spread is about START_STD for unit-variance tokens, whatever the gate: a fresh student
+        neither disturbs the network nor starves any weight of gradient.
+        """
+        spec = self.spec
+        _normal(self.conv_up, 1 / math.sqrt(spec.dim))
+        for stage in self._stages():
+            _normal(stage.conv_spatial, 1 / spec.kernel_size)
+        # With unit-variance halves a product has variance 1, and a * sigmoid(b) about 0.3.
+        factor = {"simple": math.sqrt(spec.inter / 2), "sigmoid": 0.55, "scaled": 1 / math.sqrt(spec.inter)}
+        spread = factor[spec.gate] * math.sqrt(1 if spec.merge == "concat" else len(spec.scales))
+        _normal(self.conv_out, START_STD / (spread * math.sqrt(spec.merged)))
+        _normal(self.conv_pool, START_STD / math.sqrt(spec.dim))
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Mixes the tokens.
+
+        Args:
+            x: (B, H * W, C) floating point, row by row; any strides.
+            grid: (H, W), both at least 1.
+
+        Returns:
+            (B, H * W, C) in x's dtype. The computation runs in that dtype too, whatever the weights are
+            stored in, except for float16: its gate is float32, and on a CPU all of it.
+
+        Raises:
+            DeltaConvError: tokens that do not fit the grid or the block.
+        """
+        self._check(x, grid)
+        return self._mix(x.to(ops.compute_dtype(x)), (int(grid[0]), int(grid[1]))).to(x.dtype)
+
+    def _mix(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        u = ops.call_layer(self.conv_up, x)  # (B, N, inter)
+        u = u.reshape(len(x), *grid, -1).permute(0, 3, 1, 2)  # (B, inter, H, W) over channels-last memory
+        stages = [self._stage(g, u, s) for g, s in zip(self._stages(), self.spec.scales, strict=True)]
+        f = ops.merge(stages, self.spec.merge).permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, merged)
+        mean = ops.call_layer(self.conv_pool, x.mean(dim=1, keepdim=True))  # (B, 1, C)
+        if u.dtype == torch.float16:
+            return ops.project_half(self.conv_out, f, mean)
+        return ops.call_layer(self.conv_out, f) + mean
+
+    def _stage(self, stage: Stage, u: Tensor, scale: float) -> Tensor:
+        z = u if scale == 1 else ops.shrink(u, scale, self.spec.pooling)
+        g = ops.gate(ops.call_layer(stage.conv_spatial, z), self.spec.gate)
+        return g if scale == 1 else ops.enlarge(g, (u.shape[2], u.shape[3]))
+
+    def _stages(self) -> Iterable[Stage]:
+        return cast(Iterable[Stage], self.gates)
+
+    def _check(self, x: Tensor, grid: tuple[int, int]) -> None:
+        height, width = grid
+        if height < 1 or width < 1:
+            raise DeltaConvError(f"expected a grid of at least 1 x 1, got {height} x {width}")
+        if x.ndim != 3 or x.shape[2] != self.spec.dim:
+            raise DeltaConvError(f"expected tokens of shape (B, H*W, {self.spec.dim}), got {tuple(x.shape)}")
+        if x.shape[1] != height * width:
+            raise DeltaConvError(
+                f"expected {height} x {width} = {height * width} tokens, got {x.shape[1]}; something "
+                "before this block merges or tiles tokens (ToMe, HyperTile), or the grid belongs to another layer"
+            )
+        if not x.is_floating_point():
+            raise DeltaConvError(f"expected floating point tokens, got {x.dtype}")
+
+    def extra_repr(self) -> str:
+        """The spec, for printing."""
+        return str(self.spec)
+
+
+def _normal(layer: nn.Linear | nn.Conv2d, std: float) -> None:
+    nn.init.normal_(layer.weight, std=std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

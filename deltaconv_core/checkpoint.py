@@ -1,0 +1,199 @@
+"""Trained blocks of one model, in memory and on disk.
+
+The file is safetensors. Its header says `deltaconv_format` (the version), `architecture`, `specs` (JSON,
+site id -> `BlockSpec.to_dict()`) and `metadata` (JSON, str -> str); its tensors are named
+`blocks.<site id>.<parameter>` and `base_weights.<diffusers parameter name>`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .block import DeltaConvBlock
+from .errors import CheckpointError, DeltaConvError
+from .safefile import Pathlike, read_file, write_file
+from .sites import ARCHITECTURES, site_channels
+from .spec import BlockSpec
+
+FORMAT_KEY = "deltaconv_format"
+FORMAT_VERSION = "1"
+BLOCKS = "blocks."
+BASE_WEIGHTS = "base_weights."
+
+
+@dataclass(eq=False)
+class Checkpoint:
+    """Trained blocks and what belongs to them.
+
+    Args:
+        architecture: "sd15", "sdxl", ... or a name made of the model's shape (`sites.identify`).
+        blocks: site id -> block.
+        base_weights: diffusers parameter name -> tensor, weights of the base model that were published along.
+        metadata: teacher, training settings, license, source; all text.
+    """
+
+    architecture: str
+    blocks: dict[str, DeltaConvBlock]
+    base_weights: dict[str, Tensor] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: Pathlike) -> None:
+    """Writes a checkpoint, each tensor in its own dtype; a kill leaves the old file or the new one.
+
+    Raises:
+        CheckpointError: a checkpoint that `load_checkpoint` would refuse, or a place that cannot be written.
+    """
+    specs = {site: block.spec for site, block in checkpoint.blocks.items()}
+    check_sites(str(path), checkpoint.architecture, specs)
+    _check_texts(str(path), "metadata", checkpoint.metadata)
+    tensors = {
+        f"{BLOCKS}{site}.{name}": tensor
+        for site, block in checkpoint.blocks.items()
+        for name, tensor in block.state_dict().items()
+    }
+    tensors |= {f"{BASE_WEIGHTS}{name}": tensor for name, tensor in checkpoint.base_weights.items()}
+    header = {
+        FORMAT_KEY: FORMAT_VERSION,
+        "architecture": checkpoint.architecture,
+        "specs": json.dumps({site: spec.to_dict() for site, spec in specs.items()}),
+        "metadata": json.dumps(checkpoint.metadata),
+    }
+    write_file(path, tensors, header)
+
+
+def load_checkpoint(path: Pathlike) -> Checkpoint:
+    """Reads a checkpoint. Only safetensors files are ever opened.
+
+    Raises:
+        CheckpointError: no such file; not a whole safetensors file; another format or format version; NaN or
+            infinite weights; keys or shapes that do not follow from the specs in the header.
+    """
+    header, tensors = read_file(path)
+    if FORMAT_KEY not in header:
+        raise CheckpointError(f"{path} is not a ΔConv checkpoint: its header has no {FORMAT_KEY!r}")
+    return _from_own_form(str(path), header, tensors)
+
+
+def assemble_blocks(
+    path: str, specs: Mapping[str, BlockSpec], tensors: Mapping[str, Tensor]
+) -> dict[str, DeltaConvBlock]:
+    """Blocks from specs and tensors named `<site id>.<parameter>`; the tensors are used as they are.
+
+    Raises:
+        CheckpointError: missing or extra tensors, or shapes other than the specs ask for.
+    """
+    blocks = {site: DeltaConvBlock(spec, device="meta") for site, spec in specs.items()}
+    expected = {
+        f"{site}.{name}": p for site, block in blocks.items() for name, p in block.state_dict().items()
+    }
+    missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    if missing or extra:
+        raise CheckpointError(
+            f"{path}: the blocks lack {_some(missing)} and have unknown {_some(extra)}; "
+            "the file is incomplete or its header belongs to other weights"
+        )
+    for key, parameter in expected.items():
+        if tensors[key].shape != parameter.shape:
+            raise CheckpointError(
+                f"{path}: {key} has shape {tuple(tensors[key].shape)}, expected {tuple(parameter.shape)}"
+            )
+    for site, block in blocks.items():
+        block.load_state_dict({name: tensors[f"{site}.{name}"] for name in block.state_dict()}, assign=True)
+    return blocks
+
+
+def check_sites(path: str, architecture: str, specs: Mapping[str, BlockSpec]) -> None:
+    """Checks that there are blocks, and that a known architecture has their sites with their channels.
+
+    Raises:
+        CheckpointError: otherwise.
+    """
+    if not architecture or not isinstance(architecture, str):
+        raise CheckpointError(f"{path}: expected the name of an architecture, got {architecture!r}")
+    if not specs:
+        raise CheckpointError(f"{path}: the checkpoint holds no block")
+    if architecture not in ARCHITECTURES:
+        return
+    channels = site_channels(architecture)
+    for site, spec in specs.items():
+        if channels.get(site) != spec.dim:
+            has = f"{channels[site]} channels there" if site in channels else "no such site"
+            raise CheckpointError(
+                f"{path}: a block of {spec.dim} channels at {site}, but {architecture} has {has}; "
+                "the file names the wrong architecture or is damaged"
+            )
+
+
+def _from_own_form(path: str, header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Checkpoint:
+    if header[FORMAT_KEY] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {header[FORMAT_KEY]!r}, this program reads {FORMAT_VERSION!r}; "
+            "update ComfyUI-DeltaConv"
+        )
+    architecture = header.get("architecture", "")
+    specs = _read_specs(path, header)
+    metadata = _read_json(path, header, "metadata")
+    _check_texts(path, "metadata", metadata)
+    check_sites(path, architecture, specs)
+    unknown = [key for key in tensors if not key.startswith((BLOCKS, BASE_WEIGHTS))]
+    if unknown:
+        raise CheckpointError(
+            f"{path}: unknown tensors {_some(unknown)}, expected {BLOCKS}* and {BASE_WEIGHTS}*"
+        )
+    blocks = assemble_blocks(path, specs, _with_prefix(tensors, BLOCKS))
+    return Checkpoint(architecture, blocks, _with_prefix(tensors, BASE_WEIGHTS), metadata)
+
+
+def _read_specs(path: str, header: Mapping[str, str]) -> dict[str, BlockSpec]:
+    specs = {}
+    for site, values in _read_json(path, header, "specs").items():
+        if not isinstance(values, dict):
+            raise CheckpointError(
+                f"{path}: expected the settings of block {site} to be an object, got {values!r}"
+            )
+        try:
+            specs[site] = BlockSpec.from_dict(values)
+        except DeltaConvError as error:
+            raise CheckpointError(f"{path}: the settings of block {site} are wrong: {error}") from error
+    return specs
+
+
+def _read_json(path: str, header: Mapping[str, str], key: str) -> dict[str, Any]:
+    try:
+        value = json.loads(header[key])
+    except KeyError:
+        raise CheckpointError(
+            f"{path}: its header has no {key!r}; the file is damaged, get it again"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: {key!r} in its header is no JSON ({error}); get the file again"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path}: expected {key!r} in its header to be an object, got {type(value).__name__}"
+        )
+    return value
+
+
+def _check_texts(path: str, what: str, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise CheckpointError(f"{path}: expected {what} to be text, got {key!r}: {value!r}")
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def _some(keys: Iterable[str], limit: int = 4) -> str:
+    names = sorted(keys)
+    if not names:
+        return "nothing"
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

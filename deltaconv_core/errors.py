@@ -1,0 +1,19 @@
+"""Errors whose message is meant for the person who runs the program: what was wrong, and what to do."""
+
+from __future__ import annotations
+
+
+class DeltaConvError(ValueError):
+    """Anything the user can put right; every error raised on purpose by this package derives from it."""
+
+
+class CheckpointError(DeltaConvError):
+    """A checkpoint file that is damaged, foreign, or does not fit."""
+
+
+class ManifestError(DeltaConvError):
+    """A weights manifest with a record that cannot be used."""
+
+
+class FetchError(DeltaConvError):
+    """A download that failed or did not match its record."""

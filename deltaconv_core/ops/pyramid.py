@@ -1,0 +1,56 @@
+"""The steps of a pyramid stage as functions on (B, channels, H, W), in any memory layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Size = tuple[int, int]
+
+
+def stage_size(grid: Size, scale: float) -> Size:
+    """Rows and columns of a stage: int(side * scale), at least 1."""
+    return max(1, int(grid[0] * scale)), max(1, int(grid[1] * scale))
+
+
+def shrink(x: Tensor, scale: float, pooling: str) -> Tensor:
+    """(B, c, H, W) -> (B, c, *stage_size), by adaptive average pooling or bilinear interpolation.
+
+    Bilinear samples at (i + 1/2) / scale - 1/2, as the authors' earlier block does: on odd sizes the step is
+    1 / scale and not the ratio of the sizes.
+    """
+    size = stage_size((x.shape[2], x.shape[3]), scale)
+    if pooling == "average":
+        return F.adaptive_avg_pool2d(x, size)
+    # F.interpolate computes the size from the scale itself and refuses 0; the operator below takes both.
+    smaller: Tensor = torch.ops.aten.upsample_bilinear2d(x, size, False, scale, scale)
+    return smaller
+
+
+def enlarge(x: Tensor, grid: Size) -> Tensor:
+    """(B, c, h, w) -> (B, c, H, W), bilinear, corners not aligned."""
+    return F.interpolate(x, size=grid, mode="bilinear", align_corners=False)
+
+
+def gate(x: Tensor, kind: str) -> Tensor:
+    """(B, c, h, w) -> (B, c / 2, h, w): the first half of the channels times a function of the second.
+
+    Products of two float16 halves leave float16's range, so they are formed and returned in float32.
+    """
+    channels = x.shape[1]
+    a, b = (x.float() if x.dtype == torch.float16 else x).chunk(2, dim=1)
+    if kind == "sigmoid":
+        return a * torch.sigmoid(b)
+    factor = math.sqrt(channels / 2) if kind == "simple" else 1 / math.sqrt(channels)
+    return a * (b * factor)
+
+
+def merge(stages: Sequence[Tensor], kind: str) -> Tensor:
+    """Joins the stages' (B, c, H, W): on channels ("concat") or by addition ("sum", formula 3)."""
+    if len(stages) == 1:
+        return stages[0]
+    return torch.cat(tuple(stages), dim=1) if kind == "concat" else sum(stages[1:], start=stages[0])

@@ -1,0 +1,124 @@
+"""Safetensors files with care: nothing else is opened, and a file is written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import CheckpointError
+
+Pathlike = str | os.PathLike[str]
+
+
+def read_file(path: Pathlike) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Reads header texts and tensors (on the CPU, in memory of their own, all finite floating point numbers).
+
+    Raises:
+        CheckpointError: no such file, not safetensors, truncated or inconsistent, or a tensor with NaN or
+            infinity, or of a dtype that weights do not have.
+    """
+    path = Path(path)
+    _check_start(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: _checked(path, name, file.get_tensor(name)) for name in file.keys()}
+    except (SafetensorError, KeyError, OSError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}); download or save it again"
+        ) from error
+    return header, tensors
+
+
+def write_file(path: Pathlike, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Writes a safetensors file beside its place and moves it there: a kill at any moment leaves old or new.
+
+    Raises:
+        CheckpointError: the place cannot be written, or a tensor is not finite.
+    """
+    path = Path(path)
+    ready = _separate({name: tensor.detach().to("cpu") for name, tensor in tensors.items()})
+    for name, tensor in ready.items():
+        _check_numbers(path, name, tensor)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        try:
+            with open(part, "xb") as file:
+                mode = os.fstat(
+                    file.fileno()
+                ).st_mode  # safetensors makes files that only their owner may read
+            safetensors.torch.save_file(ready, part, dict(header))
+            os.chmod(part, mode & 0o777)
+            _flush(part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+        if os.name == "posix":
+            _flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write {path} ({error}); choose another place or free some space"
+        ) from error
+
+
+def _check_start(path: Path) -> None:
+    """Recognizes what is often mistaken for a safetensors file, before anything parses it."""
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise CheckpointError(
+            f"{path} is a PyTorch pickle, which can run code when opened; only safetensors files are "
+            "accepted, so ask for the file in that format"
+        )
+    if size < 8 or int.from_bytes(start, "little") > size - 8:
+        raise CheckpointError(
+            f"{path} is truncated or no safetensors file: its {size} bytes are fewer than its start "
+            "announces; download or save it again"
+        )
+
+
+def _checked(path: Path, name: str, tensor: Tensor) -> Tensor:
+    _check_numbers(path, name, tensor)
+    return tensor.clone()  # the original is a view of the file, which may change under a long-lived model
+
+
+def _check_numbers(path: Path, name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{path}: {name} holds {tensor.dtype}, expected floating point weights")
+    finite = (tensor.float() if tensor.element_size() == 1 else tensor).isfinite()
+    if not finite.all():
+        bad = tensor.numel() - int(finite.sum())
+        raise CheckpointError(
+            f"{path}: {name} holds {bad} NaN or infinite values of {tensor.numel()}; "
+            "the training that made it diverged, or the file is damaged: use another one"
+        )
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory, as the format wants them."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        whole = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * tensor.element_size()
+        if not whole or storage.data_ptr() in seen:
+            tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(tensors[name].untyped_storage().data_ptr())
+    return tensors
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
