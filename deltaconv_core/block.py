@@ -131,8 +131,8 @@ class DeltaConvBlock(nn.Module):
             raise DeltaConvError(f"expected tokens of shape (B, H*W, {self.spec.dim}), got {tuple(x.shape)}")
         if x.shape[1] != height * width:
             raise DeltaConvError(
-                f"expected {height} x {width} = {height * width} tokens, got {x.shape[1]}; something "
-                "before this block merges or tiles tokens (ToMe, HyperTile), or the grid belongs to another layer"
+                f"expected {height} x {width} = {height * width} tokens, got {x.shape[1]}; something before "
+                "this block merges or tiles tokens (ToMe, HyperTile), or the grid belongs to another layer"
             )
         if not x.is_floating_point():
             raise DeltaConvError(f"expected floating point tokens, got {x.dtype}")

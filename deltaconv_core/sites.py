@@ -126,8 +126,8 @@ def select(pattern: str, site_ids: Iterable[str]) -> tuple[str, ...]:
 
     Args:
         pattern: comma list of "all", "down", "mid", "up", site ids, their beginnings up to a dot, globs of
-            either (`up_blocks.*`, `*.transformer_blocks.0`). A leading "-" excludes; exclusions alone start from
-            all.
+            either (`up_blocks.*`, `*.transformer_blocks.0`). A leading "-" excludes; exclusions alone start
+            from all.
         site_ids: the ids to choose from.
 
     Returns:

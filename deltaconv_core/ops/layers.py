@@ -8,8 +8,8 @@ from torch import Tensor, nn
 def call_layer(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     """Applies a layer in x's dtype, whatever dtype its weights are stored in.
 
-    A layer that casts its weights itself (ComfyUI's castable layers, which also move and patch them) is called
-    and its weights are left alone; a plain layer of another dtype runs on cast weights.
+    A layer that casts its weights itself (ComfyUI's castable layers, which also move and patch them) is
+    called and its weights are left alone; a plain layer of another dtype runs on cast weights.
     """
     y: Tensor
     if layer.weight.dtype == x.dtype or getattr(layer, "comfy_cast_weights", False):
