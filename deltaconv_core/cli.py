@@ -9,7 +9,7 @@ from importlib import import_module
 
 from .errors import DeltaConvError
 
-COMMANDS = ("inspect",)
+COMMANDS = ("fetch", "inspect")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
