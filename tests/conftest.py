@@ -1,0 +1,34 @@
+"""Fixtures that every room's tests share. What they start is a real ComfyUI; `scripts/comfy_host.py` says which."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import comfy_host as host_finder
+import pytest
+from comfy_server import ComfyServer
+
+# `python -m pytest` puts the repository's root on the path, where `nodes` would hide ComfyUI's module of that name.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != host_finder.REPOSITORY]
+
+
+@pytest.fixture(scope="session")
+def comfy_host() -> Path:
+    """ComfyUI's folder, with ComfyUI importable in this process (on the CPU, folders in a temporary directory)."""
+    return host_finder.import_comfy()
+
+
+@pytest.fixture(scope="session")
+def pack(comfy_host: Path) -> ModuleType:
+    """This repository as the package ComfyUI makes of it; its modules: `import_module(".nodes.x", pack.__name__)`."""
+    return host_finder.import_pack()
+
+
+@pytest.fixture(scope="session")
+def comfy_server() -> Iterator[ComfyServer]:
+    """A running ComfyUI server with this repository in its custom_nodes, shared by all tests of the run."""
+    with ComfyServer() as server:
+        yield server
