@@ -1,0 +1,57 @@
+"""The ΔConvBlocks of one MODEL as ComfyUI can hold them: counted, loaded and offloaded like any other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.model_patcher
+import comfy.ops
+import torch
+
+from ...deltaconv_core.block import DeltaConvBlock
+
+HALF_OR_MORE = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class DeltaConvBlocks(torch.nn.Module):
+    """All blocks of one patched MODEL; ComfyUI's log names models by their class."""
+
+    def __init__(self, blocks: Mapping[str, DeltaConvBlock]) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(blocks.values())
+
+
+def build_blocks(trained: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, DeltaConvBlock]:
+    """The trained blocks again, out of ComfyUI's castable layers; weights are shared where the dtype allows.
+
+    Args:
+        trained: site id -> DeltaConvBlock.
+        dtype: of the weights; None keeps each as it is.
+    """
+    # Nodes run in inference mode. Weights made there could never be part of a graph that is trained on top.
+    with torch.inference_mode(False), torch.no_grad():
+        return {id: _castable(block, dtype) for id, block in trained.items()}
+
+
+def _castable(source: Any, dtype: torch.dtype | None) -> DeltaConvBlock:
+    block = DeltaConvBlock(source.spec, device="meta", operations=comfy.ops.manual_cast)
+    weights = {
+        name: tensor.to(dtype or tensor.dtype, copy=tensor.is_inference())
+        for name, tensor in source.state_dict().items()
+    }
+    block.load_state_dict(weights, assign=True)
+    return block.requires_grad_(False).eval()
+
+
+def compute_dtype(model: Any) -> torch.dtype | None:
+    """The dtype that the MODEL computes in; None where it is not an ordinary floating point one."""
+    dtype = model.get_model_object("manual_cast_dtype") or model.model_dtype()
+    return dtype if dtype in HALF_OR_MORE else None
+
+
+def own_patcher(blocks: Mapping[str, DeltaConvBlock], model: Any) -> Any:
+    """A ModelPatcher for the blocks, on the devices of the MODEL."""
+    patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    net = DeltaConvBlocks(blocks)
+    return patcher_class(net, load_device=model.load_device, offload_device=model.offload_device)

@@ -1,0 +1,129 @@
+"""The model folder `models/deltaconv`: what can be chosen there, and where the chosen file is."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+
+from ...deltaconv_core.checkpoint import Checkpoint, load_checkpoint
+from ...deltaconv_core.errors import DeltaConvError, ManifestError
+from ...deltaconv_core.fetch import resolve
+from ...deltaconv_core.manifest import Manifest, Record, load_manifest
+
+FOLDER = "deltaconv"
+AUTO = "auto"
+MEGABYTE = 1 << 20
+
+log = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Adds the folder to ComfyUI's, after those that extra_model_paths.yaml may have given it."""
+    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+    paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
+    # A new folder starts with no extensions, which ComfyUI reads as "any file".
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | {".safetensors"})
+
+
+def choices() -> list[str]:
+    """Files in the folder, then published weights that are not there yet."""
+    files = folder_paths.get_filename_list(FOLDER)
+    return files + [record.filename for record in _manifest() if record.filename not in files]
+
+
+def recommended(architecture: str) -> str:
+    """What "auto" stands for.
+
+    Raises:
+        DeltaConvError: no published weights are recommended for this architecture.
+    """
+    record = _manifest().recommended(architecture)
+    if record is None:
+        raise DeltaConvError(
+            f"no published weights are recommended for {architecture}; choose a file in `weights` "
+            f"(put it into {_folders()[0]}) or connect `deltaconv`"
+        )
+    return record.filename
+
+
+def load(name: str) -> Checkpoint:
+    """Reads chosen weights; published ones that are not there yet are fetched first.
+
+    Raises:
+        DeltaConvError: no such choice, or a file that cannot be fetched or read.
+    """
+    path = _locate(name)
+    # Nodes run in inference mode, and tensors made there can never take part in training.
+    with torch.inference_mode(False):
+        return load_checkpoint(path)
+
+
+def fingerprint(name: str) -> list[Any]:
+    """Changes whenever a file that the choice may lead to changes; the choice of "auto" is not known beforehand."""
+    return [name, *(_stamp(_present(file)) for file in (choices() if name == AUTO else [name]))]
+
+
+def _stamp(path: Path | None) -> tuple[Any, ...]:
+    if path is None:
+        return ()
+    stat = path.stat()
+    return str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _present(name: str) -> Path | None:
+    """The chosen file, if it is on this machine."""
+    if path := folder_paths.get_full_path(FOLDER, name):
+        return Path(path)
+    record = _record(name)
+    path = record and record.local_path(_folders()[0])
+    return path if path and path.is_file() else None
+
+
+def _record(name: str) -> Record | None:
+    return next((record for record in _manifest() if record.filename == name), None)
+
+
+def _locate(name: str) -> Path:
+    if name not in choices():
+        raise DeltaConvError(
+            f"{name!r} is neither a file in the model folder ({', '.join(map(str, _folders()))}) nor published "
+            f"weights; known are: {', '.join(choices()) or 'none'}"
+        )
+    present, record = _present(name), _record(name)
+    if record is None:
+        return present
+    return _fetch(record, present.parent if present else _folders()[0])
+
+
+def _fetch(record: Record, folder: Path) -> Path:
+    bar: comfy.utils.ProgressBar | None = None
+
+    def progress(done: int, total: int | None) -> None:
+        nonlocal bar
+        if total:
+            bar = bar or comfy.utils.ProgressBar(max(1, total // MEGABYTE))
+            bar.update_absolute(done // MEGABYTE)
+
+    interrupted = comfy.model_management.throw_exception_if_processing_interrupted
+    return resolve(record, folder, progress=progress, cancelled=interrupted)
+
+
+def _folders() -> list[Path]:
+    return [Path(path) for path in folder_paths.get_folder_paths(FOLDER)]
+
+
+def _manifest() -> Manifest:
+    """Read anew each time: the user may edit the list while ComfyUI runs, and reading opens no connection."""
+    try:
+        return load_manifest(_folders()[0] / "manifest.json")
+    except ManifestError as error:
+        # The files in the folder can be used all the same.
+        log.warning("ΔConv: the list of published weights cannot be read: %s", error)
+        return Manifest({})

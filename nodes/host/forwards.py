@@ -1,0 +1,38 @@
+"""What stands as `forward` of a replaced attention module: plain callables, since a Module would join the base model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...deltaconv_core.switch import answer
+from .run import current_call
+from .sites import Site
+
+
+@dataclass(frozen=True, eq=False)
+class MixerForward:
+    """ΔConv on every call."""
+
+    site: Site
+    block: torch.nn.Module
+
+    def __call__(self, x: torch.Tensor, *args: Any, **call: Any) -> torch.Tensor:
+        return self.block(x, grid=self.site.grid(x, call))
+
+
+@dataclass(frozen=True, eq=False)
+class RangedForward(MixerForward):
+    """ΔConv in a part of the sampling, the attention's own forward outside it."""
+
+    owner: object
+
+    def __call__(self, x: torch.Tensor, *args: Any, **call: Any) -> torch.Tensor:
+        run = current_call(self.owner)
+        return answer(
+            run.choice,
+            mixer=lambda: self.block(x, grid=self.site.grid(x, call)),
+            attention=lambda: run.attention[self.site.path](x, *args, **call),
+        )

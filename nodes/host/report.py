@@ -1,0 +1,39 @@
+"""Telling the user: in the log, under the node, and in the node's outputs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done, and what to beware of; one sentence each."""
+
+    lines: Sequence[str]
+    warnings: Sequence[str] = ()
+
+    @property
+    def text(self) -> str:
+        return "\n".join([*self.lines, *(f"Warning: {warning}." for warning in self.warnings)])
+
+
+def tell(report: Report, node_id: str | None) -> str:
+    """Logs the report and shows it under the node; returns its text for the node's outputs."""
+    log.info("%s", " ".join(report.lines))
+    for warning in report.warnings:
+        log.warning("ΔConv: %s", warning)
+    if node_id is not None:
+        _show(report.text, node_id)
+    return report.text
+
+
+def _show(text: str, node_id: str) -> None:
+    from server import PromptServer  # only a running server has it loaded
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None:
+        server.send_progress_text(text, node_id)

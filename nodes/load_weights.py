@@ -1,0 +1,45 @@
+"""ΔConv Load Weights: trained blocks from the model folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from .host import folder
+from .host.report import Report, tell
+from .sockets import CATEGORY, Weights
+
+
+class LoadWeights(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DeltaConvLoadWeights",
+            display_name="ΔConv Load Weights",
+            category=CATEGORY,
+            description="Loads trained ΔConv blocks, for ΔConv Patch Model and the other ΔConv nodes.",
+            inputs=[
+                io.Combo.Input(
+                    "weights",
+                    options=folder.choices(),
+                    tooltip="Files in models/deltaconv, then published weights, which are fetched when first used.",
+                ),
+            ],
+            outputs=[Weights.Output(display_name="deltaconv")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, weights: str) -> Any:
+        return folder.fingerprint(weights)
+
+    @classmethod
+    def execute(cls, weights: str) -> io.NodeOutput:
+        checkpoint = folder.load(weights)
+        parameters = sum(block.spec.num_parameters for block in checkpoint.blocks.values())
+        line = (
+            f"{weights}: {len(checkpoint.blocks)} blocks for {checkpoint.architecture} ({parameters / 1e6:.3g} M "
+            f"parameters), {len(checkpoint.base_weights)} base weights."
+        )
+        return io.NodeOutput(checkpoint, ui=ui.PreviewText(tell(Report([line]), cls.hidden.unique_id)))

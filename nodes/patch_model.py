@@ -1,0 +1,106 @@
+"""ΔConv Patch Model: self-attention of a MODEL replaced by trained ΔConvBlocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..deltaconv_core.switch import SamplingRange
+from .host import folder
+from .host.apply import Settings, apply_checkpoint
+from .host.report import tell
+from .host.sites import find_sites
+from .sockets import CATEGORY, Weights
+
+APPLY, LEAVE_OUT = "apply", "leave out"
+
+
+class PatchModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DeltaConvPatchModel",
+            display_name="ΔConv Patch Model",
+            category=CATEGORY,
+            description="Puts trained ΔConv blocks in place of a model's self-attention. The model itself stays as it "
+            "is; the output is a patched clone.",
+            inputs=[
+                io.Model.Input("model", tooltip="A U-Net (SD 1.x, SD 2.x, SDXL, ...) or PixArt."),
+                io.Combo.Input(
+                    "weights",
+                    options=[folder.AUTO, *folder.choices()],
+                    default=folder.AUTO,
+                    tooltip="Files in models/deltaconv, then published weights, which are fetched when first used. "
+                    "'auto' takes the recommended ones for the model.",
+                ),
+                io.String.Input(
+                    "blocks",
+                    default="all",
+                    tooltip="Where ΔConv stands: all, or a comma list of down, mid, up and site names with wildcards; "
+                    "a leading - excludes. Example: all,-mid,-up_blocks.3",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the sampling ΔConv begins to run; attention runs before. 0 is pure noise.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the sampling ΔConv stops; attention runs after. 1 is the finished picture.",
+                ),
+                io.Combo.Input(
+                    "base_weights",
+                    options=[APPLY, LEAVE_OUT],
+                    default=APPLY,
+                    tooltip="Some published files also hold convolutions of the model that they were trained on. "
+                    "'apply' puts them into the model, 'leave out' uses the ΔConv blocks alone.",
+                ),
+                io.Float.Input(
+                    "base_weights_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="1: the file's convolutions. 0: the model's own. Between: a mixture.",
+                ),
+                Weights.Input(
+                    "deltaconv",
+                    optional=True,
+                    tooltip="Weights from another node; when connected, 'weights' is not used.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, weights: str, **_: Any) -> Any:
+        return folder.fingerprint(weights)
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        weights: str,
+        blocks: str,
+        start_percent: float,
+        end_percent: float,
+        base_weights: str,
+        base_weights_strength: float,
+        deltaconv: Any = None,
+    ) -> io.NodeOutput:
+        strength = base_weights_strength if base_weights == APPLY else None
+        settings = Settings(blocks, SamplingRange(start_percent, end_percent), strength)
+        if deltaconv is None:
+            name = folder.recommended(find_sites(model).architecture) if weights == folder.AUTO else weights
+            deltaconv = folder.load(name)
+        patched, report = apply_checkpoint(model, deltaconv, settings)
+        return io.NodeOutput(patched, ui=ui.PreviewText(tell(report, cls.hidden.unique_id)))

@@ -1,0 +1,8 @@
+"""Sockets and names that the nodes share."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+CATEGORY = "ΔConv"
+Weights = io.Custom("DELTACONV_WEIGHTS")
