@@ -1,8 +1,9 @@
 """Trained blocks of one model, in memory and on disk.
 
-The file is safetensors. Its header says `deltaconv_format` (the version), `architecture`, `specs` (JSON,
-site id -> `BlockSpec.to_dict()`) and `metadata` (JSON, str -> str); its tensors are named
-`blocks.<site id>.<parameter>` and `base_weights.<diffusers parameter name>`.
+The file is safetensors. The text `deltaconv` in its header is a JSON object: `format` (the version, 1),
+`architecture`, `specs` (site id -> `BlockSpec.to_dict()`) and `metadata` (text -> text). Its tensors are
+named `blocks.<site id>.<parameter>` and `base_weights.<diffusers parameter name>`. Equal checkpoints make
+equal files.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from .safefile import Pathlike, read_file, write_file
 from .sites import ARCHITECTURES, site_channels
 from .spec import BlockSpec
 
-FORMAT_KEY = "deltaconv_format"
-FORMAT_VERSION = "1"
+HEADER_KEY = "deltaconv"
+FORMAT = 1
 BLOCKS = "blocks."
 BASE_WEIGHTS = "base_weights."
 
@@ -58,13 +59,13 @@ def save_checkpoint(checkpoint: Checkpoint, path: Pathlike) -> None:
         for name, tensor in block.state_dict().items()
     }
     tensors |= {f"{BASE_WEIGHTS}{name}": tensor for name, tensor in checkpoint.base_weights.items()}
-    header = {
-        FORMAT_KEY: FORMAT_VERSION,
+    description = {
+        "format": FORMAT,
         "architecture": checkpoint.architecture,
-        "specs": json.dumps({site: spec.to_dict() for site, spec in specs.items()}),
-        "metadata": json.dumps(checkpoint.metadata),
+        "specs": {site: spec.to_dict() for site, spec in specs.items()},
+        "metadata": checkpoint.metadata,
     }
-    write_file(path, tensors, header)
+    write_file(path, tensors, {HEADER_KEY: json.dumps(description)})
 
 
 def load_checkpoint(path: Pathlike) -> Checkpoint:
@@ -75,9 +76,9 @@ def load_checkpoint(path: Pathlike) -> Checkpoint:
             infinite weights; keys or shapes that do not follow from the specs in the header.
     """
     header, tensors = read_file(path)
-    if FORMAT_KEY not in header:
-        raise CheckpointError(f"{path} is not a ΔConv checkpoint: its header has no {FORMAT_KEY!r}")
-    return _from_own_form(str(path), header, tensors)
+    if HEADER_KEY not in header:
+        raise CheckpointError(f"{path} is not a ΔConv checkpoint: its header has no {HEADER_KEY!r}")
+    return _from_own_form(str(path), header[HEADER_KEY], tensors)
 
 
 def assemble_blocks(
@@ -130,15 +131,11 @@ def check_sites(path: str, architecture: str, specs: Mapping[str, BlockSpec]) ->
             )
 
 
-def _from_own_form(path: str, header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Checkpoint:
-    if header[FORMAT_KEY] != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {header[FORMAT_KEY]!r}, this program reads {FORMAT_VERSION!r}; "
-            "update ComfyUI-DeltaConv"
-        )
-    architecture = header.get("architecture", "")
-    specs = _read_specs(path, header)
-    metadata = _read_json(path, header, "metadata")
+def _from_own_form(path: str, text: str, tensors: Mapping[str, Tensor]) -> Checkpoint:
+    description = _read_description(path, text)
+    architecture = description.get("architecture", "")
+    specs = _read_specs(path, _object(path, description, "specs"))
+    metadata = _object(path, description, "metadata")
     _check_texts(path, "metadata", metadata)
     check_sites(path, architecture, specs)
     unknown = [key for key in tensors if not key.startswith((BLOCKS, BASE_WEIGHTS))]
@@ -150,35 +147,39 @@ def _from_own_form(path: str, header: Mapping[str, str], tensors: Mapping[str, T
     return Checkpoint(architecture, blocks, _with_prefix(tensors, BASE_WEIGHTS), metadata)
 
 
-def _read_specs(path: str, header: Mapping[str, str]) -> dict[str, BlockSpec]:
+def _read_description(path: str, text: str) -> dict[str, Any]:
+    try:
+        description = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its header is no JSON ({error}); get the file again") from error
+    if not isinstance(description, dict):
+        raise CheckpointError(
+            f"{path}: expected its header to be an object, got {type(description).__name__}"
+        )
+    if description.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has format version {description.get('format')!r}, this program reads {FORMAT}; "
+            "update ComfyUI-DeltaConv"
+        )
+    return description
+
+
+def _read_specs(path: str, values: Mapping[str, Any]) -> dict[str, BlockSpec]:
     specs = {}
-    for site, values in _read_json(path, header, "specs").items():
-        if not isinstance(values, dict):
-            raise CheckpointError(
-                f"{path}: expected the settings of block {site} to be an object, got {values!r}"
-            )
+    for site in values:
         try:
-            specs[site] = BlockSpec.from_dict(values)
+            specs[site] = BlockSpec.from_dict(_object(path, values, site))
+        except CheckpointError:
+            raise
         except DeltaConvError as error:
             raise CheckpointError(f"{path}: the settings of block {site} are wrong: {error}") from error
     return specs
 
 
-def _read_json(path: str, header: Mapping[str, str], key: str) -> dict[str, Any]:
-    try:
-        value = json.loads(header[key])
-    except KeyError:
-        raise CheckpointError(
-            f"{path}: its header has no {key!r}; the file is damaged, get it again"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: {key!r} in its header is no JSON ({error}); get the file again"
-        ) from error
+def _object(path: str, values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = values.get(key)
     if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path}: expected {key!r} in its header to be an object, got {type(value).__name__}"
-        )
+        raise CheckpointError(f"{path}: expected {key} in its header to be an object, got {value!r:.80}")
     return value
 
 

@@ -44,8 +44,8 @@ class BlockSpec:
     ratio: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_int("dim", self.dim, minimum=1)
-        _check_int("kernel_size", self.kernel_size, minimum=1)
+        _check_int("dim", self.dim, 1, 2**16)
+        _check_int("kernel_size", self.kernel_size, 1, 255)
         if self.kernel_size % 2 == 0:
             raise DeltaConvError(
                 f"expected an odd kernel_size (the output keeps the size), got {self.kernel_size}"
@@ -106,9 +106,9 @@ def _is_real(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_int(name: str, value: object, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise DeltaConvError(f"expected {name} to be a whole number of at least {minimum}, got {value!r}")
+def _check_int(name: str, value: object, least: int, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise DeltaConvError(f"expected {name} to be a whole number from {least} to {most}, got {value!r}")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -1,0 +1,362 @@
+"""The checkpoint file: exact, atomic, and refused with one clear error when anything about it is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import deltaconv_core
+import pytest
+import torch
+from deltaconv_core import (
+    BlockSpec,
+    Checkpoint,
+    CheckpointError,
+    DeltaConvBlock,
+    load_checkpoint,
+    save_checkpoint,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+SITE = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+OTHER = "mid_block.attentions.0.transformer_blocks.0.attn1"
+BASE = "down_blocks.0.resnets.0.conv1.weight"
+
+
+def small_checkpoint(seed=0):
+    torch.manual_seed(seed)
+    return Checkpoint(
+        architecture="unet-8x1-12x1",
+        blocks={
+            SITE: DeltaConvBlock(BlockSpec(8, 3), dtype=torch.float16),
+            OTHER: DeltaConvBlock(BlockSpec(12, 5, (1.0, 1 / 3), "sigmoid", "sum", "bilinear", True, 1.0)),
+        },
+        base_weights={BASE: torch.randn(4, 3, 3, 3, dtype=torch.bfloat16)},
+        metadata={"teacher": "a model", "steps": "10", "note": 'ΔConv\n"quoted"'},
+    )
+
+
+def assert_same(a, b):
+    assert (a.architecture, a.metadata) == (b.architecture, b.metadata)
+    assert {s: block.spec for s, block in a.blocks.items()} == {
+        s: block.spec for s, block in b.blocks.items()
+    }
+    pairs = [(a.base_weights, b.base_weights)]
+    pairs += [(a.blocks[site].state_dict(), b.blocks[site].state_dict()) for site in a.blocks]
+    for left, right in pairs:
+        assert left.keys() == right.keys()
+        for name in left:
+            assert left[name].dtype == right[name].dtype and left[name].shape == right[name].shape
+            assert torch.equal(
+                left[name].contiguous().view(torch.uint8), right[name].contiguous().view(torch.uint8)
+            )
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_checkpoint(small_checkpoint(), path)
+    return path
+
+
+def rewrite(path, header=None, tensors=None):
+    """Applies edits to the description in the header and to the tensors of a file."""
+    with safe_open(path, "pt") as file:
+        description = json.loads(file.metadata()["deltaconv"])
+    named = load_file(path)
+    (header or (lambda h: None))(description)
+    (tensors or (lambda t: None))(named)
+    save_file(named, path, {"deltaconv": json.dumps(description)})
+
+
+def rewrite_raw(path, edit):
+    """Applies an edit to the raw JSON header, leaving the data as it is."""
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    edit(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+
+
+def test_round_trip_is_exact(path):
+    loaded = load_checkpoint(str(path))
+    assert_same(loaded, small_checkpoint())
+    assert list(loaded.blocks) == [SITE, OTHER]
+    x = torch.randn(1, 15, 12)
+    assert torch.equal(loaded.blocks[OTHER](x, (3, 5)), small_checkpoint().blocks[OTHER](x, (3, 5)))
+    again = path.with_name("again.safetensors")
+    save_checkpoint(loaded, again)
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_awkward_tensors_survive(tmp_path):
+    checkpoint = small_checkpoint()
+    whole = torch.randn(8, 6)
+    checkpoint.base_weights = {
+        "rows": whole[::2],
+        "turned": whole.T,
+        "same": whole,
+        "empty": torch.zeros(0, 3),
+    }
+    checkpoint.base_weights["float8"] = torch.randn(5).to(torch.float8_e4m3fn)
+    checkpoint.blocks[SITE].conv_out.weight = checkpoint.blocks[
+        SITE
+    ].conv_pool.weight  # 8 x 8 shared with 8 x 4
+    checkpoint.blocks[SITE] = DeltaConvBlock(BlockSpec(8, 3, ratio=1.0))
+    checkpoint.blocks[SITE].conv_out.weight = checkpoint.blocks[SITE].conv_pool.weight
+    save_checkpoint(checkpoint, tmp_path / "a.safetensors")
+    assert_same(load_checkpoint(tmp_path / "a.safetensors"), checkpoint)
+
+
+def test_loaded_tensors_do_not_hang_on_the_file(path):
+    loaded = load_checkpoint(path)
+    with open(path, "r+b") as file:
+        file.seek(-200, os.SEEK_END)
+        file.write(b"\xff" * 200)
+    assert_same(loaded, small_checkpoint())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
+def test_others_may_read_what_the_umask_allows(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_checkpoint(small_checkpoint(), tmp_path / "a.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o640
+
+
+def refusal(path, *words):
+    """Asserts that loading is refused by an error with the file's name and these words."""
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(path)
+    for word in (str(path), *words):
+        assert word in str(caught.value)
+
+
+def test_refuses_what_is_no_file(tmp_path):
+    refusal(tmp_path / "missing.safetensors", "there is no file")
+    refusal(tmp_path, "there is no file")
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "plain"])
+def test_never_opens_a_pickle(tmp_path, form):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    path = tmp_path / "renamed.safetensors"
+    if form == "plain":
+        path.write_bytes(pickle.dumps(Bomb()))
+    else:
+        torch.save({"weights": Bomb()}, path, _use_new_zipfile_serialization=form == "zip")
+    refusal(path, "pickle", "only safetensors files are accepted")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.3, 0.6, 0.99, 0.9999])
+def test_refuses_a_truncated_file(path, share):
+    raw = path.read_bytes()
+    path.write_bytes(raw[: int(len(raw) * share)])
+    refusal(path, "download or save it again")
+
+
+@pytest.mark.parametrize(
+    "junk", [b"<!DOCTYPE html><html>Not found</html>", b"\0" * 100, b"\x05\0\0\0\0\0\0\0hello, world"]
+)
+def test_refuses_other_files(path, junk):
+    path.write_bytes(junk)
+    refusal(path, "safetensors file")
+
+
+def _first(header):
+    return next(entry for name, entry in header.items() if name != "__metadata__")
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda h: _first(h)["shape"].append(2),
+        lambda h: _first(h).update(shape=[1 << 62, 1 << 62]),
+        lambda h: _first(h).update(data_offsets=[0, 1 << 40]),
+        lambda h: _first(h).update(data_offsets=[8, 4]),
+        lambda h: _first(h).update(data_offsets=[-8, 0]),
+        lambda h: _first(h).update(dtype="F64"),
+        lambda h: _first(h).update(dtype="F12"),
+        lambda h: h.update(ghost={"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}),
+        lambda h: h.update(__metadata__={"deltaconv": 1}),
+    ],
+)
+def test_refuses_a_header_that_lies(path, lie):
+    rewrite_raw(path, lie)
+    refusal(path, "safetensors file")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("key", [f"blocks.{SITE}.conv_up.weight", f"base_weights.{BASE}"])
+def test_refuses_numbers_that_are_none(path, key, value):
+    rewrite(path, tensors=lambda t: t[key].view(-1)[3:5].fill_(value))
+    refusal(path, key, "2 NaN or infinite values")
+
+
+def test_refuses_whole_numbers(path):
+    key = f"blocks.{SITE}.conv_up.bias"
+    rewrite(path, tensors=lambda t: t.update({key: torch.zeros(4, dtype=torch.int32)}))
+    refusal(path, key, "torch.int32", "floating point")
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda t: t.pop(f"blocks.{SITE}.conv_up.bias"), [f"lack {SITE}.conv_up.bias"]),
+        (lambda t: t.update({f"blocks.{SITE}.conv_x.bias": torch.ones(1)}), [f"unknown {SITE}.conv_x.bias"]),
+        (
+            lambda t: t.update({"blocks.nowhere.conv_up.bias": torch.ones(1)}),
+            ["unknown nowhere.conv_up.bias"],
+        ),
+        (lambda t: t.update({"optimizer.step": torch.ones(1)}), ["unknown tensors optimizer.step"]),
+        (lambda t: t.update({f"blocks.{SITE}.conv_up.bias": torch.ones(5)}), ["shape (5,), expected (4,)"]),
+        (
+            lambda t: t.update({f"blocks.{SITE}.conv_up.weight": torch.ones(8, 4)}),
+            ["shape (8, 4), expected (4, 8)"],
+        ),
+    ],
+)
+def test_refuses_tensors_that_do_not_follow_from_the_specs(path, edit, words):
+    rewrite(path, tensors=edit)
+    refusal(path, *words)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda h: h.update(format=2), ["format version 2", "reads 1", "update"]),
+        (lambda h: h.pop("format"), ["format version None"]),
+        (lambda h: h.pop("specs"), ["specs in its header to be an object, got None"]),
+        (lambda h: h.pop("architecture"), ["name of an architecture"]),
+        (lambda h: h.update(specs=[]), ["specs in its header to be an object, got []"]),
+        (lambda h: h.update(specs={}), ["holds no block"]),
+        (lambda h: h.update(metadata={"a": 1}), ["metadata to be text, got 'a': 1"]),
+        (lambda h: h.update(architecture="sd15"), [SITE, "8 channels", "sd15 has 320 channels there"]),
+        (lambda h: h.update(architecture="pixart_sigma"), [SITE, "no such site"]),
+        (lambda h: h["specs"].update({SITE: "big"}), [SITE, "to be an object, got 'big'"]),
+        (lambda h: h["specs"][SITE].update(gate="relu"), [SITE, "got 'relu'"]),
+        (lambda h: h["specs"][SITE].update(heads=8), [SITE, "unknown ['heads']"]),
+        (lambda h: h["specs"][SITE].update(dim=10**12), [SITE, "dim"]),
+        (
+            lambda h: h["specs"][SITE].update(kernel_size=5),
+            [SITE, "conv_spatial.weight", "(4, 1, 3, 3)", "(4, 1, 5, 5)"],
+        ),
+        (lambda h: h["specs"][SITE].update(scales=[1]), ["unknown", "gates.1.conv_spatial.weight"]),
+        (lambda h: h["specs"][SITE].update(depthwise_bias=True), ["lack", "gates.0.conv_spatial.bias"]),
+    ],
+)
+def test_refuses_a_header_that_does_not_fit(path, edit, words):
+    rewrite(path, header=edit)
+    refusal(path, *words)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({}, "not a ΔConv checkpoint"),
+        ({"deltaconv": "{"}, "header is no JSON"),
+        ({"deltaconv": "[" * 100_000}, "header is no JSON"),
+        ({"deltaconv": "[]"}, "header to be an object, got list"),
+    ],
+)
+def test_refuses_a_header_that_is_none(path, header, message):
+    save_file(load_file(path), path, header)
+    refusal(path, message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.blocks.clear(), "holds no block"),
+        (lambda c: c.metadata.update(steps=10), "metadata to be text, got 'steps': 10"),
+        (lambda c: setattr(c, "architecture", ""), "name of an architecture"),
+        (lambda c: setattr(c, "architecture", "sdxl"), "sdxl has no such site"),
+        (lambda c: c.blocks[SITE].conv_up.weight.data.fill_(float("nan")), "32 NaN or infinite values of 32"),
+    ],
+)
+def test_refuses_to_save_what_it_would_not_load(path, change, message):
+    before = path.read_bytes()
+    checkpoint = small_checkpoint(1)
+    change(checkpoint)
+    with pytest.raises(CheckpointError, match=message):
+        save_checkpoint(checkpoint, path)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot write .*missing"):
+        save_checkpoint(small_checkpoint(), tmp_path / "missing" / "a.safetensors")
+
+
+KILL_LOOP = """
+import os, random, signal, sys, time
+import torch
+from deltaconv_core import BlockSpec, Checkpoint, DeltaConvBlock, load_checkpoint, save_checkpoint
+
+path, rounds = sys.argv[1], int(sys.argv[2])
+random.seed(0)
+
+def filled(value):
+    block = DeltaConvBlock(BlockSpec(512, 3))
+    for parameter in block.parameters():
+        torch.nn.init.constant_(parameter, value)
+    return Checkpoint("unet-512x1", {"mid_block.attn1": block}, metadata={"value": str(value)})
+
+versions = [filled(1.0), filled(2.0)]
+save_checkpoint(versions[0], path)
+start = time.monotonic()
+save_checkpoint(versions[0], path)
+span = time.monotonic() - start
+seen = set()
+interrupted = 0
+for _ in range(rounds):
+    child = os.fork()
+    if child == 0:
+        while True:
+            for version in reversed(versions):
+                save_checkpoint(version, path)
+    time.sleep(random.uniform(0, 3 * span))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    loaded = load_checkpoint(path)
+    value = float(loaded.metadata["value"])
+    assert all((p == value).all() for p in loaded.blocks["mid_block.attn1"].parameters())
+    seen.add(value)
+    leftovers = [name for name in os.listdir(os.path.dirname(path)) if name != os.path.basename(path)]
+    interrupted += bool(leftovers)
+    for name in leftovers:
+        os.unlink(os.path.join(os.path.dirname(path), name))
+print(len(seen), interrupted)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new_one(tmp_path):
+    script = tmp_path / "kill_loop.py"
+    script.write_text(KILL_LOOP)
+    folder = tmp_path / "models"
+    folder.mkdir()
+    root = Path(deltaconv_core.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, script, folder / "weights.safetensors", "40"],
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    versions, interrupted = map(int, done.stdout.split())
+    assert versions == 2 and interrupted >= 5, "the kills did not hit the writes"
