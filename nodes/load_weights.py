@@ -23,7 +23,8 @@ class LoadWeights(io.ComfyNode):
                 io.Combo.Input(
                     "weights",
                     options=folder.choices(),
-                    tooltip="Files in models/deltaconv, then published weights, which are fetched when first used.",
+                    tooltip="Files in models/deltaconv, then published weights, which are fetched when "
+                    "first used.",
                 ),
             ],
             outputs=[Weights.Output(display_name="deltaconv")],
@@ -39,7 +40,7 @@ class LoadWeights(io.ComfyNode):
         checkpoint = folder.load(weights)
         parameters = sum(block.spec.num_parameters for block in checkpoint.blocks.values())
         line = (
-            f"{weights}: {len(checkpoint.blocks)} blocks for {checkpoint.architecture} ({parameters / 1e6:.3g} M "
-            f"parameters), {len(checkpoint.base_weights)} base weights."
+            f"{weights}: {len(checkpoint.blocks)} blocks for {checkpoint.architecture} "
+            f"({parameters / 1e6:.3g} M parameters), {len(checkpoint.base_weights)} base weights."
         )
         return io.NodeOutput(checkpoint, ui=ui.PreviewText(tell(Report([line]), cls.hidden.unique_id)))

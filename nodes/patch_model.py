@@ -23,22 +23,22 @@ class PatchModel(io.ComfyNode):
             node_id="DeltaConvPatchModel",
             display_name="ΔConv Patch Model",
             category=CATEGORY,
-            description="Puts trained ΔConv blocks in place of a model's self-attention. The model itself stays as it "
-            "is; the output is a patched clone.",
+            description="Puts trained ΔConv blocks in place of a model's self-attention. The model itself "
+            "stays as it is; the output is a patched clone.",
             inputs=[
                 io.Model.Input("model", tooltip="A U-Net (SD 1.x, SD 2.x, SDXL, ...) or PixArt."),
                 io.Combo.Input(
                     "weights",
                     options=[folder.AUTO, *folder.choices()],
                     default=folder.AUTO,
-                    tooltip="Files in models/deltaconv, then published weights, which are fetched when first used. "
-                    "'auto' takes the recommended ones for the model.",
+                    tooltip="Files in models/deltaconv, then published weights, which are fetched when "
+                    "first used. 'auto' takes the recommended ones for the model.",
                 ),
                 io.String.Input(
                     "blocks",
                     default="all",
-                    tooltip="Where ΔConv stands: all, or a comma list of down, mid, up and site names with wildcards; "
-                    "a leading - excludes. Example: all,-mid,-up_blocks.3",
+                    tooltip="Where ΔConv stands: all, or a comma list of down, mid, up and site names with "
+                    "wildcards; a leading - excludes. Example: all,-mid,-up_blocks.3",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -46,7 +46,8 @@ class PatchModel(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Where in the sampling ΔConv begins to run; attention runs before. 0 is pure noise.",
+                    tooltip="Where in the sampling ΔConv begins to run; attention runs before. 0 is pure "
+                    "noise.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -54,14 +55,15 @@ class PatchModel(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Where in the sampling ΔConv stops; attention runs after. 1 is the finished picture.",
+                    tooltip="Where in the sampling ΔConv stops; attention runs after. 1 is the finished "
+                    "picture.",
                 ),
                 io.Combo.Input(
                     "base_weights",
                     options=[APPLY, LEAVE_OUT],
                     default=APPLY,
-                    tooltip="Some published files also hold convolutions of the model that they were trained on. "
-                    "'apply' puts them into the model, 'leave out' uses the ΔConv blocks alone.",
+                    tooltip="Some published files also hold convolutions of the model that they were "
+                    "trained on. 'apply' puts them into the model, 'leave out' uses the ΔConv blocks alone.",
                 ),
                 io.Float.Input(
                     "base_weights_strength",

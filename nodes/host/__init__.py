@@ -1,1 +1,1 @@
-"""Everything that knows ComfyUI's inside: sites of a MODEL, patching, token grids, memory, folders, messages."""
+"""All that knows ComfyUI's inside: sites of a MODEL, patches, token grids, memory, folders, reports."""

@@ -60,8 +60,8 @@ def apply_checkpoint(model: Any, checkpoint: Any, settings: Settings) -> tuple[A
 def _what(found: Sites, patch: DeltaConvPatch) -> str:
     dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in patch.dtypes)
     return (
-        f"ΔConv stands in for {len(patch.sites)} of {len(found.sites)} self-attentions of {found.architecture} "
-        f"({patch.num_parameters / 1e6:.3g} M parameters, {dtypes})."
+        f"ΔConv stands in for {len(patch.sites)} of {len(found.sites)} self-attentions of "
+        f"{found.architecture} ({patch.num_parameters / 1e6:.3g} M parameters, {dtypes})."
     )
 
 

@@ -1,7 +1,7 @@
 """Weights of the base model that were published with the blocks: the first convolution of every ResNet.
 
-They become weight patches on the clone, ahead of those that are there, so that a LoRA acts the same before and
-after ΔConv.
+They become weight patches on the clone, ahead of those that are there, so that a LoRA acts the same before
+and after ΔConv.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class BaseWeights:
             loaded = self.loaded[self.keys[name]]
             if weight.shape != loaded.shape:
                 raise DeltaConvError(
-                    f"the weights hold {name} of shape {tuple(weight.shape)}, this MODEL ({found.architecture}) has "
-                    f"{tuple(loaded.shape)}; {LEAVE_OUT}"
+                    f"the weights hold {name} of shape {tuple(weight.shape)}, this MODEL "
+                    f"({found.architecture}) has {tuple(loaded.shape)}; {LEAVE_OUT}"
                 )
 
     def difference(self) -> Difference:
@@ -96,8 +96,8 @@ def _host_key(found: Sites, name: str) -> str:
     layer, _, parameter = name.rpartition(".")
     if layer not in found.convolutions or parameter not in ("weight", "bias"):
         raise DeltaConvError(
-            f"the weights hold {name} for the base model, but this MODEL ({found.architecture}) has no such weight; "
-            f"{LEAVE_OUT}"
+            f"the weights hold {name} for the base model, but this MODEL ({found.architecture}) has no such "
+            f"weight; {LEAVE_OUT}"
         )
     return f"{found.convolutions[layer]}.{parameter}"
 

@@ -1,4 +1,4 @@
-"""The ΔConvBlocks of one MODEL as ComfyUI can hold them: counted, loaded and offloaded like any other weights."""
+"""The ΔConvBlocks of one MODEL as ComfyUI holds them: counted, loaded and offloaded as other weights are."""
 
 from __future__ import annotations
 

@@ -65,8 +65,8 @@ def _weight_patches(model: Any, sites: Mapping[str, Site]) -> str:
         return ""
     replaced = {key.rpartition(".attn")[0] for key in keys}
     return (
-        f"a LoRA (or another weight patch) changes {len(keys)} weights of the self-attention at {len(replaced)} sites "
-        "where ΔConv stands; that part of it cannot act, the rest does"
+        f"a LoRA (or another weight patch) changes {len(keys)} weights of the self-attention at "
+        f"{len(replaced)} sites where ΔConv stands; that part of it cannot act, the rest does"
     )
 
 
@@ -79,7 +79,7 @@ def _forwards(model: Any, sites: Mapping[str, Site]) -> str:
     }
     if not foreign:
         return ""
-    return f"{_list(foreign)} replaces parts of the self-attention where ΔConv stands; only one of the two can act"
+    return f"{_list(foreign)} replaces self-attention where ΔConv stands; only one of the two can act"
 
 
 def _attn1_patches(patches: Iterable[Any]) -> str:
@@ -87,8 +87,8 @@ def _attn1_patches(patches: Iterable[Any]) -> str:
     if not names:
         return ""
     return (
-        f"{_list(names)} changes the input of the self-attention (attn1 patch): ΔConv has no keys and values to "
-        "change, and stops with an error where the number of tokens changes (HyperTile, ToMe)"
+        f"{_list(names)} changes the input of the self-attention (attn1 patch): ΔConv has no keys and values "
+        "to change, and stops with an error where the number of tokens changes (HyperTile, ToMe)"
     )
 
 
@@ -100,8 +100,8 @@ def _replacements(replace: Mapping[Any, Any], sites: Mapping[str, Site]) -> str:
         return ""
     names = {_name(patch) for key, patch in replace.items() if any(key in (b, b[:2]) for b in hit)}
     return (
-        f"{_list(names)} replaces the self-attention of {len(hit)} blocks where ΔConv stands (attn1 replace): there it "
-        "runs on the attention's own projections, and ΔConv does not run"
+        f"{_list(names)} replaces the self-attention of {len(hit)} blocks where ΔConv stands (attn1 "
+        "replace): there it runs on the attention's own projections, and ΔConv does not run"
     )
 
 
@@ -111,8 +111,8 @@ def _guidance(functions: Iterable[Any]) -> str:
     if not names:
         return ""
     return (
-        f"{_list(names)} guides by self-attention: in its own pass some blocks run attention where ΔConv stands, so it "
-        "also measures the difference between the two; use a low scale or none"
+        f"{_list(names)} guides by self-attention: in its own pass some blocks run attention where ΔConv "
+        "stands, so it also measures the difference between the two; use a low scale or none"
     )
 
 

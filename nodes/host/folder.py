@@ -66,7 +66,7 @@ def load(name: str) -> Checkpoint:
 
 
 def fingerprint(name: str) -> list[Any]:
-    """Changes whenever a file that the choice may lead to changes; the choice of "auto" is not known beforehand."""
+    """Changes whenever a file changes that the choice may lead to; "auto" may lead to any."""
     return [name, *(_stamp(_present(file)) for file in (choices() if name == AUTO else [name]))]
 
 
@@ -93,12 +93,12 @@ def _record(name: str) -> Record | None:
 def _locate(name: str) -> Path:
     if name not in choices():
         raise DeltaConvError(
-            f"{name!r} is neither a file in the model folder ({', '.join(map(str, _folders()))}) nor published "
-            f"weights; known are: {', '.join(choices()) or 'none'}"
+            f"{name!r} is neither a file in the model folder ({', '.join(map(str, _folders()))}) nor "
+            f"published weights; known are: {', '.join(choices()) or 'none'}"
         )
     present, record = _present(name), _record(name)
     if record is None:
-        return present
+        return Path(present)
     return _fetch(record, present.parent if present else _folders()[0])
 
 

@@ -1,4 +1,4 @@
-"""What stands as `forward` of a replaced attention module: plain callables, since a Module would join the base model."""
+"""What stands as `forward` of a replaced attention: plain callables; a Module would join the base model."""
 
 from __future__ import annotations
 

@@ -34,8 +34,8 @@ def of_patches(patch_size: int) -> Callable[[torch.Tensor, dict[str, Any]], tupl
 def _checked(x: torch.Tensor, height: int, width: int) -> tuple[int, int]:
     if x.shape[1] != height * width:
         raise DeltaConvError(
-            f"ΔConv expected {height} x {width} = {height * width} tokens, got {x.shape[1]}: something tiles or merges "
-            "tokens before the self-attention. HyperTile and Token Merging (ToMe) do; take them off this MODEL, "
-            "or leave their sites out with the input `blocks` of ΔConv Patch Model"
+            f"ΔConv expected {height} x {width} = {height * width} tokens, got {x.shape[1]}: something tiles "
+            "or merges tokens before the self-attention. HyperTile and Token Merging (ToMe) do; take them "
+            "off this MODEL, or leave their sites out with the input `blocks` of ΔConv Patch Model"
         )
     return height, width

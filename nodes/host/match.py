@@ -20,7 +20,8 @@ def matching_sites(found: Sites, checkpoint: Any, selection: str) -> dict[str, S
         selection: in the language of `deltaconv_core.sites.select`.
 
     Raises:
-        DeltaConvError: another architecture, other channels, sites that only one of the two has, or a selection that
+        DeltaConvError: another architecture, other channels, sites that only one of the two has, or a
+        selection that
             names no site.
     """
     chosen = select(selection, found.sites)
@@ -29,14 +30,15 @@ def matching_sites(found: Sites, checkpoint: Any, selection: str) -> dict[str, S
     if differences or checkpoint.architecture != found.architecture:
         raise DeltaConvError(
             f"the weights are for {_describe(checkpoint.architecture, trained)}, but this MODEL is "
-            f"{_describe(found.architecture, found.channels)}{differences}; choose weights made for this model"
+            f"{_describe(found.architecture, found.channels)}{differences}; choose weights made for this "
+            "model"
         )
     missing = [id for id in chosen if id not in trained]
     if missing:
         raise DeltaConvError(
             f"the weights have blocks for {len(trained)} of the {len(found.sites)} sites of this MODEL "
-            f"({found.architecture}) and none for {_some(missing)}; choose other weights, or leave those sites out "
-            "with the input `blocks`"
+            f"({found.architecture}) and none for {_some(missing)}; choose other weights, or leave those "
+            "sites out with the input `blocks`"
         )
     return {id: found.sites[id] for id in chosen}
 

@@ -1,4 +1,4 @@
-"""ΔConv on a clone of a MODEL: a weightless `forward` at every chosen site, the weights in a patcher of their own."""
+"""ΔConv on a clone of a MODEL: weightless `forward` patches at the sites, weights in a patcher of their own."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class DeltaConvPatch:
         return self
 
     def __deepcopy__(self, memo: dict) -> DeltaConvPatch:
-        # Up to ComfyUI 0.12, cloning a MODEL deep-copies its options; that would load the blocks once per clone.
+        # Up to ComfyUI 0.12, cloning a MODEL deep-copies its options; that would load the blocks once per
+        # clone.
         return self
 
     @property

@@ -1,7 +1,8 @@
 """What one call of the network must know at its sites when ΔConv runs in a part of the sampling only.
 
-ComfyUI hands the noise level to U-Nets' attention, but not to PixArt's, and reading it at every site would wait for
-the GPU every time. So it is read once per call of the model, and kept for the time of that call and no longer.
+ComfyUI hands the noise level to U-Nets' attention, but not to PixArt's, and reading it at every site would
+wait for the GPU every time. So it is read once per call of the model, and kept for the time of that call and
+no longer.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ def current_call(owner: object) -> Call:
     call = _call.get()
     if call is None or call.owner is not owner:
         raise DeltaConvError(
-            "ΔConv was asked to run in a part of the sampling, but something runs this MODEL's network directly, so "
-            "the noise level is not known; set start_percent to 0 and end_percent to 1"
+            "ΔConv was asked to run in a part of the sampling, but something runs this MODEL's network "
+            "directly, so the noise level is not known; set start_percent to 0 and end_percent to 1"
         )
     return call
 

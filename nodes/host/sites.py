@@ -76,8 +76,9 @@ def find_sites(model: Any) -> Sites:
         _read_pixart(network, found)
     if not found.sites:
         raise DeltaConvError(
-            f"this MODEL ({type(model.model).__name__}, {type(network).__name__}) has no self-attention that ΔConv "
-            "can stand in for; it works on U-Nets with spatial self-attention (SD 1.x, SD 2.x, SDXL, ...) and PixArt"
+            f"this MODEL ({type(model.model).__name__}, {type(network).__name__}) has no self-attention that "
+            "ΔConv can stand in for; it works on U-Nets with spatial self-attention (SD 1.x, SD 2.x, SDXL, "
+            "...) and PixArt"
         )
     return found
 
