@@ -129,7 +129,8 @@ def main() -> None:
 
     columns = [*SLOTS, "symmetry", "all"]
     print(
-        f"{len(prompts)} held-out prompts, {args.size}x{args.size}, {args.steps} steps, cfg {args.cfg}, seed {args.seed}"
+        f"{len(prompts)} held-out prompts, {args.size}x{args.size}, {args.steps} steps, "
+        f"cfg {args.cfg}, seed {args.seed}"
     )
     print("| model | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")

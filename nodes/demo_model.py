@@ -1,4 +1,4 @@
-"""ΔConv Demo Model and its empty latent: a small model that comes with the extension, to try everything on."""
+"""ΔConv Demo Model and its empty latent: a small model of our own, to try everything on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from ..demo.files import teacher_file
+from .sockets import CATEGORY
 
 
 class DemoModel(io.ComfyNode):
@@ -16,10 +17,10 @@ class DemoModel(io.ComfyNode):
         return io.Schema(
             node_id="DeltaConvDemoModel",
             display_name="ΔConv Demo Model",
-            category="ΔConv",
+            category=CATEGORY,
             description=(
-                "A small diffusion model that comes with ΔConv: it draws shapes from a few words, in pixel space, "
-                "with self-attention. Made for 48x48 pictures. Decode with the VAE 'pixel_space'."
+                "A small diffusion model that comes with ΔConv: it draws shapes from a few words, in pixel "
+                "space, with self-attention. Made for 48x48 pictures. Decode with the VAE 'pixel_space'."
             ),
             inputs=[],
             outputs=[
@@ -42,9 +43,11 @@ class DemoLatent(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="DeltaConvDemoLatent", display_name="ΔConv Demo Latent", category="ΔConv",
-            description="An empty latent for ΔConv Demo Model, which works on pixels: 3 channels at the
-            picture's size.", inputs=[
+            node_id="DeltaConvDemoLatent",
+            display_name="ΔConv Demo Latent",
+            category=CATEGORY,
+            description="An empty latent for ΔConv Demo Model: 3 channels at the picture's size.",
+            inputs=[
                 io.Int.Input(
                     "width", default=48, min=16, max=1024, step=8, tooltip="Picture width in pixels."
                 ),

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..demo.files import teacher_file
 from ..demo.words import known_words, parse_prompt, token_rows
+from .sockets import CATEGORY
 
 
 class DemoPrompt(io.ComfyNode):
@@ -17,8 +18,8 @@ class DemoPrompt(io.ComfyNode):
         return io.Schema(
             node_id="DeltaConvDemoPrompt",
             display_name="ΔConv Demo Prompt",
-            category="ΔConv",
-            description=f"Words for ΔConv Demo Model; leave it empty for the negative prompt. {known_words()}",
+            category=CATEGORY,
+            description=f"Words for ΔConv Demo Model; none for the negative prompt. {known_words()}",
             inputs=[
                 io.String.Input(
                     "text",
