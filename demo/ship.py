@@ -1,7 +1,7 @@
 """Put trained weights and logs into the repository: ``python -m demo.ship --teacher RUN --student RUN``.
 
-Copies the weights to ``demo/weights``, the logs to ``demo/logs``, and writes size and hash of the ΔConv weights
-into their record in ``weights_manifest.json``.
+Copies the weights to ``demo/weights`` and the logs to ``demo/logs``, and writes size and hash of the ΔConv
+weights into their record in ``weights_manifest.json``.
 """
 
 from __future__ import annotations
