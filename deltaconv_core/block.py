@@ -68,7 +68,7 @@ class DeltaConvBlock(nn.Module):
         self.gates = nn.ModuleList(Stage(spec, operations, **factory) for _ in spec.scales)
         self.conv_out: nn.Linear = operations.Linear(spec.merged, spec.dim, **factory)
         self.conv_pool: nn.Linear = operations.Linear(spec.dim, spec.dim, **factory)
-        if operations is nn:
+        if operations is nn and not self.conv_up.weight.is_meta:
             self.reset_parameters()
 
     @torch.no_grad()

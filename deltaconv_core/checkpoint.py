@@ -9,14 +9,16 @@ equal files.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from .block import DeltaConvBlock
 from .errors import CheckpointError, DeltaConvError
+from .formats import read_published, some
+from .manifest import Form
 from .safefile import Pathlike, read_file, write_file
 from .sites import ARCHITECTURES, site_channels
 from .spec import BlockSpec
@@ -68,17 +70,33 @@ def save_checkpoint(checkpoint: Checkpoint, path: Pathlike) -> None:
     write_file(path, tensors, {HEADER_KEY: json.dumps(description)})
 
 
-def load_checkpoint(path: Pathlike) -> Checkpoint:
-    """Reads a checkpoint. Only safetensors files are ever opened.
+def load_checkpoint(
+    path: Pathlike,
+    *,
+    gate: str | None = None,
+    scales: Sequence[float] | None = None,
+    pooling: str | None = None,
+) -> Checkpoint:
+    """Reads a checkpoint: this package's own file, or any form of the authors' (`formats.py`).
+
+    Only safetensors files are ever opened.
+
+    Args:
+        path: the file.
+        gate, scales, pooling: what every block of the file is to have, where the file does not tell or tells
+            wrong; None takes the file's word, and for the authors' files what they use for the architecture.
 
     Raises:
         CheckpointError: no such file; not a whole safetensors file; another format or format version; NaN or
-            infinite weights; keys or shapes that do not follow from the specs in the header.
+            infinite weights; keys or shapes that do not follow from the specs, or are of no known form.
     """
     header, tensors = read_file(path)
-    if HEADER_KEY not in header:
-        raise CheckpointError(f"{path} is not a ΔConv checkpoint: its header has no {HEADER_KEY!r}")
-    return _from_own_form(str(path), header[HEADER_KEY], tensors)
+    form = Form(gate, None if scales is None else tuple(scales), pooling)
+    if HEADER_KEY in header:
+        return _from_own_form(str(path), header[HEADER_KEY], tensors, form)
+    parts = read_published(str(path), header, tensors, form)
+    blocks = assemble_blocks(str(path), parts.specs, parts.tensors)
+    return Checkpoint(parts.architecture, blocks, parts.base_weights, parts.metadata)
 
 
 def assemble_blocks(
@@ -96,7 +114,7 @@ def assemble_blocks(
     missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing or extra:
         raise CheckpointError(
-            f"{path}: the blocks lack {_some(missing)} and have unknown {_some(extra)}; "
+            f"{path}: the blocks lack {some(missing)} and have unknown {some(extra)}; "
             "the file is incomplete or its header belongs to other weights"
         )
     for key, parameter in expected.items():
@@ -131,17 +149,17 @@ def check_sites(path: str, architecture: str, specs: Mapping[str, BlockSpec]) ->
             )
 
 
-def _from_own_form(path: str, text: str, tensors: Mapping[str, Tensor]) -> Checkpoint:
+def _from_own_form(path: str, text: str, tensors: Mapping[str, Tensor], form: Form) -> Checkpoint:
     description = _read_description(path, text)
     architecture = description.get("architecture", "")
-    specs = _read_specs(path, _object(path, description, "specs"))
+    specs = _read_specs(path, _object(path, description, "specs"), form)
     metadata = _object(path, description, "metadata")
     _check_texts(path, "metadata", metadata)
     check_sites(path, architecture, specs)
     unknown = [key for key in tensors if not key.startswith((BLOCKS, BASE_WEIGHTS))]
     if unknown:
         raise CheckpointError(
-            f"{path}: unknown tensors {_some(unknown)}, expected {BLOCKS}* and {BASE_WEIGHTS}*"
+            f"{path}: unknown tensors {some(unknown)}, expected {BLOCKS}* and {BASE_WEIGHTS}*"
         )
     blocks = assemble_blocks(path, specs, _with_prefix(tensors, BLOCKS))
     return Checkpoint(architecture, blocks, _with_prefix(tensors, BASE_WEIGHTS), metadata)
@@ -164,11 +182,17 @@ def _read_description(path: str, text: str) -> dict[str, Any]:
     return description
 
 
-def _read_specs(path: str, values: Mapping[str, Any]) -> dict[str, BlockSpec]:
+def _read_specs(path: str, values: Mapping[str, Any], form: Form) -> dict[str, BlockSpec]:
     specs = {}
+    told = {key: value for key, value in asdict(form).items() if value is not None}
     for site in values:
         try:
-            specs[site] = BlockSpec.from_dict(_object(path, values, site))
+            stored = BlockSpec.from_dict(_object(path, values, site))
+            if form.scales is not None and len(form.scales) != len(stored.scales):
+                raise DeltaConvError(
+                    f"it has {len(stored.scales)} stages and needs as many scales, got {form.scales}"
+                )
+            specs[site] = replace(stored, **told)
         except CheckpointError:
             raise
         except DeltaConvError as error:
@@ -191,10 +215,3 @@ def _check_texts(path: str, what: str, values: Mapping[str, Any]) -> None:
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-
-
-def _some(keys: Iterable[str], limit: int = 4) -> str:
-    names = sorted(keys)
-    if not names:
-        return "nothing"
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

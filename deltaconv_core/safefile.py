@@ -15,6 +15,7 @@ from torch import Tensor
 from .errors import CheckpointError
 
 Pathlike = str | os.PathLike[str]
+PICKLE_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip, or a protocol number
 
 
 def read_file(path: Pathlike) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -74,17 +75,18 @@ def _check_start(path: Path) -> None:
         raise CheckpointError(f"there is no file {path}")
     size = path.stat().st_size
     with open(path, "rb") as file:
-        start = file.read(8)
-    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        start = file.read(9)  # eight bytes of header length, then the header, a JSON object
+    if int.from_bytes(start[:8], "little") <= size - 8 and start[8:] == b"{":
+        return
+    if start[:2] in PICKLE_STARTS:
         raise CheckpointError(
             f"{path} is a PyTorch pickle, which can run code when opened; only safetensors files are "
             "accepted, so ask for the file in that format"
         )
-    if size < 8 or int.from_bytes(start, "little") > size - 8:
-        raise CheckpointError(
-            f"{path} is truncated or no safetensors file: its {size} bytes are fewer than its start "
-            "announces; download or save it again"
-        )
+    raise CheckpointError(
+        f"{path} is truncated or no safetensors file: its {size} bytes do not begin with a header that fits; "
+        "download or save it again"
+    )
 
 
 def _checked(path: Path, name: str, tensor: Tensor) -> Tensor:

@@ -1,0 +1,67 @@
+"""`convert`: any checkpoint that can be read, written in this package's own format."""
+
+from __future__ import annotations
+
+import argparse
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ..errors import DeltaConvError
+from ..spec import GATES, POOLINGS
+
+HELP = "read a checkpoint of any known form and write it in DeltaConv's own format"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds both files, and what the input may not tell about its blocks."""
+    parser.add_argument("input", metavar="IN", help="a .safetensors checkpoint")
+    parser.add_argument("output", metavar="OUT", help="the file to write")
+    parser.add_argument(
+        "--gate", choices=GATES, help="gate of every block, if IN does not tell or tells wrong"
+    )
+    parser.add_argument(
+        "--scales", type=_scales, metavar="LIST", help="scales of every block, e.g. 1,1/2,1/3"
+    )
+    parser.add_argument("--pooling", choices=POOLINGS, help="pooling of every block")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="store all weights in this dtype (default: as they are)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Reads, casts, writes."""
+    checkpoint = load_checkpoint(
+        options.input, gate=options.gate, scales=options.scales, pooling=options.pooling
+    )
+    if options.dtype is not None:
+        _cast(checkpoint, DTYPES[options.dtype])
+    save_checkpoint(checkpoint, options.output)
+    print(f"wrote {len(checkpoint.blocks)} blocks of {checkpoint.architecture} to {options.output}")
+    return 0
+
+
+def _cast(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    for site, block in checkpoint.blocks.items():
+        for name, parameter in block.named_parameters():
+            _check_range(f"{site}.{name}", parameter, dtype)
+        block.to(dtype)
+    for name, tensor in checkpoint.base_weights.items():
+        _check_range(name, tensor, dtype)
+        checkpoint.base_weights[name] = tensor.to(dtype)
+
+
+def _check_range(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if not tensor.to(dtype).isfinite().all():
+        largest = tensor.abs().max().item()
+        raise DeltaConvError(f"{name} holds {largest:g}, too much for {dtype}; choose bfloat16 or float32")
+
+
+def _scales(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(Fraction(part.strip())) for part in text.split(","))
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"expected numbers like 1,1/2,1/3, got {text!r}") from None
