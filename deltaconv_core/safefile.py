@@ -30,7 +30,8 @@ def read_file(path: Pathlike) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: _checked(path, name, file.get_tensor(name)) for name in file.keys()}
+            names = file.keys()
+            tensors = {name: _checked(path, name, file.get_tensor(name)) for name in names}
     except (SafetensorError, KeyError, OSError, RuntimeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({error}); download or save it again"

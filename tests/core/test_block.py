@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from deltaconv_core import BlockSpec, DeltaConvBlock, DeltaConvError
 from deltaconv_core.reference import reference_block
-from torch.nn import functional as F
 
 VARIANTS = {
     "release": BlockSpec(16, 5),

@@ -10,9 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import deltaconv_core
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import deltaconv_core
 from deltaconv_core import (
     BlockSpec,
     Checkpoint,
@@ -21,8 +24,6 @@ from deltaconv_core import (
     load_checkpoint,
     save_checkpoint,
 )
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 SITE = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 OTHER = "mid_block.attentions.0.transformer_blocks.0.attn1"

@@ -38,8 +38,8 @@ def test_inspect_prints_a_table(path, capsys):
     assert main(["inspect", path]) == 0
     architecture, head, row, blocks, base, *metadata = capsys.readouterr().out.splitlines()
     assert architecture == "architecture: unet-16x1"
-    assert head.split() == "site channels K scales gate merge pooling dtype parameters".split()
-    assert row.split() == [SITE, *"16 5 + bias 1, 0.3333 sigmoid concat average float16 968".split()]
+    assert " ".join(head.split()) == "site channels K scales gate merge pooling dtype parameters"
+    assert " ".join(row.split()) == f"{SITE} 16 5 + bias 1, 0.3333 sigmoid concat average float16 968"
     assert blocks == "blocks: 1, 968 parameters, 0.0 MB"
     assert base == "base weights: 1 tensors, 50 parameters, 0.0 MB"
     assert metadata == ["teacher: a model", "note: two lines  [31mand a color"]

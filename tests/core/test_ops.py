@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from deltaconv_core import BlockSpec, DeltaConvBlock, ops
-from deltaconv_core import reference as slow
 from torch import nn
 from torch.nn import functional as F
+
+from deltaconv_core import BlockSpec, DeltaConvBlock, ops
+from deltaconv_core import reference as slow
 
 SIZES = [(8, 8), (7, 5), (1, 6), (9, 2), (1, 1)]
 

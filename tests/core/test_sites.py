@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from deltaconv_core import DeltaConvError
 from deltaconv_core.sites import ARCHITECTURES, identify, release_specs, select, site_channels
 
