@@ -67,7 +67,11 @@ def prepare_torchvision() -> None:
         return
     import torch
 
-    libraries = [file for ending in ("so", "pyd") for file in Path(spec.submodule_search_locations[0]).glob(f"_C*.{ending}")]
+    libraries = [
+        file
+        for ending in ("so", "pyd")
+        for file in Path(spec.submodule_search_locations[0]).glob(f"_C*.{ending}")
+    ]
     try:
         for library in libraries:
             torch.ops.load_library(library)

@@ -214,7 +214,9 @@ class ComfyServer:
 
     # ---- prompts ----
 
-    def queue(self, prompt: dict[str, Any], on_message: OnMessage | None = None, timeout: float = 600.0) -> dict[str, Any]:
+    def queue(
+        self, prompt: dict[str, Any], on_message: OnMessage | None = None, timeout: float = 600.0
+    ) -> dict[str, Any]:
         """Run an API-format prompt to its end.
 
         Args:
@@ -231,7 +233,9 @@ class ComfyServer:
         """
         return asyncio.run(self._queue(prompt, on_message or (lambda kind, data: None), timeout))
 
-    def run(self, prompt: dict[str, Any], on_message: OnMessage | None = None, timeout: float = 600.0) -> dict[str, Any]:
+    def run(
+        self, prompt: dict[str, Any], on_message: OnMessage | None = None, timeout: float = 600.0
+    ) -> dict[str, Any]:
         """`queue`, but a failed prompt raises; returns the outputs by node id."""
         history = self.queue(prompt, on_message, timeout)
         if message := self.failure(history):
@@ -253,7 +257,10 @@ class ComfyServer:
 
         client = uuid.uuid4().hex
         address = f"{self.url}/ws?clientId={client}"
-        async with aiohttp.ClientSession() as session, session.ws_connect(address, max_msg_size=0) as messages:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.ws_connect(address, max_msg_size=0) as messages,
+        ):
             posted = await asyncio.to_thread(self.post, "/prompt", {"prompt": prompt, "client_id": client})
             prompt_id = posted["prompt_id"]
             try:

@@ -1,0 +1,28 @@
+# make demo   pictures with self-attention and with ΔConv, side by side, from a real ComfyUI
+# make test   every test and check
+#
+# Both make the environment in .venv first. Another Python: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test setup format clean
+
+demo: setup
+	$(BIN)/python scripts/demo.py
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+setup:
+	@$(PYTHON) scripts/make_environment.py
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv output
