@@ -18,6 +18,7 @@ test: setup
 	$(BIN)/pytest
 
 setup:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed; name one: make PYTHON=python3.12")'
 	@$(PYTHON) scripts/make_environment.py
 
 format: setup

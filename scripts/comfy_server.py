@@ -27,7 +27,7 @@ OnMessage = Callable[[str, dict[str, Any]], None]
 
 
 class ServerError(RuntimeError):
-    """The server did not start, or answered with an error. `details` holds its JSON answer, if there was one."""
+    """The server did not start, or answered with an error; `details` is its JSON answer, if it gave one."""
 
     def __init__(self, message: str, details: dict[str, Any] | None = None) -> None:
         super().__init__(message)
@@ -146,7 +146,8 @@ class ComfyServer:
                 pass
             if time.monotonic() > deadline:
                 raise ServerError(
-                    f"ComfyUI did not answer in {self.start_timeout:g} s. The end of its log:\n{self.log[-3000:]}"
+                    f"ComfyUI did not answer in {self.start_timeout:g} s. "
+                    f"The end of its log:\n{self.log[-3000:]}"
                 )
             time.sleep(0.1)
 

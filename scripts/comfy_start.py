@@ -1,8 +1,8 @@
 """Starts ComfyUI's main.py for `ComfyServer`: `python comfy_start.py <host folder> [ComfyUI arguments]`.
 
-Differs from starting main.py directly in three ways: torchvision may lack its compiled operators; the host's own
-extra_model_paths.yaml is left alone, because the server must not see models and nodes from elsewhere; and when
-the program that started it goes away, however it ended, the server goes too.
+Differs from starting main.py directly in three ways: torchvision may lack its compiled operators; the host's
+own extra_model_paths.yaml is left alone, because the server must not see models and nodes from elsewhere; and
+when the program that started it goes away, however it ended, the server goes too.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import time
 import venv
 from pathlib import Path
 
-from comfy_host import REPOSITORY, HostNotFound, find_host
+from comfy_host import REPOSITORY, HostNotFound
 
 ENVIRONMENT = REPOSITORY / ".venv"
 PYTHON = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -28,10 +28,6 @@ NOT_NEEDED = {"torchaudio"}
 
 
 def main() -> None:
-    if sys.version_info < (3, 10):
-        sys.exit(
-            f"Python 3.10 or later is needed, this is {sys.version.split()[0]}; name another: make PYTHON=python3.12"
-        )
     fingerprint = what_it_depends_on()
     if STAMP.is_file() and STAMP.read_text(encoding="utf-8") == fingerprint:
         say(f"The environment in {ENVIRONMENT.name} is complete.")

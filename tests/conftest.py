@@ -1,4 +1,4 @@
-"""Fixtures that every room's tests share. What they start is a real ComfyUI; `scripts/comfy_host.py` says which."""
+"""Fixtures that every room's tests share; `scripts/comfy_host.py` says which ComfyUI they use."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-import comfy_host as host_finder
 import pytest
+
+import comfy_host as host_finder
 from comfy_server import ComfyServer
 
-# `python -m pytest` puts the repository's root on the path, where `nodes` would hide ComfyUI's module of that name.
+# `python -m pytest` puts the repository's root on the path, where `nodes` would hide ComfyUI's `nodes`.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != host_finder.REPOSITORY]
 
 
 @pytest.fixture(scope="session")
 def comfy_host() -> Path:
-    """ComfyUI's folder, with ComfyUI importable in this process (on the CPU, folders in a temporary directory)."""
+    """ComfyUI's folder; ComfyUI can be imported in this process (CPU, folders in a temporary directory)."""
     return host_finder.import_comfy()
 
 
 @pytest.fixture(scope="session")
 def pack(comfy_host: Path) -> ModuleType:
-    """This repository as the package ComfyUI makes of it; its modules: `import_module(".nodes.x", pack.__name__)`."""
+    """This repository as the package ComfyUI makes; inside it: `import_module(".x", pack.__name__)`."""
     return host_finder.import_pack()
 
 
