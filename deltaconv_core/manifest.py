@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from .errors import ManifestError
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).resolve().parent
 REPOSITORY = PACKAGE.parent
 SCHEMA = PACKAGE / "manifest.schema.json"
 SUFFIX = ".safetensors"

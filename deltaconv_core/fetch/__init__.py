@@ -53,6 +53,8 @@ def resolve(
             verify(path, record, check=check)
         else:
             _fetch(record, record.source, path, progress, check)
+    except ImportError as error:
+        raise FetchError(f"fetching needs {error.name}: pip install {error.name}") from error
     except (FetchError, OSError) as error:
         raise FetchError(f"{record.name}: {error}. {_by_hand(record, record.source, folder)}") from error
     return path

@@ -43,11 +43,14 @@ def check_address(url: str, *, proxied: bool = False) -> None:
     """Raise FetchError for anything but https to a public address."""
     parts = urlsplit(url)
     host = parts.hostname or ""
+    testing = os.environ.get(ALLOW_LOOPBACK) == "1"
+    if parts.scheme != "https" and not (testing and parts.scheme == "http"):
+        raise FetchError(f"refused {url}: only https is fetched")
     addresses = _addresses(host, parts.port or 443, proxied)
-    if os.environ.get(ALLOW_LOOPBACK) == "1" and addresses and all(a.is_loopback for a in addresses):
+    if testing and addresses and all(address.is_loopback for address in addresses):
         return
     if parts.scheme != "https":
-        raise FetchError(f"refused {url}: only https is fetched")
+        raise FetchError(f"refused {url}: http is for this machine only")
     for address in addresses:
         if not address.is_global or address.is_multicast:
             raise FetchError(f"refused {url}: {host} is {address}, which is not a public address")
@@ -56,14 +59,12 @@ def check_address(url: str, *, proxied: bool = False) -> None:
 def _addresses(host: str, port: int, proxied: bool) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
     flags = socket.AI_NUMERICHOST if proxied and host != "localhost" else 0
     try:
-        found = {
-            str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
-        }
+        entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
     except (OSError, UnicodeError) as error:
         if proxied:
             return []
         raise requests.ConnectionError(f"{host}: {error}") from error
-    return [_unmapped(ipaddress.ip_address(text.partition("%")[0])) for text in sorted(found)]
+    return [_unmapped(ipaddress.ip_address(str(entry[4][0]).partition("%")[0])) for entry in entries]
 
 
 def _unmapped(

@@ -39,12 +39,10 @@ def download(source: HubSource, part: Part, size: int | None, sha256: str | None
     Raises:
         FetchError: the Hub does not give the file, or states another size or hash.
     """
-    try:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
-        from huggingface_hub.file_download import http_get
-        from huggingface_hub.utils import build_hf_headers
-    except ImportError:
-        raise FetchError("fetching from the Hub needs huggingface_hub: pip install huggingface_hub") from None
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined,unused-ignore]
+
     url = hf_hub_url(source.repo, source.file, revision=source.revision)
     try:
         metadata = get_hf_file_metadata(url)
@@ -60,7 +58,7 @@ def download(source: HubSource, part: Part, size: int | None, sha256: str | None
             part.expect(metadata.size, size)
         http_get(
             hf_hub_url(source.repo, source.file, revision=metadata.commit_hash),
-            part,  # type: ignore[arg-type]  # has the methods of a file that http_get uses
+            part,  # type: ignore[arg-type,unused-ignore]  # has the methods of a file that http_get uses
             resume_size=part.tell(),
             headers=build_hf_headers(),
             expected_size=metadata.size,

@@ -10,6 +10,8 @@ from types import TracebackType
 
 from ..errors import FetchError
 
+LARGEST_HEADER = 100_000_000  # bytes; safetensors refuses larger ones
+
 
 class Part:
     """`<file>.part`, opened where the last fetch stopped, with `<file>.part.id` that says of what it is a
@@ -25,11 +27,11 @@ class Part:
         self.name = str(path)
         self.total: int | None = None  # bytes of the whole file, once known
         self._identity_path = path.with_name(path.name + ".id")
-        if path.is_symlink():
-            path.unlink()  # never write through a link
+        if path.is_symlink() or not _begins_well(path):
+            path.unlink(missing_ok=True)  # never write through a link, nor go on from the page of a login
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._file = open(path, "ab", buffering=0)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def __enter__(self) -> Part:
         return self
@@ -119,3 +121,12 @@ class Part:
     def _check_open(self) -> None:
         if self._closed.is_set():
             raise FetchError(f"{self.path} is closed")
+
+
+def _begins_well(path: Path) -> bool:
+    """Whether the file begins as safetensors do: the length of a JSON header, then its first letter."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= LARGEST_HEADER
