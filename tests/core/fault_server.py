@@ -59,6 +59,13 @@ class Content:
         self.size = self.path.stat().st_size if self.path else len(self.body)
         self.etag = f'"{hashlib.md5(self.body).hexdigest()}"' if self.etag is None else self.etag
 
+    def digest(self, kind: str) -> str:
+        digest = hashlib.new(kind)
+        with self.open() as file:
+            while block := file.read(PIECE):
+                digest.update(block)
+        return digest.hexdigest()
+
     def open(self) -> BinaryIO:
         return open(self.path, "rb") if self.path else io.BytesIO(self.body)
 
@@ -110,7 +117,7 @@ class HubServer(FaultServer):
         self.files[f"/{repo}/{file}"] = content
 
     def headers_for(self, content: Content) -> dict[str, str]:
-        digest = (hashlib.sha256 if self.states_hash else hashlib.sha1)(content.body).hexdigest()
+        digest = content.digest("sha256" if self.states_hash else "sha1")
         return {
             "X-Repo-Commit": self.COMMIT,
             "X-Linked-Etag": f'"{digest}"',
