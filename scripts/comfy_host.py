@@ -56,6 +56,7 @@ def find_host(environ: Mapping[str, str] = os.environ, repository: Path = REPOSI
     )
 
 
+@functools.cache
 def prepare_torchvision() -> None:
     """Let `import torchvision` succeed where its compiled operators do not load.
 
