@@ -43,4 +43,4 @@ class LoadWeights(io.ComfyNode):
             f"{weights}: {len(checkpoint.blocks)} blocks for {checkpoint.architecture} "
             f"({parameters / 1e6:.3g} M parameters), {len(checkpoint.base_weights)} base weights."
         )
-        return io.NodeOutput(checkpoint, ui=ui.PreviewText(tell(Report([line]), cls.hidden.unique_id)))
+        return io.NodeOutput(checkpoint, ui=ui.PreviewText(tell(Report([line]), cls.hidden)))

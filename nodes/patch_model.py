@@ -105,4 +105,4 @@ class PatchModel(io.ComfyNode):
             name = folder.recommended(find_sites(model).architecture) if weights == folder.AUTO else weights
             deltaconv = folder.load(name)
         patched, report = apply_checkpoint(model, deltaconv, settings)
-        return io.NodeOutput(patched, ui=ui.PreviewText(tell(report, cls.hidden.unique_id)))
+        return io.NodeOutput(patched, ui=ui.PreviewText(tell(report, cls.hidden)))

@@ -1,4 +1,4 @@
-"""ΔConv on a clone of a MODEL: weightless `forward` patches at the sites, weights in a patcher of their own."""
+"""ΔConv on a clone of a MODEL: weightless `forward` patches at the sites, and a patcher for the weights."""
 
 from __future__ import annotations
 

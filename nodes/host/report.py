@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -21,13 +22,18 @@ class Report:
         return "\n".join([*self.lines, *(f"Warning: {warning}." for warning in self.warnings)])
 
 
-def tell(report: Report, node_id: str | None) -> str:
-    """Logs the report and shows it under the node; returns its text for the node's outputs."""
+def tell(report: Report, hidden: Any) -> str:
+    """Logs the report and shows it under the node; returns its text for the node's outputs.
+
+    Args:
+        report: what to say.
+        hidden: the node's hidden inputs; None when it was not called by ComfyUI's executor.
+    """
     log.info("%s", " ".join(report.lines))
     for warning in report.warnings:
         log.warning("ΔConv: %s", warning)
-    if node_id is not None:
-        _show(report.text, node_id)
+    if hidden is not None and hidden.unique_id is not None:
+        _show(report.text, hidden.unique_id)
     return report.text
 
 

@@ -1,0 +1,40 @@
+"""Fixtures of the tests that run in a real ComfyUI."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from small_models import in_pack, make_checkpoint, make_pixart, make_unet, same_state, state
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nodes_of_the_pack(pack) -> Any:
+    """The pack's nodes, imported; the model folder is registered then."""
+    return in_pack(pack, "nodes")
+
+
+@pytest.fixture
+def unet():
+    """A small U-Net MODEL; whatever the test does, its weights must be the same bits afterwards."""
+    model = make_unet()
+    before = state(model)
+    yield model
+    model.detach()
+    assert same_state(before, model)
+
+
+@pytest.fixture
+def pixart():
+    """A small PixArt MODEL; likewise."""
+    model = make_pixart()
+    before = state(model)
+    yield model
+    model.detach()
+    assert same_state(before, model)
+
+
+@pytest.fixture
+def checkpoint(pack, unet):
+    """Blocks for every site of `unet`."""
+    return make_checkpoint(pack, unet)
