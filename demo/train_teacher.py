@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument(
         "--small-steps", type=int, default=2000, help="steps at 32x32 before 48x48 (default 2000)"
     )
-    parser.add_argument("--steps", type=int, default=3500, help="all steps (default 3500)")
+    parser.add_argument("--steps", type=int, default=3900, help="all steps (default 3900)")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures per step (default 32)")
     parser.add_argument("--lr", type=float, default=8e-4, help="peak learning rate of AdamW (default 8e-4)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, pictures and noise (default 0)")
