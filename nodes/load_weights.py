@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from .host import folder
+from .host.apply import assumptions
 from .host.report import Report, tell
 from .sockets import CATEGORY, Weights
 
@@ -43,4 +44,6 @@ class LoadWeights(io.ComfyNode):
             f"{weights}: {len(checkpoint.blocks)} blocks for {checkpoint.architecture} "
             f"({parameters / 1e6:.3g} M parameters), {len(checkpoint.base_weights)} base weights."
         )
-        return io.NodeOutput(checkpoint, ui=ui.PreviewText(tell(Report([line]), cls.hidden)))
+        return io.NodeOutput(
+            checkpoint, ui=ui.PreviewText(tell(Report([line], assumptions(checkpoint)), cls.hidden))
+        )

@@ -47,7 +47,7 @@ def apply_checkpoint(model: Any, checkpoint: Any, settings: Settings) -> tuple[A
     found = find_sites(model)
     sites = matching_sites(found, checkpoint, settings.blocks)
     bare = without_patch(model)
-    warnings = conflicts(bare, sites)
+    warnings = [*assumptions(checkpoint), *conflicts(bare, sites)]
     clone, patch = add_patch(bare, sites, checkpoint.blocks, settings.sampling)
     base = _base_weights(clone, patch, found, checkpoint, settings.base_strength)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, warn_when_sampling(sites, warnings))
@@ -55,6 +55,11 @@ def apply_checkpoint(model: Any, checkpoint: Any, settings: Settings) -> tuple[A
     if find_patch(model) is not None:
         lines.append("The ΔConv that was on this MODEL before is replaced as a whole.")
     return clone, Report(lines, warnings)
+
+
+def assumptions(checkpoint: Any) -> list[str]:
+    """What the file did not tell and was guessed when it was read."""
+    return [checkpoint.metadata["assumed"]] if "assumed" in checkpoint.metadata else []
 
 
 def _what(found: Sites, patch: DeltaConvPatch) -> str:

@@ -15,7 +15,7 @@ import torch
 from ...deltaconv_core.checkpoint import Checkpoint, load_checkpoint
 from ...deltaconv_core.errors import DeltaConvError, ManifestError
 from ...deltaconv_core.fetch import resolve
-from ...deltaconv_core.manifest import Manifest, Record, load_manifest
+from ...deltaconv_core.manifest import Form, Manifest, Record, load_manifest
 
 FOLDER = "deltaconv"
 AUTO = "auto"
@@ -59,10 +59,11 @@ def load(name: str) -> Checkpoint:
     Raises:
         DeltaConvError: no such choice, or a file that cannot be fetched or read.
     """
-    path = _locate(name)
+    path, record = _locate(name), _manifest().for_file(name)
+    form = record.form if record else Form()
     # Nodes run in inference mode, and tensors made there can never take part in training.
     with torch.inference_mode(False):
-        return load_checkpoint(path)
+        return load_checkpoint(path, gate=form.gate, scales=form.scales, pooling=form.pooling)
 
 
 def fingerprint(name: str) -> list[Any]:

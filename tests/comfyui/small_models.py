@@ -15,12 +15,12 @@ def in_pack(pack: Any, module: str) -> Any:
     return import_module(f".{module}", pack.__name__)
 
 
-def unet_config(**changes: Any) -> dict[str, Any]:
-    """A U-Net of two levels with 5 sites: 32 channels down and up, 64 in the second level and the middle."""
+def unet_config(channels: int = 4, **changes: Any) -> dict[str, Any]:
+    """A U-Net of two levels with 5 sites: 32 channels in the first level, 64 in the second and the middle."""
     config = {
         "image_size": 32,
-        "in_channels": 4,
-        "out_channels": 4,
+        "in_channels": channels,
+        "out_channels": channels,
         "model_channels": 32,
         "num_res_blocks": [1, 1],
         "channel_mult": [1, 2],
@@ -42,12 +42,17 @@ def unet_config(**changes: Any) -> dict[str, Any]:
 def make_unet(
     dtype: torch.dtype = torch.float32, manual_cast: torch.dtype | None = None, **changes: Any
 ) -> Any:
-    """A ModelPatcher with random weights, always the same ones."""
+    """A ModelPatcher with random weights, always the same ones; `changes` go to `unet_config`."""
+    import comfy.latent_formats
     import comfy.supported_models_base
+
+    class Latent(comfy.latent_formats.LatentFormat):
+        latent_channels = changes.get("channels", 4)
 
     class Tiny(comfy.supported_models_base.BASE):
         unet_extra_config: ClassVar[dict[str, Any]] = {}
         memory_usage_factor = 1.0
+        latent_format = Latent
 
     return _patcher(Tiny(unet_config(**changes)), dtype, manual_cast)
 

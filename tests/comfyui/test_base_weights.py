@@ -1,0 +1,136 @@
+"""Weights of the base model that come with published blocks."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from small_models import (
+    in_pack,
+    make_checkpoint,
+    make_pixart,
+    make_unet,
+    patch,
+    relative_error,
+    run_patch_node,
+    same_state,
+    sample,
+    state,
+)
+
+NAME = "down_blocks.1.resnets.0.conv1"
+KEY = "diffusion_model.input_blocks.3.0.in_layers.2"
+
+
+@pytest.fixture
+def published(pack, unet, checkpoint):
+    """Blocks and one convolution: half as large again as the model's, with its bias."""
+    checkpoint.base_weights = {
+        f"{NAME}.{part}": unet.model.state_dict()[f"{KEY}.{part}"] * 1.5 for part in ("weight", "bias")
+    }
+    return checkpoint
+
+
+def with_factor(pack, checkpoint, factor):
+    """What comes out when the convolution of the base model itself is changed."""
+    model = make_unet()
+    for part in ("weight", "bias"):
+        model.model.state_dict()[f"{KEY}.{part}"].mul_(factor)
+    return sample(patch(pack, model, checkpoint, base_weights="leave out"))
+
+
+@pytest.mark.parametrize(("strength", "factor"), [(1.0, 1.5), (0.5, 1.25), (0.0, 1.0)])
+def test_strength_mixes_the_two(pack, unet, published, strength, factor):
+    patched = sample(patch(pack, unet, published, strength=strength))
+    assert relative_error(patched, with_factor(pack, published, factor)) < 1e-5
+
+
+def test_left_out(pack, unet, published):
+    output = run_patch_node(pack, unet, published, base_weights="leave out")
+    assert output.args[0].patches == {}
+    assert torch.equal(sample(output.args[0]), with_factor(pack, published, 1.0))
+    text = output.ui.as_dict()["text"][0]
+    assert "2 tensors of ResNet convolutions, left out; they are 50.00% away" in text
+
+
+@pytest.mark.parametrize(
+    ("factor", "said"),
+    [
+        (1.5, f"50.00% away from the loaded model's (at most 50.00%, at {NAME}."),
+        (1.0, "the same as the loaded"),
+    ],
+)
+def test_the_difference_is_told(pack, unet, published, factor, said):
+    own = unet.model.state_dict()[f"{KEY}.weight"]
+    published.base_weights = {f"{NAME}.weight": own * factor}
+    text = run_patch_node(pack, unet, published).ui.as_dict()["text"][0]
+    assert "applied with strength 1 at every step" in text and said in text
+
+
+def test_the_difference_is_to_the_model_without_any_patch(pack, unet, published):
+    """Also while a clone is loaded whose patches stand in the weights."""
+    first = patch(pack, unet, published)
+    sample(first)
+    text = run_patch_node(pack, first, published).ui.as_dict()["text"][0]
+    assert "50.00% away" in text
+
+
+def test_a_lora_acts_the_same_before_and_after(pack, unet, published):
+    delta = {f"{KEY}.weight": (torch.full_like(unet.model.state_dict()[f"{KEY}.weight"], 0.02),)}
+    before, after = unet.clone(), patch(pack, unet, published)
+    before.add_patches(delta, 0.7)
+    after.add_patches(delta, 0.7)
+    outputs = [sample(patch(pack, before, published)), sample(after)]
+    assert relative_error(*outputs) < 1e-5
+    assert not torch.equal(outputs[0], sample(patch(pack, unet, published)))
+
+
+def test_patching_again_takes_the_earlier_ones_away(pack, unet, published, checkpoint):
+    lora = unet.clone()
+    lora.add_patches({f"{KEY}.bias": (torch.ones(64),)})
+    twice = patch(pack, patch(pack, lora, published), published)
+    assert {k: len(p) for k, p in twice.patches.items()} == {f"{KEY}.weight": 1, f"{KEY}.bias": 2}
+    bare = copy.copy(published)
+    bare.base_weights = {}
+    assert {k: len(p) for k, p in patch(pack, twice, bare).patches.items()} == {f"{KEY}.bias": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("down_blocks.5.resnets.0.conv1.weight", (64, 32, 3, 3), "no such weight"),
+        (f"{NAME}.weight", (64, 32, 1, 1), r"\(64, 32, 1, 1\), this MODEL .* has \(64, 32, 3, 3\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused_unless_left_out(pack, unet, checkpoint, name, shape, message):
+    core = in_pack(pack, "deltaconv_core")
+    checkpoint.base_weights = {name: torch.ones(shape)}
+    with pytest.raises(core.DeltaConvError, match=message):
+        run_patch_node(pack, unet, checkpoint)
+    output = run_patch_node(pack, unet, checkpoint, base_weights="leave out")
+    assert "they do not fit" in output.ui.as_dict()["text"][0]
+
+
+def test_a_model_without_convolutions(pack):
+    core = in_pack(pack, "deltaconv_core")
+    model = make_pixart()
+    checkpoint = make_checkpoint(pack, model)
+    checkpoint.base_weights = {f"{NAME}.weight": torch.ones(1)}
+    with pytest.raises(core.DeltaConvError, match="dit-48x2.*no such weight"):
+        run_patch_node(pack, model, checkpoint)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+def test_smaller_base_dtypes(pack, dtype):
+    model = make_unet(dtype, torch.float32)
+    before = state(model)
+    checkpoint = make_checkpoint(pack, model)
+    checkpoint.base_weights = {f"{NAME}.weight": before[f"{KEY}.weight"].float() * 1.5}
+    output = run_patch_node(pack, model, checkpoint)
+    assert "50.00% away" in output.ui.as_dict()["text"][0]
+    assert not torch.equal(
+        sample(output.args[0]), sample(patch(pack, model, checkpoint, base_weights="leave out"))
+    )
+    model.detach()
+    assert same_state(before, model)
