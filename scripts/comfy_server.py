@@ -62,7 +62,7 @@ class ComfyServer:
         *,
         pytorch_attention: bool = True,
         environment: dict[str, str] | None = None,
-        start_timeout: float = 180.0,
+        start_timeout: float = 300.0,
     ) -> None:
         self.pack = pack
         self.extra_args = [*(["--use-pytorch-cross-attention"] if pytorch_attention else []), *extra_args]

