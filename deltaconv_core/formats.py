@@ -16,7 +16,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from typing import NamedTuple
 
 from torch import Tensor
@@ -68,13 +68,11 @@ def read_published(path: str, header: Mapping[str, str], tensors: Mapping[str, T
     """
     blocks, base_weights = _sorted_keys(path, _without_prefixes(path, tensors))
     _add_absent_biases(path, blocks)
-    told = _from_header(path, header)
-    form = Form(*(b if a is None else a for a, b in zip(astuple(form), astuple(told), strict=True)))
+    form = _first_known(form, _from_header(path, header))
     specs: dict[str, BlockSpec] = {}
     renamed: dict[str, Tensor] = {}
-    for site, named in blocks.items():
-        spec, own = _read_block(path, site, named, form)
-        specs[site] = spec
+    for site in sorted(blocks, key=lambda s: re.sub(r"\d+", lambda number: number[0].zfill(9), s)):
+        specs[site], own = _read_block(path, site, blocks[site], form)
         renamed |= {f"{site}.{name}": tensor for name, tensor in own.items()}
     metadata = {key: text for key, text in header.items() if key != "format"}
     if form.scales is None and any(len(spec.scales) > 2 for spec in specs.values()):
@@ -154,6 +152,10 @@ def _from_header(path: str, header: Mapping[str, str]) -> Form:
     return Form(header.get("gate"), scales, header.get("pooling"))
 
 
+def _first_known(form: Form, other: Form) -> Form:
+    return Form(*(b if a is None else a for a, b in zip(astuple(form), astuple(other), strict=True)))
+
+
 def _read_block(
     path: str, site: str, named: Mapping[str, Tensor], form: Form
 ) -> tuple[BlockSpec, dict[str, Tensor]]:
@@ -168,31 +170,36 @@ def _read_block(
             f"{path}: the block at {site} has no conv_up.weight or no depth-wise kernel, only {some(named)}"
         )
     own = {name: _projection(path, site, name, t) for name, t in named.items() if name.startswith("conv_")}
-    inter, dim = own["conv_up.weight"].shape
+    inter = own["conv_up.weight"].shape[0]
     for name, tensor in named.items():
         if name not in own:
             own[name] = _kernel(path, site, name, tensor, inter) if name.endswith(".weight") else tensor
-    usual_pooling = "bilinear" if earlier else "average"
-    usual_gate = "sigmoid" if earlier or site.startswith("transformer_blocks.") else "simple"
-    scales = USUAL_SCALES.get(len(stages)) if form.scales is None else form.scales
-    if scales is None or len(scales) != len(stages):
+    usual = Form(
+        gate="sigmoid" if earlier or site.startswith("transformer_blocks.") else "simple",
+        scales=USUAL_SCALES.get(len(stages)),
+        pooling="bilinear" if earlier else "average",
+    )
+    return _spec(path, site, own, len(stages), _first_known(form, usual)), own
+
+
+def _spec(path: str, site: str, own: Mapping[str, Tensor], stages: int, form: Form) -> BlockSpec:
+    if form.scales is None or len(form.scales) != stages:
         raise CheckpointError(
-            f"{path}: the block at {site} has {len(stages)} stages and needs as many scales, got {scales}; "
+            f"{path}: the block at {site} has {stages} stages and needs as many scales, got {form.scales}; "
             "give them (scales=..., or --scales of the convert command)"
         )
+    inter, dim = own["conv_up.weight"].shape
+    kernel = next(tensor for name, tensor in own.items() if name.endswith("conv_spatial.weight"))
     try:
-        spec = BlockSpec(
+        return BlockSpec(
             dim=dim,
-            kernel_size=own[stages[0]].shape[-1],
-            scales=scales,
-            gate=usual_gate if form.gate is None else form.gate,
-            pooling=usual_pooling if form.pooling is None else form.pooling,
+            kernel_size=kernel.shape[-1],
             depthwise_bias=any(name.endswith("conv_spatial.bias") for name in own),
             ratio=_ratio(inter, dim),
+            **{key: value for key, value in asdict(form).items() if value is not None},
         )
     except DeltaConvError as error:
         raise CheckpointError(f"{path}: the block at {site} cannot be: {error}") from error
-    return spec, own
 
 
 def _own_name(name: str) -> str:
@@ -215,10 +222,9 @@ def _projection(path: str, site: str, name: str, tensor: Tensor) -> Tensor:
 def _kernel(path: str, site: str, name: str, tensor: Tensor, channels: int) -> Tensor:
     """[channels, 1, K, K] from itself or from the release's [K, K, channels]."""
     shape = tuple(tensor.shape)
-    size = shape[-1] if len(shape) == 4 else shape[0]
-    if shape == (size, size, channels):
+    if len(shape) == 3 and shape == (shape[0], shape[0], channels):
         return tensor.permute(2, 0, 1).unsqueeze(1).contiguous()
-    if shape == (channels, 1, size, size):
+    if len(shape) == 4 and shape == (channels, 1, shape[3], shape[3]):
         return tensor
     raise CheckpointError(
         f"{path}: {name} of the block at {site} has shape {shape}, "
@@ -228,7 +234,8 @@ def _kernel(path: str, site: str, name: str, tensor: Tensor, channels: int) -> T
 
 def _ratio(inter: int, dim: int) -> float:
     """A ratio with int(dim * ratio) == inter, as plain as possible."""
-    return next(r for r in (0.5, inter / dim, (inter + 0.5) / dim) if int(dim * r) == inter)
+    ratios = (0.5, inter / max(dim, 1), (inter + 0.5) / max(dim, 1))
+    return next((ratio for ratio in ratios if int(dim * ratio) == inter), 0.5)
 
 
 def _architecture(path: str, specs: Mapping[str, BlockSpec]) -> str:

@@ -31,7 +31,7 @@ def module(*arguments, **more):
     """Runs `python -m deltaconv_core` as a user does."""
     root = Path(deltaconv_core.__file__).parents[1]
     command = [sys.executable, "-m", "deltaconv_core", *arguments]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, **more)
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=500, **more)
 
 
 def test_inspect_prints_a_table(path, capsys):

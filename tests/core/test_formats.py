@@ -151,6 +151,12 @@ def test_biases_and_numbers_of_stages(path, layout, stages, bias, projection_bia
     assert_same_outputs(checkpoint, twins, "sigmoid", scales)
 
 
+def test_blocks_come_in_the_order_of_the_network(path):
+    twins = {f"transformer_blocks.{i}": Twin(4, 1) for i in range(12)}
+    sites = list(load_checkpoint(write(path, twins, release)).blocks)
+    assert sites == [f"transformer_blocks.{i}.attn1" for i in range(12)]
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("places", [UNET, PIXART])
 def test_the_earlier_block(path, places, bias):
@@ -242,6 +248,10 @@ def edited(**changes):
             edited(conv_up__weight=torch.ones(4, 8, 3, 3)),
             ["(4, 8, 3, 3), expected (out, in) or (out, in, 1, 1)"],
         ),
+        (edited(conv_up__weight=torch.ones(4, 0)), ["dim"]),
+        (edited(conv_up__weight=torch.ones(0, 8)), ["expected (K, K, 0)"]),
+        (edited(conv_up__weight=torch.ones(())), ["(), expected (out, in)"]),
+        (edited(gates__0__conv_spatial__weight=torch.ones(())), ["(), expected (K, K, 4)"]),
         (edited(conv_up__weight=torch.ones(4)), ["conv_up.weight", "(4,), expected (out, in)"]),
         (edited(conv_out__weight=torch.ones(8, 6)), ["conv_out.weight has shape (8, 6), expected (8, 4)"]),
         (edited(conv_pool__bias=torch.ones(4)), ["conv_pool.bias has shape (4,), expected (8,)"]),
