@@ -2,8 +2,8 @@
 
     python benchmarks/fetch_memory.py [--gigabytes 1.3]
 
-Prints, for an https address and for the Hub, the highest resident memory during the fetch above that of the same
-process before it (from /proc, so on Linux), and exits with status 1 when one of them is 200 MB or more.
+Prints, for an https address and for the Hub, the highest resident memory during the fetch above that of the
+same process before it (from /proc, so on Linux), and exits with status 1 when it is 200 MB or more.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ hostile until it passed the schema (`manifest.schema.json`) and the checks of th
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .errors import ManifestError
+
+log = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).resolve().parent
 REPOSITORY = PACKAGE.parent
@@ -219,8 +222,16 @@ def load_manifest(extra: Path | None = None) -> Manifest:
         raise problems[0]
     if extra is not None and extra.is_file():
         own, problems = _read(extra)
+        for problem in problems:
+            _tell(str(problem))
         records = {name: record for name, record in records.items() if name not in own} | own
     return Manifest(records, tuple(problems))
+
+
+@cache
+def _tell(problem: str) -> None:
+    """Log a problem once, however often the list is read."""
+    log.warning("left out of the list of weights: %s", problem)
 
 
 def builtin_path() -> Path:

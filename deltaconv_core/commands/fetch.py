@@ -9,7 +9,7 @@ from pathlib import Path
 from ..cli import printable
 from ..errors import DeltaConvError
 from ..fetch import resolve
-from ..manifest import Manifest, Record, load_manifest
+from ..manifest import REPOSITORY, Manifest, Record, load_manifest
 
 HELP = "fetch published weights, or list them"
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--folder",
         metavar="DIR",
         type=Path,
-        default=Path("models/deltaconv"),
+        default=default_folder(),
         help="model folder; its manifest.json, where there is one, adds to the list (default: %(default)s)",
     )
     parser.add_argument("--list", action="store_true", help="list all weights; opens no connection")
@@ -44,13 +44,18 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def default_folder() -> Path:
+    """ComfyUI's model folder when the repository lies in its custom_nodes, else one in the current folder."""
+    if REPOSITORY.parent.name == "custom_nodes":
+        return REPOSITORY.parents[1] / "models" / "deltaconv"
+    return Path("models/deltaconv")
+
+
 def _print_list(manifest: Manifest, folder: Path) -> int:
     for record in manifest:
         there = "here" if record.local_path(folder).is_file() else "to fetch"
         print(printable(f"{record.name}  [{there}]  {record.architecture}{_auto(record)}  {record.title}"))
         print(printable(f"    licence: {record.licence}. {record.note}"))
-    for problem in manifest.problems:
-        logging.warning("left out: %s", printable(str(problem)))
     return 0
 
 

@@ -100,6 +100,7 @@ def _fetch(
             except FetchError:
                 part.restart("")  # these bytes are wrong; there is nothing to go on from
                 raise
+            part.flush()
         os.replace(part.path, path)
         part.forget()
     log.info("fetched %s", path)

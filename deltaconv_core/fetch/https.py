@@ -56,7 +56,8 @@ def download(url: str, part: Part, size: int | None, sha256: str | None) -> None
             if failures >= ATTEMPTS:
                 raise FetchError(f"{url}: {error}") from error
             log.warning("%s: %s; trying again", url, error)
-            part.wait(PAUSE * 2 ** (failures - 1))
+            if part.wait(PAUSE * 2 ** (failures - 1)):
+                return
 
 
 def _attempt(url: str, part: Part, size: int | None, sha256: str | None) -> None:

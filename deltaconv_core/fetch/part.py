@@ -14,8 +14,7 @@ LARGEST_HEADER = 100_000_000  # bytes; safetensors refuses larger ones
 
 
 class Part:
-    """`<file>.part`, opened where the last fetch stopped, with `<file>.part.id` that says of what it is a
-    part.
+    """`<file>.part`, opened where the last fetch stopped; `<file>.part.id` says what the bytes belong to.
 
     It has the methods of a binary file that huggingface_hub uses (write, tell, seek, truncate, name). After
     `close` every change is refused: a thread that is still stuck in a read cannot write into a part that
@@ -27,8 +26,11 @@ class Part:
         self.name = str(path)
         self.total: int | None = None  # bytes of the whole file, once known
         self._identity_path = path.with_name(path.name + ".id")
-        if path.is_symlink() or not _begins_well(path):
-            path.unlink(missing_ok=True)  # never write through a link, nor go on from the page of a login
+        for own in (path, self._identity_path):
+            if own.is_symlink():
+                own.unlink()  # never write through a link
+        if not _begins_well(path):
+            path.unlink(missing_ok=True)  # the page of a login, for example
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
@@ -40,12 +42,11 @@ class Part:
         self.close()
 
     def close(self) -> None:
-        """Write what arrived to the disk; leave nothing behind when nothing arrived."""
+        """Stop all writing; leave nothing behind when nothing arrived."""
         with self._lock:
             if self._closed.is_set():
                 return
             self._closed.set()
-            os.fsync(self._file.fileno())
             size = self._file.tell()
             self._file.close()
         if size == 0:
@@ -92,9 +93,14 @@ class Part:
                 f"{missing} bytes are to be fetched, but {self.path.parent} has {free} bytes free"
             )
 
-    def wait(self, seconds: float) -> None:
-        """Pause; ends early when the part is closed."""
-        self._closed.wait(seconds)
+    def flush(self) -> None:
+        """Have the system write all bytes to the disk, so that a power cut leaves no hole behind the name."""
+        with self._lock:
+            os.fsync(self._file.fileno())
+
+    def wait(self, seconds: float) -> bool:
+        """Pause; ends early, with True, when the part is closed."""
+        return self._closed.wait(seconds)
 
     def write(self, data: bytes) -> int:
         with self._lock:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import FetchError
-from ..manifest import Record
+from ..manifest import Record, RepositorySource
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def verify(
     """
     size = path.stat().st_size
     if record.size is not None and size != record.size:
-        raise FetchError(f"{path} has {size} bytes, expected {record.size}; {_remedy(final)}")
+        raise FetchError(f"{path} has {size} bytes, expected {record.size}; {_remedy(record, final)}")
     _check_header(path)
     pin = pin_path(final or path)
     pinned = read_pin(final or path)
@@ -58,13 +58,15 @@ def verify(
         source = "the manifest" if record.sha256 else pin.name if pinned else "the Hub"
         hint = f"; if the file was changed on purpose, delete {pin}" if source == pin.name else ""
         raise FetchError(
-            f"{path} has sha256 {digest}, expected {expected} by {source}; {_remedy(final)}{hint}"
+            f"{path} has sha256 {digest}, expected {expected} by {source}; {_remedy(record, final)}{hint}"
         )
     if record.sha256 is None and pinned is None:
         _write_pin(pin, digest, record, promised)
 
 
-def _remedy(final: Path | None) -> str:
+def _remedy(record: Record, final: Path | None) -> str:
+    if isinstance(record.source, RepositorySource):
+        return "restore it from the repository"
     return "it was thrown away, fetch it again" if final else "delete it to have it fetched again"
 
 
@@ -121,7 +123,7 @@ def _check_header(path: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="np"):
+        with safe_open(path, framework="pt"):
             return
     except SafetensorError as error:
         with open(path, "rb") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import time
@@ -252,3 +253,26 @@ def serving(server: FaultServer) -> Iterator[FaultServer]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def main() -> None:
+    """Serve one file slowly, to see a fetch in a running ComfyUI: `python fault_server.py FILE`."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--rate", type=float, default=200_000, help="bytes a second (default: %(default)s)")
+    options = parser.parse_args()
+    with serving(FaultServer()) as server:
+        server.rate = options.rate
+        server.files[f"/{options.file.name}"] = Content(path=options.file)
+        print("Set DELTACONV_TEST_ALLOW_LOOPBACK=1 for ComfyUI and put a record with this source into")
+        print(f'models/deltaconv/manifest.json: {{"url": "{server.url}/{options.file.name}"}}')
+        told = 0
+        while True:
+            time.sleep(0.5)
+            for request in server.seen[told:]:
+                print(request.method, request.path, request.headers.get("range", ""), flush=True)
+            told = len(server.seen)
+
+
+if __name__ == "__main__":
+    main()

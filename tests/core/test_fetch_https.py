@@ -197,7 +197,7 @@ def test_a_stalled_fetch_stops_at_once_when_told(server: FaultServer, tmp_path: 
     start = time.monotonic()
     with pytest.raises(FetchError, match="stopped by the user"):
         resolve(known(server), tmp_path, cancelled=stop.is_set)
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 5  # a stall lasts a minute
     assert part(tmp_path).stat().st_size == 131_072
     assert resolve(known(server), tmp_path).read_bytes() == BODY
     assert server.gets()[1].sent == len(BODY) - 131_072
@@ -218,10 +218,11 @@ def test_a_callback_may_raise_what_it_likes(server: FaultServer, tmp_path: Path)
 
 
 def test_a_stall_ends_by_itself(server: FaultServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(https, "TIMEOUT", (1.0, 0.2))
+    monkeypatch.setattr(https, "TIMEOUT", (10.0, 1.0))
     server.faults = [Fault(stall=65_536)]
     assert resolve(known(server), tmp_path).read_bytes() == BODY
-    server.faults = [Fault(stall=0)] * 99
+    monkeypatch.setattr(https, "ATTEMPTS", 1)
+    server.faults = [Fault(stall=0)]
     with pytest.raises(FetchError, match="(?i)timed out"):
         resolve(record(UrlSource(f"{server.url}/{NAME}"), name="second"), tmp_path)
 
@@ -303,6 +304,7 @@ def test_nothing_is_written_through_a_link(server: FaultServer, tmp_path: Path) 
     folder = tmp_path / "models"
     folder.mkdir()
     (folder / f"{NAME}.part").symlink_to(victim)
+    (folder / f"{NAME}.part.id").symlink_to(victim)
     (folder / NAME).symlink_to(tmp_path / "nowhere")
     assert resolve(known(server), folder).read_bytes() == BODY
     assert victim.read_bytes() == b"precious" and not (tmp_path / "nowhere").exists()

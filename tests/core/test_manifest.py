@@ -126,7 +126,7 @@ def test_a_broken_users_list_is_told_and_hides_nothing(tmp_path: Path, text: str
     assert str(path) in str(problem) and said in str(problem)
 
 
-def test_a_broken_record_is_left_out_and_named(tmp_path: Path) -> None:
+def test_a_broken_record_is_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path, [changed(), changed(name="half", sha256="abc"), changed(name="other")])
     manifest = load_manifest(path)
     assert {"mine", "other"} <= set(manifest.names()) and "half" not in manifest.names()
@@ -134,6 +134,8 @@ def test_a_broken_record_is_left_out_and_named(tmp_path: Path) -> None:
     assert all(word in str(problem) for word in (str(path), "record 2", "'half'", "sha256", "abc"))
     with pytest.raises(ManifestError, match="no weights called 'half'.*record 2"):
         manifest["half"]
+    load_manifest(path)
+    assert caplog.text.count("record 2") == 1
 
 
 HOSTILE = {
