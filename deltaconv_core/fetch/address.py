@@ -64,11 +64,4 @@ def _addresses(host: str, port: int, proxied: bool) -> list[ipaddress.IPv4Addres
         if proxied:
             return []
         raise requests.ConnectionError(f"{host}: {error}") from error
-    return [_unmapped(ipaddress.ip_address(str(entry[4][0]).partition("%")[0])) for entry in entries]
-
-
-def _unmapped(
-    address: ipaddress.IPv4Address | ipaddress.IPv6Address,
-) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """::ffff:127.0.0.1 is 127.0.0.1."""
-    return getattr(address, "ipv4_mapped", None) or address
+    return [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in entries]
