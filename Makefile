@@ -9,7 +9,7 @@ BIN := .venv/bin
 .PHONY: demo test setup format clean
 
 demo: setup
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python scripts/show_demo.py
 
 test: setup
 	$(BIN)/ruff check .

@@ -46,7 +46,7 @@ class SamplingRange:
         highest, lowest = percent_to_sigma(self.start), percent_to_sigma(self.end)
         inside = [lowest <= sigma <= highest for sigma in sigmas.flatten().tolist()]
         if all(inside) or not any(inside):
-            return inside[0]
+            return bool(inside[0])
         return torch.tensor(inside, device=sigmas.device)
 
 

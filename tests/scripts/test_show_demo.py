@@ -12,14 +12,14 @@ import psutil
 import pytest
 from PIL import Image
 
-import demo as demo_script
+import show_demo
 from comfy_host import REPOSITORY
 
 
 def start(output: Path) -> subprocess.Popen[str]:
     """The demo in a process group of its own, as a shell starts it."""
     return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "scripts" / "demo.py"), "--output", str(output)],
+        [sys.executable, str(REPOSITORY / "scripts" / "show_demo.py"), "--output", str(output)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -64,7 +64,7 @@ def test_sheet_has_a_row_for_each_label():
     def picture(color):
         return Image.new("RGB", (10, 8), color)
 
-    page = demo_script.sheet(
+    page = show_demo.sheet(
         ["one", "two"], [[picture("red"), picture("lime")], [picture("blue")]], gap=2, margin=60
     )
     assert page.size == (60 + 2 * 12, 2 + 2 * 10)
@@ -75,8 +75,8 @@ def test_sheet_has_a_row_for_each_label():
 
 def test_the_clock_of_one_sampler_stops_when_the_next_node_starts(monkeypatch):
     now = iter([1.0, 4.0, 4.0, 9.0])
-    monkeypatch.setattr(demo_script.time, "perf_counter", lambda: next(now))
-    watch = demo_script.Watch({"1": {"_meta": {"title": "KSampler"}}})
+    monkeypatch.setattr(show_demo.time, "perf_counter", lambda: next(now))
+    watch = show_demo.Watch({"1": {"_meta": {"title": "KSampler"}}})
     watch("executing", {"node": "1"})
     watch("executing", {"node": "2"})
     watch("executing", {"node": None})
