@@ -1,4 +1,4 @@
-"""Everything is in pyproject.toml, but for one file: the wheel carries the weights manifest inside the package."""
+"""Everything is in pyproject.toml, but for one file: the wheel carries the weights manifest too."""
 
 from pathlib import Path
 
