@@ -33,6 +33,10 @@ class LoadWeights(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, weights: str) -> bool | str:
+        return folder.refusal(weights) or True
+
+    @classmethod
     def fingerprint_inputs(cls, weights: str) -> Any:
         return folder.fingerprint(weights)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..deltaconv_core.errors import DeltaConvError
 from ..deltaconv_core.switch import SamplingRange
 from .host import folder
 from .host.apply import Settings, apply_checkpoint
@@ -84,6 +85,10 @@ class PatchModel(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, weights: str) -> bool | str:
+        return folder.refusal(weights) or True
+
+    @classmethod
     def fingerprint_inputs(cls, weights: str, **_: Any) -> Any:
         return folder.fingerprint(weights)
 
@@ -99,6 +104,9 @@ class PatchModel(io.ComfyNode):
         base_weights_strength: float,
         deltaconv: Any = None,
     ) -> io.NodeOutput:
+        # Older versions of ComfyUI do not check the choice in a list.
+        if base_weights not in (APPLY, LEAVE_OUT):
+            raise DeltaConvError(f"base_weights must be {APPLY!r} or {LEAVE_OUT!r}, got {base_weights!r}")
         strength = base_weights_strength if base_weights == APPLY else None
         settings = Settings(blocks, SamplingRange(start_percent, end_percent), strength)
         if deltaconv is None:

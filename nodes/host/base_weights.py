@@ -1,7 +1,7 @@
 """Weights of the base model that were published with the blocks: the first convolution of every ResNet.
 
-They become weight patches on the clone, ahead of those that are there, so that a LoRA acts the same before
-and after ΔConv.
+They become weight patches on the clone, ahead of those that only add something, so that a LoRA acts the same
+before and after ΔConv.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class BaseWeights:
         return Difference(_ratio(change, size), ratios[where], where)
 
     def add_to(self, clone: Any, strength: float) -> dict[str, Any]:
-        """Patches the weights to loaded * (1 - strength) + published * strength, ahead of every other patch.
+        """Patches the weights to loaded * (1 - strength) + published * strength.
 
         Returns:
             ComfyUI's key -> what was added, for `remove`.
@@ -80,7 +80,8 @@ class BaseWeights:
         values = {key: (self.published[name],) for name, key in self.keys.items()}
         clone.add_patches(values, strength, 1.0 - strength)
         for key in values:
-            clone.patches[key].insert(0, clone.patches[key].pop())
+            own = clone.patches[key].pop()
+            clone.patches[key].insert(_after_merges(clone.patches[key]), own)
         return values
 
 
@@ -90,6 +91,13 @@ def remove(clone: Any, added: Mapping[str, Any]) -> None:
         rest = [patch for patch in clone.patches.pop(key, []) if patch[1] is not value]
         if rest:
             clone.patches[key] = rest
+
+
+def _after_merges(patches: list[Any]) -> int:
+    """The place behind every patch that scales the model's weight; what such a merge made is the base."""
+    return max(
+        (i + 1 for i, (_, _, strength_model, *_) in enumerate(patches) if strength_model != 1.0), default=0
+    )
 
 
 def _host_key(found: Sites, name: str) -> str:

@@ -91,12 +91,31 @@ def _record(name: str) -> Record | None:
     return next((record for record in _manifest() if record.filename == name), None)
 
 
-def _locate(name: str) -> Path:
+def check(name: str) -> None:
+    """Refuses what is not one of the choices, such as a path that leads out of the folder.
+
+    Raises:
+        DeltaConvError: with what there is to choose from.
+    """
     if name not in choices():
         raise DeltaConvError(
             f"{name!r} is neither a file in the model folder ({', '.join(map(str, _folders()))}) nor "
             f"published weights; known are: {', '.join(choices()) or 'none'}"
         )
+
+
+def refusal(name: str | None) -> str:
+    """What `check` says, if anything, for ComfyUI's check of a prompt; an input that is linked is None."""
+    try:
+        if name not in (None, AUTO):
+            check(name)
+    except DeltaConvError as error:
+        return str(error)
+    return ""
+
+
+def _locate(name: str) -> Path:
+    check(name)
     present, record = _present(name), _record(name)
     if record is None:
         return Path(present)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from deltaconv_core import BlockSpec, Checkpoint, DeltaConvBlock, save_checkpoint
 
@@ -82,12 +84,14 @@ def patch_node(model: str = "model", **changes: Any) -> dict[str, Any]:
     return node("DeltaConvPatchModel", model=[model, 0], **inputs | changes)
 
 
-def both(first: str = "attention", seed: int = 7) -> dict[str, Any]:
+def both(first: str = "attention", seed: int = 7, steps: int = 2) -> dict[str, Any]:
     """Attention and ΔConv clones of one model in one prompt; `first` is sampled first.
 
     The second sampler's empty latent is blended with the first one's result at weight 0, so it has to wait.
     """
-    prompt = base_prompt(seed) | {"patched": patch_node()} | branch("ΔConv", "patched", seed)
+    prompt = (
+        base_prompt(seed, steps=steps) | {"patched": patch_node()} | branch("ΔConv", "patched", seed, steps)
+    )
     second = "ΔConv" if first == "attention" else "attention"
     waiting = node("LatentBlend", samples1=["latent", 0], samples2=[first, 0], blend_factor=1.0)
     prompt["waiting"] = waiting
@@ -96,9 +100,9 @@ def both(first: str = "attention", seed: int = 7) -> dict[str, Any]:
 
 
 def pictures(server: Any, outputs: dict[str, Any]) -> dict[str, bytes]:
-    """PNG bytes by branch name."""
+    """Pixels by branch name. (The files also hold the prompt, so they differ between prompts.)"""
     return {
-        id.removesuffix(" picture"): server.view(output["images"][0])
+        id.removesuffix(" picture"): Image.open(io.BytesIO(server.view(output["images"][0]))).tobytes()
         for id, output in outputs.items()
         if id.endswith(" picture")
     }

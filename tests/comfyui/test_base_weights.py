@@ -86,6 +86,24 @@ def test_a_lora_acts_the_same_before_and_after(pack, unet, published):
     assert not torch.equal(outputs[0], sample(patch(pack, unet, published)))
 
 
+@pytest.mark.parametrize("order", ["lora, merge, ΔConv", "merge, ΔConv, lora"])
+def test_they_take_the_place_of_what_a_merge_made(pack, unet, published, order):
+    key = f"{KEY}.weight"
+    model = unet.clone()
+    lora = {key: (torch.full((64, 32, 3, 3), 0.02),)}
+    if order.startswith("lora"):
+        model.add_patches(lora)
+    model.add_patches({key: (torch.ones(64, 32, 3, 3),)}, 0.6, 0.4)
+    model = patch(pack, model, published)
+    if order.endswith("lora"):
+        model.add_patches(lora)
+    import comfy.lora
+
+    weight = comfy.lora.calculate_weight(model.patches[key], unet.model.state_dict()[key].clone(), key)
+    expected = published.base_weights[f"{NAME}.weight"] + (0.02 if order.endswith("lora") else 0)
+    torch.testing.assert_close(weight, expected)
+
+
 def test_patching_again_takes_the_earlier_ones_away(pack, unet, published, checkpoint):
     lora = unet.clone()
     lora.add_patches({f"{KEY}.bias": (torch.ones(64),)})

@@ -73,7 +73,7 @@ def test_models_made_anew_give_the_same_pictures(server, attention_elsewhere):
 
 
 def test_a_range_is_neither_of_the_two(server):
-    prompt = both() | {"part": patch_node(end_percent=0.4)} | branch("part", "part")
+    prompt = both(steps=4) | {"part": patch_node(end_percent=0.4)} | branch("some steps", "part", steps=4)
     seen = run(server, prompt)
     assert len(set(seen.values())) == 3
 
@@ -203,23 +203,40 @@ def test_bad_files(server, folder, spoil, message):
 @pytest.mark.parametrize("id", ["DeltaConvPatchModel", "DeltaConvLoadWeights"])
 def test_a_path_outside_the_model_folder(server, folder, weights, id):
     write_weights(folder.parent / "small.safetensors")
-    prompt = both()
+    prompt = both("ΔConv")
     if id == "DeltaConvPatchModel":
         prompt["patched"] = patch_node(weights=weights)
     else:
         prompt["loaded"] = node(id, weights=weights)
         prompt["patched"]["inputs"]["deltaconv"] = ["loaded", 0]
-    with pytest.raises(ServerError) as refused:
-        server.run(prompt)
-    errors = [error for report in refused.value.details["node_errors"].values() for error in report["errors"]]
-    assert [error["type"] for error in errors] == ["value_not_in_list"]
-    assert weights in errors[0]["details"]
+    (error,) = refused(server, prompt)
+    assert f"{weights!r} is neither a file in the model folder" in error["details"]
     run(server, both())
+
+
+def refused(server, prompt):
+    """The errors of a prompt that ComfyUI does not even start."""
+    with pytest.raises(ServerError) as refusal:
+        server.run(prompt)
+    return [error for report in refusal.value.details["node_errors"].values() for error in report["errors"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start_percent": -0.1}, "start_percent"),
+        ({"base_weights_strength": 2.0}, "base_weights_strength"),
+    ],
+)
+def test_values_out_of_bounds_do_not_start(server, changes, message):
+    errors = refused(server, both("ΔConv") | {"patched": patch_node(**changes)})
+    assert message in errors[0]["details"]
 
 
 BAD_SETTINGS = {
     "unknown glob": ({"blocks": "up_blocks.9.*"}, "the block selection 'up_blocks.9.*' matches no site"),
     "nothing left": ({"blocks": "mid,-all"}, "the block selection 'mid,-all' selects nothing"),
+    "unknown choice": ({"base_weights": "maybe"}, "base_weights must be 'apply' or 'leave out', got 'maybe'"),
     "range": ({"start_percent": 0.8, "end_percent": 0.2}, "start_percent=0.8, end_percent=0.2"),
 }
 
