@@ -116,12 +116,14 @@ def test_what_the_server_tells_about_the_nodes(server):
     assert "small.safetensors" in server.get("/models/deltaconv")
 
 
-@pytest.mark.parametrize("id", ["DeltaConvPatchModel", "DeltaConvLoadWeights"])
-def test_the_documentation_page_is_served_and_complete(server, id):
-    page = server.request(f"/extensions/ComfyUI-DeltaConv/docs/{id}.md").decode()
-    inputs = server.object_info()[id]["input"]
-    for name in [*inputs["required"], *inputs.get("optional", {})]:
-        assert f"`{name}`" in page
+def test_every_node_has_a_complete_page_of_documentation(server):
+    ours = {id: info for id, info in server.object_info().items() if id.startswith("DeltaConv")}
+    assert {"DeltaConvPatchModel", "DeltaConvLoadWeights", "DeltaConvDemoModel"} <= set(ours)
+    for id, info in ours.items():
+        page = server.request(f"/extensions/ComfyUI-DeltaConv/docs/{id}.md").decode()
+        assert page.startswith(f"# {info['display_name']}\n")
+        for name in [*info["input"].get("required", {}), *info["input"].get("optional", {})]:
+            assert f"| `{name}` |" in page, (id, name)
 
 
 # ---- bad input: one clear error, nothing changed, the next prompt works ----

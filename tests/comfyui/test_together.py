@@ -95,6 +95,13 @@ def free_u(model: Model) -> Model:
     return called(FreeU_V2, "patch", model, 1.3, 1.4, 0.9, 0.2)
 
 
+def deep_shrink(model: Model) -> Model:
+    """Kohya's: a smaller grid inside the network for the first part of the sampling."""
+    from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
+
+    return called(PatchModelAddDownscale, "patch", model, 3, 2.0, 0.0, 0.5, True, "bicubic", "bicubic")
+
+
 def pag(model: Model) -> Model:
     from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 
@@ -208,6 +215,8 @@ CASES = {
     "attn2 replace after": Case(after=attn2_replace),
     "FreeU before": Case(before=free_u),
     "FreeU after": Case(after=free_u),
+    "deep shrink before": Case(before=deep_shrink, run=sampling(size=(22, 18))),
+    "deep shrink after": Case(after=deep_shrink, run=sampling(size=(22, 18))),
     "PAG before": Case(before=pag),
     "PAG after": Case(after=pag),
     "SAG before": Case(before=sag),
