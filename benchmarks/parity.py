@@ -10,9 +10,9 @@ their place). Prints for each form and latent size
 - error: the largest difference, as a part of the largest value of the expected output;
 - without: likewise, for the network whose blocks give zero; so much of the output hangs on the blocks;
 
-and exits with status 1 when an error is above 1e-4. The largest model, sdxl, has 2.6 billion parameters: 10 GB
-in float32, beside which the 1.5 GB of its file are held a few times over. --small takes the same classes with
-few channels.
+and exits with status 1 when an error is above 1e-4. The largest model, sdxl, has 2.6 billion parameters: 10
+GB in float32, beside which the 1.5 GB of its file are held a few times over. --small takes the same classes
+with few channels.
 """
 
 from __future__ import annotations
