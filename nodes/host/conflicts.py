@@ -66,7 +66,7 @@ def _weight_patches(model: Any, sites: Mapping[str, Site]) -> str:
     replaced = {key.rpartition(".attn")[0] for key in keys}
     return (
         f"a LoRA (or another weight patch) changes {len(keys)} weights of the self-attention at "
-        f"{len(replaced)} sites where ΔConv stands; that part of it cannot act, the rest does"
+        f"{len(replaced)} sites where ΔConv stands; that part of it has no effect while ΔConv runs"
     )
 
 

@@ -92,6 +92,30 @@ def test_a_file_changed_under_the_same_name_is_noticed(pack, folder, models, cho
     assert folder.fingerprint(choice) != first
 
 
+def test_fetching_shows_progress_and_stops_when_interrupted(folder, models, monkeypatch):
+    import comfy.model_management
+    import comfy.utils
+
+    shown = []
+
+    def fetch(record, place, *, progress, cancelled):
+        assert (record.name, place) == ("ConvFusion-sd15-mjv5", models)
+        for done in (0, 50 << 20, 100 << 20):
+            progress(done, 100 << 20)
+        progress(7, None)
+        cancelled()
+        comfy.model_management.interrupt_current_processing()
+        cancelled()
+
+    monkeypatch.setattr(folder, "resolve", fetch)
+    monkeypatch.setattr(
+        comfy.utils, "PROGRESS_BAR_HOOK", lambda done, total, *_, **__: shown.append((done, total))
+    )
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        folder.load("ConvFusion-sd15-mjv5.safetensors")
+    assert shown == [(0, 100), (50, 100), (100, 100)]
+
+
 def test_fingerprints_are_json(folder, models):
     """ComfyUI compares them after a round trip."""
     assert json.loads(json.dumps(folder.fingerprint("auto"))) is not None

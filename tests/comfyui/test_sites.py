@@ -129,6 +129,12 @@ OTHERS = {
         {"down_blocks.0.attentions.0": 1, "down_blocks.1.attentions.0": 1, "mid_block.attentions.0": 1}
         | {"up_blocks.0.attentions.1": 1, "up_blocks.1.attentions.1": 1},
     ),
+    "video: the attention over time is left alone": (
+        {"use_temporal_attention": True, "use_temporal_resblock": True, "extra_ff_mix_layer": True}
+        | {"merge_strategy": "learned_with_images", "video_kernel_size": [3, 1, 1]},
+        {"down_blocks.0.attentions.0": 1, "down_blocks.1.attentions.0": 1, "mid_block.attentions.0": 1}
+        | {"up_blocks.0.attentions.1": 1, "up_blocks.1.attentions.1": 1},
+    ),
     "cross-attention only": (
         {"disable_self_attentions": [True, False]},
         {"down_blocks.1.attentions.0": 1, "mid_block.attentions.0": 1, "up_blocks.0.attentions.1": 1},
