@@ -96,7 +96,7 @@ def main() -> None:
     )
     parser.add_argument("--size", type=int, default=48, help="side of the pictures in pixels (default 48)")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (default 20)")
-    parser.add_argument("--cfg", type=float, default=2.0, help="classifier-free guidance scale (default 2.0)")
+    parser.add_argument("--cfg", type=float, default=3.0, help="classifier-free guidance scale (default 3.0)")
     parser.add_argument("--seed", type=int, default=0, help="seed of prompts and noise (default 0)")
     parser.add_argument("--batch", type=int, default=40, help="pictures sampled at once (default 40)")
     parser.add_argument("--output", type=Path, help="folder for the table as JSON and a sheet of pictures")
@@ -104,17 +104,14 @@ def main() -> None:
 
     pack = import_pack()
     demo_unet = import_module(".nodes.host.demo_unet", pack.__name__)
-    patch = import_module(".nodes.host.patch", pack.__name__)
-    sites = import_module(".nodes.host.sites", pack.__name__)
+    apply = import_module(".nodes.host.apply", pack.__name__)
     switch = import_module(".deltaconv_core.switch", pack.__name__)
     teacher = demo_unet.load_demo_model(str(args.teacher))
     words = demo_unet.load_words(str(args.teacher))
     models = {"attention": teacher}
     if args.student.exists():
-        blocks = load_checkpoint(args.student).blocks
-        models["ΔConv"] = patch.apply_patch(
-            teacher, sites.find_sites(teacher).sites, blocks, switch.SamplingRange()
-        )
+        settings = apply.Settings("all", switch.SamplingRange(), None)
+        models["ΔConv"], _ = apply.apply_checkpoint(teacher, load_checkpoint(args.student), settings)
 
     prompts = held_out_prompts(args.prompts, args.seed)
     rng = np.random.default_rng(args.seed)
