@@ -84,6 +84,7 @@ def quick_host(tmp_path, monkeypatch) -> Path:
     (host / "utils" / "extra_config.py").write_text("load_extra_path_config = print")
     (host / "torchvision.py").touch()  # nothing to prepare, so torch is not loaded
     monkeypatch.setenv("PYTHONPATH", str(host))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # a program that is killed cannot remove its directory
     monkeypatch.setenv("COMFYUI_PATH", str(host))
     return host
 
