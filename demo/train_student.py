@@ -69,9 +69,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, default=teacher_file(), help="the teacher's safetensors file")
     parser.add_argument("--output", type=Path, required=True, help="folder for weights and log")
     parser.add_argument("--layer-steps", type=int, default=500, help="layer-wise steps (default 500)")
-    parser.add_argument(
-        "--steps", type=int, default=680, help="all steps, the rest end to end (default 680)"
-    )
+    parser.add_argument("--steps", type=int, default=680, help="all steps, the rest end to end (default 680)")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures per step (default 32)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW (default 1e-3)")
     parser.add_argument("--seed", type=int, default=1, help="seed of blocks, pictures and noise (default 1)")
