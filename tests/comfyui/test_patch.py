@@ -220,6 +220,7 @@ REFUSALS = {
     "missing site": ({"blocks": without_middle}, {}, r"4 of the 5 sites.*none for mid_block"),
     "unknown block": ({}, {"blocks": "up_blocks.9"}, r"'up_blocks.9' matches no site"),
     "nothing selected": ({}, {"blocks": "mid,-mid"}, r"selects nothing"),
+    "unknown choice": ({}, {"base_weights": "maybe"}, r"must be 'apply' or 'leave out', got 'maybe'"),
     "empty range": ({}, {"start": 0.5, "end": 0.5}, r"start_percent=0.5, end_percent=0.5"),
     "backward range": ({}, {"start": 0.7, "end": 0.2}, r"start_percent=0.7, end_percent=0.2"),
 }  # fmt: skip

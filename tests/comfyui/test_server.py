@@ -238,7 +238,6 @@ def test_values_out_of_bounds_do_not_start(server, changes, message):
 BAD_SETTINGS = {
     "unknown glob": ({"blocks": "up_blocks.9.*"}, "the block selection 'up_blocks.9.*' matches no site"),
     "nothing left": ({"blocks": "mid,-all"}, "the block selection 'mid,-all' selects nothing"),
-    "unknown choice": ({"base_weights": "maybe"}, "base_weights must be 'apply' or 'leave out', got 'maybe'"),
     "range": ({"start_percent": 0.8, "end_percent": 0.2}, "start_percent=0.8, end_percent=0.2"),
 }
 
