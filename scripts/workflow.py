@@ -111,6 +111,7 @@ def linked_inputs(node: Json, info: Json, sources: dict[int, tuple[str, int]]) -
     unconnected = [name for name in info["input"].get("required", {}) if not is_widget(*declared[name])]
     problems += [f"{name} is not connected" for name in unconnected if name not in linked]
     outputs = [entry["type"] for entry in node.get("outputs", [])]
-    if outputs != info["output"]:
+    # Newer versions of ComfyUI add outputs at the end (SaveImage: its images).
+    if outputs != info["output"][: len(outputs)]:
         problems.append(f"outputs are {outputs} in the file and {info['output']} on the server")
     return linked, problems

@@ -95,7 +95,7 @@ def test_prompt_of_a_small_workflow():
         (0, {"widgets_values": [7, "fixed", "c"]}, r"kind is 'c', the server offers \['a', 'b'\]"),
         (0, {"widgets_values": [7, "fixed"]}, "no value saved for kind"),
         (0, {"widgets_values": [7, "fixed", "b", 1]}, r"values that belong to no input: \[1\]"),
-        (0, {"outputs": []}, r"outputs are \[\] in the file and \['IMAGE'\] on the server"),
+        (0, {"outputs": [{"type": "MASK"}]}, r"outputs are \['MASK'\] in the file"),
         (1, {"inputs": []}, r"Look \(node 2\): images is not connected"),
         (1, {"inputs": [{"name": "images", "link": 9}]}, "link 9 does not exist"),
         (1, {"inputs": [{"name": "images", "link": 5}, {"name": "old", "link": None}]}, "no input 'old'"),
