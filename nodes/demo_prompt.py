@@ -24,7 +24,7 @@ class DemoPrompt(io.ComfyNode):
                 io.String.Input(
                     "text",
                     multiline=True,
-                    default="two red circles on the left, white background, mirror",
+                    default="three red squares in the center, white background, frame",
                     tooltip=f"Any of these words, at most one of a kind, in any order. {known_words()}",
                 )
             ],
