@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ from comfy_server import ComfyServer
 
 # `python -m pytest` puts the repository's root on the path, where `nodes` would hide ComfyUI's `nodes`.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != host_finder.REPOSITORY]
+
+# A run that a shell put into the background ignores Ctrl-C, and so would every program that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -145,10 +145,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         seen = self._note()
         path = urlsplit(self.path).path
-        hub = (
-            isinstance(self.server, HubServer) and "/resolve/" in path
-        )  # faults are for the storage behind it
-        self._route(seen, self.server.faults.pop(0) if self.server.faults and not hub else Fault())
+        # A Hub's faults are for the storage behind it, not for what its client asks on the way.
+        spared = isinstance(self.server, HubServer) and path not in self.server.files
+        self._route(seen, self.server.faults.pop(0) if self.server.faults and not spared else Fault())
 
     def _note(self) -> Seen:
         seen = Seen(self.command, self.path, {k.lower(): v for k, v in self.headers.items()})
@@ -228,11 +227,12 @@ class _Handler(BaseHTTPRequestHandler):
             at = (fault.flip if fault.flip is not None else -1) - start - seen.sent
             if 0 <= at < len(piece):
                 piece[at] ^= 0xFF
+            seen.sent += len(piece)  # before the other side can have read it, and ask for the sum
             try:
                 self.wfile.write(piece)
             except OSError:  # the other side has gone
+                seen.sent -= len(piece)
                 break
-            seen.sent += len(piece)
             if self.server.rate:
                 time.sleep(len(piece) / self.server.rate)
         if fault.stall is not None:
