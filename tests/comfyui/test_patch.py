@@ -10,6 +10,7 @@ import pytest
 import torch
 from small_models import (
     by_hand,
+    called,
     conditioning,
     in_pack,
     make_checkpoint,
@@ -276,7 +277,7 @@ def acted(model, node):
     if node == "HyperTile":
         from comfy_extras.nodes_hypertile import HyperTile
 
-        return HyperTile.execute(model, 256, 2, 0, False)[0]
+        return called(HyperTile, "patch", model, 256, 2, 0, False)
     from comfy_extras.nodes_tomesd import TomePatchModel
 
-    return TomePatchModel.execute(model, 0.5)[0]
+    return called(TomePatchModel, "patch", model, 0.5)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from small_models import (
     by_hand,
+    called,
     conditioning,
     make_checkpoint,
     make_unet,
@@ -142,11 +143,6 @@ def merged(model: Model) -> Model:
     for parameter in other.model.parameters():
         parameter.mul_(0.9)
     return called(ModelMergeSimple, "merge", model, other, 0.6)
-
-
-def called(node: Any, method: str, *args: Any) -> Model:
-    """The first output of one of ComfyUI's nodes, whichever of its two interfaces it has."""
-    return node.execute(*args)[0] if hasattr(node, "execute") else getattr(node(), method)(*args)[0]
 
 
 # ---- ways to sample ----
