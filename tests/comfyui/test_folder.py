@@ -113,7 +113,7 @@ def test_fetching_shows_progress_and_stops_when_interrupted(folder, models, monk
     )
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         folder.load("ConvFusion-sd15-mjv5.safetensors")
-    assert shown == [(0, 100), (50, 100), (100, 100)]
+    assert (shown[0], shown[-1]) == ((0, 100), (100, 100))  # newer versions leave some out between
 
 
 def test_fingerprints_are_json(folder, models):
