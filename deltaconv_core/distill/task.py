@@ -112,14 +112,10 @@ class EndToEnd:
         wanted: dict[str, Tensor] = {}
         errors: dict[str, Tensor] = {}
 
-        def remember(site: str, y: Tensor) -> None:
-            # the residual stream may be written to later; an attention's output is not
-            wanted[site] = y.clone() if self.settings.feature == "residual" else y
-
         def compare(site: str, y: Tensor) -> None:
             errors[site] = mean_square(y, wanted[site])
 
-        with torch.no_grad(), self._watching(False, remember):
+        with torch.no_grad(), self._watching(False, wanted.__setitem__):
             teacher = self.network(batch)
         checkpointed = self.network.segments if self.settings.checkpointing else ()
         with gradient_checkpointing(checkpointed), self._watching(True, compare):

@@ -19,13 +19,13 @@ class Attention(nn.Module):
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(dim, dim) for _ in range(4))
 
     def forward(self, x, options=None):
-        q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
+        q, k, v = (
+            f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v)
+        )
         return self.to_out(F.scaled_dot_product_attention(3 * q, 3 * k, v).transpose(1, 2).flatten(2))
 
 
 class Layer(nn.Module):
-    """The residual stream is written to in place after it was read, as some networks do."""
-
     def __init__(self, dim):
         super().__init__()
         self.norm1, self.attn1 = nn.LayerNorm(dim), Attention(dim)
@@ -35,9 +35,7 @@ class Layer(nn.Module):
         grid = options["grid"]
         options["grid"] = None  # what comes later must not see it
         x = x + self.attn1(self.norm1(x), options={"grid": grid})
-        y = self.ff(self.norm2(x))
-        x += torch.tanh(y)
-        return x
+        return x + torch.tanh(self.ff(self.norm2(x)))
 
 
 class TinyNetwork(nn.Module):
@@ -47,7 +45,11 @@ class TinyNetwork(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.enter, self.layers, self.leave = nn.Linear(4, 8), nn.ModuleList([Layer(8), Layer(8)]), nn.Linear(8, 4)
+        self.enter, self.layers, self.leave = (
+            nn.Linear(4, 8),
+            nn.ModuleList([Layer(8), Layer(8)]),
+            nn.Linear(8, 4),
+        )
         self.requires_grad_(False).eval()
         self.calls = 0
 
