@@ -19,6 +19,9 @@ def warm_start(block: DeltaConvBlock, attention: Callable[[Tensor], Tensor]) -> 
     of the spatial mean, which is what `conv_pool` is. The convolutions' output starts at zero, so that the
     block is nothing else at first; they learn the rest.
 
+    What the convolutions are given to learn from is made ready too: the directions in which that map is
+    strongest, smoothed over a pixel to a third of the kernel, behind gates that are half open.
+
     The map is read off the attention itself: a token that is alone attends to itself only, whatever the
     queries and keys. So any host's attention will do, with any projections, LoRA and weight dtype.
 
@@ -33,6 +36,34 @@ def warm_start(block: DeltaConvBlock, attention: Callable[[Tensor], Tensor]) -> 
     block.conv_pool.bias.copy_(bias)
     nn.init.zeros_(block.conv_out.weight)
     nn.init.zeros_(block.conv_out.bias)
+    _ready(block)
+
+
+def _ready(block: DeltaConvBlock) -> None:
+    """The first half of the inner channels holds values, the second their gates."""
+    spec, up = block.spec, block.conv_up
+    half = spec.inter // 2
+    strongest = torch.linalg.svd(block.conv_pool.weight.float()).Vh[:half]
+    nn.init.normal_(up.weight, std=1 / math.sqrt(spec.dim))
+    up.weight[: len(strongest)] = strongest.to(up.weight.dtype)
+    nn.init.zeros_(up.bias)
+    opening = {"simple": 1 / math.sqrt(half), "sigmoid": 1.0, "scaled": math.sqrt(spec.inter)}[spec.gate]
+    up.weight[half:] *= opening / 2
+    up.bias[half:] = opening
+    for stage in block.stages():
+        kernels = stage.conv_spatial.weight
+        kernels.copy_(_gaussians(spec.inter, spec.kernel_size).to(kernels))
+        if stage.conv_spatial.bias is not None:
+            nn.init.zeros_(stage.conv_spatial.bias)
+
+
+def _gaussians(count: int, size: int) -> Tensor:
+    """(count, 1, size, size) kernels that sum to 1, from narrow to wide, in random order."""
+    widths = torch.logspace(math.log10(0.5), math.log10(max(0.5, size / 3)), count)[torch.randperm(count)]
+    offsets = torch.arange(size) - size // 2
+    lines = torch.exp(-(offsets**2) / (2 * widths[:, None] ** 2))
+    lines = lines / lines.sum(dim=1, keepdim=True)
+    return (lines[:, :, None] * lines[:, None, :])[:, None]
 
 
 @torch.no_grad()

@@ -80,6 +80,28 @@ def test_warm_start_is_uniform_attention(biased):
     torch.testing.assert_close(block.conv_pool.weight, expected)
 
 
+@pytest.mark.parametrize("gate", ["simple", "sigmoid", "scaled"])
+@pytest.mark.parametrize(("ratio", "bias"), [(0.5, False), (3.0, True)])
+def test_warm_start_readies_the_convolutions(gate, ratio, bias):
+    torch.manual_seed(0)
+    attend = nn.Linear(16, 16)
+    block = DeltaConvBlock(BlockSpec(16, 5, gate=gate, ratio=ratio, depthwise_bias=bias))
+    warm_start(block, attend)
+    strong = block.conv_up.weight[: min(16, block.spec.inter // 2)].detach()
+    torch.testing.assert_close(strong @ strong.T, torch.eye(len(strong)), atol=1e-5, rtol=0)
+    kept = (attend.weight @ strong.T).square().sum() / attend.weight.square().sum()
+    assert kept > 0.999 * len(strong) / 16  # more than any other directions would on average
+    for stage in block.gates:
+        kernels = stage.conv_spatial.weight.detach()
+        torch.testing.assert_close(kernels.sum((1, 2, 3)), torch.ones(len(kernels)))
+        assert torch.equal(kernels, kernels.flip(2)) and torch.equal(kernels, kernels.transpose(2, 3))
+        assert kernels[:, 0, 2, 2].max() > 3 * kernels[:, 0, 2, 2].min()
+    x = torch.randn(1, 63, 16)
+    nn.init.normal_(block.conv_out.weight)
+    block(x, grid=(7, 9)).square().mean().backward()
+    assert all(p.grad.abs().max() > 0 for name, p in block.named_parameters())
+
+
 def test_random_start_is_that_of_pytorch():
     torch.manual_seed(0)
     block = DeltaConvBlock(BlockSpec(64, 5))
