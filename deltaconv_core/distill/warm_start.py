@@ -40,11 +40,10 @@ def warm_start(block: DeltaConvBlock, attention: Callable[[Tensor], Tensor]) -> 
 
 
 def _ready(block: DeltaConvBlock) -> None:
-    """The first half of the inner channels holds values, the second their gates."""
+    """The first half of the inner channels holds values, the second, random so far, their gates."""
     spec, up = block.spec, block.conv_up
     half = spec.inter // 2
     strongest = torch.linalg.svd(block.conv_pool.weight.float()).Vh[:half]
-    nn.init.normal_(up.weight, std=1 / math.sqrt(spec.dim))
     up.weight[: len(strongest)] = strongest.to(up.weight.dtype)
     nn.init.zeros_(up.bias)
     opening = {"simple": 1 / math.sqrt(half), "sigmoid": 1.0, "scaled": math.sqrt(spec.inter)}[spec.gate]
@@ -58,8 +57,9 @@ def _ready(block: DeltaConvBlock) -> None:
 
 
 def _gaussians(count: int, size: int) -> Tensor:
-    """(count, 1, size, size) kernels that sum to 1, from narrow to wide, in random order."""
-    widths = torch.logspace(math.log10(0.5), math.log10(max(0.5, size / 3)), count)[torch.randperm(count)]
+    """(count, 1, size, size) kernels that sum to 1, from narrow to wide, all widths among any few of them."""
+    order = (torch.arange(count) * 0.618034 % 1).argsort().argsort()
+    widths = torch.logspace(math.log10(0.5), math.log10(max(0.5, size / 3)), count)[order]
     offsets = torch.arange(size) - size // 2
     lines = torch.exp(-(offsets**2) / (2 * widths[:, None] ** 2))
     lines = lines / lines.sum(dim=1, keepdim=True)
