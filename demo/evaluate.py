@@ -226,12 +226,13 @@ def run(args: argparse.Namespace) -> None:
         teacher=hashes[TEACHER],
         classifier=sha256(classifier_file()),
     )
+    weights = {name: count_weights(file) for name, file in students.items()}
+    chosen = [(size, held_out_prompts(size.prompts, args.seed)) for size in sizes]
     folder, models = Folder(args.output, settings), Models(args.teacher, students)
     classifier = load_classifier(classifier_file())
 
     tables: dict[str, dict[str, Any]] = {name: {} for name in hashes}
-    for size in sizes:
-        prompts = held_out_prompts(size.prompts, args.seed)
+    for size, prompts in chosen:
         reference = reference_moments(classifier, prompts, size.side, args.reference, args.seed)
         teacher = None
         for name, model_hash in hashes.items():
@@ -246,8 +247,8 @@ def run(args: argparse.Namespace) -> None:
             tables[name][str(size.side)] = measure(pictures, prompts, classifier, reference, teacher)
             teacher = pictures if name == TEACHER else teacher
     for name, table in tables.items():
-        weights = {"weights": count_weights(students[name])} if name in students else {}
-        folder.keep(name, {"sha256": hashes[name], **weights, "sizes": table})
+        counted = {"weights": weights[name]} if name in weights else {}
+        folder.keep(name, {"sha256": hashes[name], **counted, "sizes": table})
     report.write_report(args.output, folder.results(list(hashes)))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from deltaconv_core import DeltaConvError
+
 from .classifier import Classifier, feature_moments, frechet_distance
 from .detector import read_picture
 from .pictures import as_seen, draw, every_prompt, is_held_out, random_scene
@@ -15,11 +17,11 @@ ROUNDING = 1 / 12 / 255**2
 
 
 def held_out_prompts(count: int, seed: int) -> list[Prompt]:
-    """``count`` prompts that training never saw, drawn without repetition; ``ValueError`` for more than there
-    are."""
+    """``count`` prompts that training never saw, drawn without repetition; ``DeltaConvError`` for more than
+    there are."""
     prompts = [prompt for prompt in every_prompt() if is_held_out(prompt)]
     if not 2 <= count <= len(prompts):
-        raise ValueError(f"expected 2 to {len(prompts)} held-out prompts, got {count}")
+        raise DeltaConvError(f"expected 2 to {len(prompts)} held-out prompts, got {count}")
     return [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))[:count]]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from deltaconv_core import CheckpointError, load_checkpoint
 from deltaconv_core.linear_attention import LinearAttention
@@ -78,15 +78,23 @@ def load_linear(path: Path) -> dict[str, LinearAttention]:
 
 def is_linear(path: Path) -> bool:
     """Whether the safetensors file holds linear attention, from its header."""
-    with safe_open(path, "pt") as file:
-        return (file.metadata() or {}).get("mixer") == KIND
+    return read_header(path)[0].get("mixer") == KIND
 
 
 def count_weights(path: Path) -> int:
     """Number of weights of the student in a file, weights of its base model left out."""
-    with safe_open(path, "pt") as file:
-        names = [name for name in file.keys() if not name.startswith("base_weights.")]  # noqa: SIM118
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    shapes = read_header(path)[1]
+    return sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith("base_weights."))
+
+
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
+    """Texts and the shapes of the tensors of a safetensors file; ``CheckpointError`` when it is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            return file.metadata() or {}, shapes
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is no safetensors file ({error})") from error
 
 
 def put_linear(model: Any, mixers: Mapping[str, LinearAttention], pack: str) -> Any:

@@ -58,6 +58,16 @@ def test_damaged_files_are_refused(tmp_path, change, message):
         load_linear(file)
 
 
+@pytest.mark.parametrize("text", [None, "step,stage"])
+def test_other_files_are_no_students(tmp_path, text):
+    file = tmp_path / "log.csv"
+    if text:
+        file.write_text(text)
+    for read in (is_linear, count_weights):
+        with pytest.raises(CheckpointError, match=r"log\.csv is no safetensors file"):
+            read(file)
+
+
 @pytest.fixture(scope="module")
 def demo(pack):
     """(MODEL, its sites, the pack's name)."""
