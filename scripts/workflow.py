@@ -30,6 +30,14 @@ def title(node: Json) -> str:
     return str(node.get("title") or node["type"])
 
 
+def model_files(workflow: Json) -> list[dict[str, str]]:
+    """The model files that the workflow asks for: "name", "directory" under models/, "url" to get it from.
+
+    These are the entries by which the UI offers to download what is missing.
+    """
+    return [file for node in workflow["nodes"] for file in node.get("properties", {}).get("models", [])]
+
+
 def to_prompt(workflow: Json, object_info: Json) -> Json:
     """The API-format prompt of a UI-format workflow.
 
