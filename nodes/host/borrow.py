@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import comfy.model_management
+import comfy.model_patcher
 import torch
 
 
@@ -36,6 +37,10 @@ def borrowed(model: Any, dtype: torch.dtype, memory: float) -> Iterator[Any]:
     finally:
         clone.cleanup()
         clone.detach()
+        for module in clone.model.modules():
+            # ComfyUI leaves layers set to casting when it unloads; where it then loads only a part of the
+            # model, it takes those for done and forgets their LoRAs.
+            comfy.model_patcher.wipe_lowvram_weight(module)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +132,41 @@ def test_a_lora_is_part_of_the_teacher(pack, unet):
     assert same(learned[0], learned[1]) and not same(learned[0], learned[2])
 
 
+def test_weights_that_are_loaded_layer_by_layer(pack, inference_unet, monkeypatch):
+    """Where memory is short, ComfyUI casts weights, LoRAs included, at each call of their layer."""
+    import comfy.model_management as management
+
+    key = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_v.weight"
+    model = inference_unet.clone()
+    model.add_patches({key: (torch.randn(64, 64, generator=torch.Generator().manual_seed(5)),)}, 0.5)
+    expected = weights(distil(pack, model).args[1])
+    asked = []
+
+    def load_little(models, memory_required):
+        asked.append(memory_required)
+        models[0].patch_model(models[0].load_device, lowvram_model_memory=1)
+        assert models[0].model.model_lowvram and models[0].lowvram_patch_counter() == 1
+
+    monkeypatch.setattr(management, "load_models_gpu", load_little)
+    monkeypatch.setattr(management, "NUM_STREAMS", 2)
+    learned = weights(distil(pack, model).args[1])
+    for name, weight in expected.items():
+        torch.testing.assert_close(learned[name], weight, rtol=1e-3, atol=1e-5)
+    assert management.NUM_STREAMS == 2
+    assert asked[0] > 20 * sum(weight.numel() for weight in expected.values())
+
+
+def test_attention_without_gradients_is_not_used(pack, unet):
+    """Another node may have put in an attention that a backward pass cannot go through."""
+
+    def quantized(function, q, k, v, heads, **kwargs):
+        raise AssertionError("used while training")
+
+    model = unet.clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = quantized
+    assert same(weights(distil(pack, model).args[1]), weights(distil(pack, unet).args[1]))
+
+
 def test_deltaconv_on_the_model_is_not_the_teacher(pack, unet, checkpoint):
     patched = run_patch_node(pack, unet, checkpoint).args[0]
     learned = [distil(pack, model).args for model in (patched, unet)]
@@ -142,17 +178,17 @@ def test_lora_training_on_the_result(pack, inference_unet):
     """ComfyUI's own Train LoRA takes the patched MODEL."""
     from comfy_extras.nodes_train import TrainLoraNode
 
-    if "bypass_mode" in {input.id for input in TrainLoraNode.define_schema().inputs}:
-        pytest.skip("this version rebuilds the MODEL from its file, which this one does not have")
+    if not hasattr(TrainLoraNode, "execute"):
+        pytest.skip("this version's Train LoRA takes no lists")
+    inference_unet.cached_patcher_init = (lambda disable_dynamic: make_unet(), ())
     patched = distil(pack, inference_unet).args[0]
-    lists = [[1], [1], [1], [1e-3], [2], ["AdamW"], ["MSE"], [0], ["fp32"], ["fp32"], ["LoRA"], [False]]
-    names = "batch_size steps grad_accumulation_steps learning_rate rank optimizer loss_function seed "
-    names += "training_dtype lora_dtype algorithm gradient_checkpointing"
-    options = dict(zip(names.split(), lists, strict=True))
+    inputs = TrainLoraNode.define_schema().inputs
+    options = {input.id: [input.default] for input in inputs if hasattr(input, "default")}
+    options |= {"steps": [1], "rank": [2], "training_dtype": ["fp32"], "lora_dtype": ["fp32"]}
     with torch.inference_mode():
-        output = TrainLoraNode.execute([patched], *single_items()[:2], existing_lora=["[None]"], **options)
-    assert len(output.args[2]["loss"]) == 1
-    inference_unet.model.eval()
+        output = TrainLoraNode.execute([patched], *single_items()[:2], **options)
+    (losses,) = (value["loss"] for value in output.args if isinstance(value, dict) and "loss" in value)
+    assert len(losses) == 1
 
 
 # ---- the learning ----
@@ -263,7 +299,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(pack, unet, output, stop_after, step):
     }
     whole = distil(pack, unet, **job).args
     patching = stop_after(step)
-    with pytest.raises(Exception) as stopped:
+    with pytest.raises(BaseException) as stopped:
         distil(pack, unet, run_name="stopped", **job)
     assert type(stopped.value).__name__ == "InterruptProcessingException"
     patching.undo()
@@ -510,12 +546,17 @@ def test_attention_replaced_by_another_node_cannot_be_learned(pack, unet):
 
 
 def test_the_loss_map_can_be_plotted(pack, unet):
+    import folder_paths
     from comfy_extras.nodes_train import LossGraphNode
 
+    Path(folder_paths.get_temp_directory()).mkdir(exist_ok=True)
     losses = distil(pack, unet, layer_steps=1, output_steps=0).args[2]
     assert len(losses["loss"]) == 2 and losses["loss"][1] == pytest.approx(losses["loss"][0], rel=1e-12)
-    graph = LossGraphNode.execute(losses, "graph")
-    assert len(graph.ui.as_dict()["images"]) == 1
+    if hasattr(LossGraphNode, "execute"):
+        drawn = LossGraphNode.execute(losses, "graph").ui.as_dict()
+    else:
+        drawn = LossGraphNode().plot_loss(losses, "graph")["ui"]
+    assert len(drawn["images"]) == 1
 
 
 def test_equal_runs_give_equal_files(pack, unet, tmp_path):
