@@ -40,7 +40,7 @@ def test_is_listed_and_served_with_a_thumbnail(comfy_server: ComfyServer, file):
     thumbnail = comfy_server.request(served + ".jpg")
     assert len(thumbnail) < 100_000
     with Image.open(io.BytesIO(thumbnail)) as picture:
-        assert picture.format == "JPEG" and picture.width == 640 and 400 <= picture.height <= 640
+        assert picture.format == "JPEG" and 400 <= picture.width <= 800 and 300 <= picture.height <= 800
 
 
 def notes(saved):
