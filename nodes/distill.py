@@ -51,7 +51,7 @@ class Distill(io.ComfyNode):
                     tooltip="Sets what has to do with memory for a graphics card of this size: batch size, "
                     "accumulation, precision, optimizer (8-bit where bitsandbytes is installed) and the "
                     "average of the weights. 'custom' takes the inputs of those names. Worked out by "
-                    "arithmetic; the node says what it expects to need.",
+                    "arithmetic, not measured on such cards.",
                 ),
                 io.Int.Input(
                     "layer_steps",
@@ -276,11 +276,11 @@ def _preset(values: dict[str, Any], device: Any) -> Preset:
 def _plan(distillation: Distillation, preset: str) -> str:
     """What is trained and how; for a preset, what it set."""
     job, settings = distillation.job, distillation.job.settings
-    blocks, batch = (round(size / MEGABYTE) for size in distillation.memory)
+    blocks, _ = distillation.memory
     parameters = sum(spec.num_parameters for spec in distillation.specs.values()) / 1e6
     return (
         f"{len(distillation.specs)} blocks ({parameters:.3g} M parameters) learn from "
         f"{distillation.dataset.description}; {preset}: batches of {job.batch_size}, {settings.accumulation} "
         f"to a step, {settings.precision}, {settings.optimizer}, average {settings.ema:g}. Beside the model, "
-        f"an estimated {blocks} MB for the blocks' training and {batch} MB for a batch."
+        f"their training keeps {blocks / MEGABYTE:.3g} MB, and each batch needs some for a while."
     )

@@ -2,8 +2,8 @@
 
     python scripts/thumbnails.py [--output FOLDER]
 
-Small drawings of what a workflow does; they need matplotlib. That of attention_and_deltaconv is none of them:
-it shows pictures which that workflow gave.
+Small drawings of what a workflow does; they need matplotlib. Those of attention_and_deltaconv and
+distill_demo are none of them: they show what those workflows gave.
 """
 
 from __future__ import annotations
@@ -112,6 +112,14 @@ def two_weights() -> Drawing:
     return drawing
 
 
+def distillation() -> Drawing:
+    drawing = Drawing("Distil SD 1.5", "ΔConv from your pictures")
+    drawing.box(40, 195, 230, 110, ATTENTION, "attention")
+    drawing.arrow((285, 250), (355, 250))
+    drawing.box(370, 195, 230, 110, DELTACONV, "ΔConv")
+    return drawing
+
+
 DRAWINGS: dict[str, Callable[[], Drawing]] = {
     "text_to_image_sd15": lambda: network("sd15", "SD 1.5", 512),
     "text_to_image_sdxl": lambda: network("sdxl", "SDXL", 1024),
@@ -119,6 +127,7 @@ DRAWINGS: dict[str, Callable[[], Drawing]] = {
     "hires_fix_2048_sd15": second_pass,
     "attention_first_sd15": attention_first,
     "two_weights_sd15": two_weights,
+    "distill_sd15": distillation,
 }
 
 

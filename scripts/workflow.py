@@ -77,6 +77,15 @@ def inputs_of(info: Json) -> Json:
     return {name: (spec[0], spec[1] if len(spec) > 1 else {}) for name, spec in declared.items()}
 
 
+def input_folders(workflow: Json) -> list[str]:
+    """Folders in ComfyUI's input folder that the workflow loads pictures from."""
+    return [
+        node["widgets_values"][0]
+        for node in workflow["nodes"]
+        if node["type"].startswith("LoadImage") and node["type"].endswith("DataSetFromFolder")
+    ]
+
+
 def is_widget(kind: Any, options: Json) -> bool:
     return (isinstance(kind, list) or kind in WIDGET_TYPES) and not options.get("forceInput", False)
 

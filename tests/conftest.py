@@ -42,9 +42,13 @@ def comfy_server() -> Iterator[ComfyServer]:
 
 @pytest.fixture(scope="session")
 def server_with_models(comfy_server: ComfyServer) -> ComfyServer:
-    """The same server with an empty file for each model that a workflow asks for, so that it lists them."""
+    """The same server with an empty file for each model, and an empty folder for each one of pictures, that a
+    workflow asks for, so that it lists them."""
     for file in (host_finder.REPOSITORY / "workflows").glob("*.json"):
-        for model in workflow.model_files(workflow.load(file)):
+        saved = workflow.load(file)
+        for folder in workflow.input_folders(saved):
+            (comfy_server.base / "input" / folder).mkdir(exist_ok=True)
+        for model in workflow.model_files(saved):
             path = comfy_server.base / "models" / model["directory"] / model["name"]
             path.parent.mkdir(exist_ok=True)
             path.touch()

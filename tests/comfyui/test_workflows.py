@@ -135,3 +135,28 @@ def test_compares_one_thing(server, name, setting):
     other[setting] = one[setting]
     first_again, second = pictures(server, same, server.run(same)).values()
     assert (first == first_again).all() and (first == second).all()
+
+
+@pytest.mark.parametrize(("name", "sites", "side"), [("distill_demo", 9, 48), ("distill_sd15", 16, 128)])
+def test_distills(server, name, sites, side):
+    """Pictures from a folder, one step of each stage, and all that comes after."""
+    saved = workflow.load(REPOSITORY / "workflows" / f"{name}.json")
+    (folder,) = workflow.input_folders(saved)
+    (server.base / "input" / folder).mkdir()
+    for number in range(2):
+        path = server.base / "input" / folder / f"{number}.png"
+        Image.new("RGB", (side + 9, side + 20 * number), (90 * number, 200, 30)).save(path)
+        path.with_suffix(".txt").write_text(f"picture {number}")
+    prompt = workflow.to_prompt(saved, server.object_info())
+    shorter = {"steps": STEPS, "layer_steps": 1, "output_steps": 1}
+    shorter |= dict.fromkeys(("shorter_edge", "width", "height"), side)
+    for node in prompt.values():
+        node["inputs"] |= {key: value for key, value in shorter.items() if key in node["inputs"]}
+    outputs = server.run(prompt)
+    texts = {prompt[key]["class_type"]: output.get("text", [""])[0] for key, output in outputs.items()}
+    assert (
+        f"2 of 2 steps of {'demo' if side == 48 else 'sd15'}_00001. {sites} blocks"
+        in texts["DeltaConvDistill"]
+    )
+    assert texts["DeltaConvSaveWeights"].startswith(f"Saved {sites} blocks")
+    assert sorted(pictures(server, prompt, outputs)) == ["attention", "distilled"]
