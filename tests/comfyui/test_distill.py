@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -198,15 +199,22 @@ def test_lora_training_on_the_result(pack, inference_unet):
 @pytest.mark.parametrize("feature", ["output", "residual"])
 @pytest.mark.parametrize("build", [make_unet, make_pixart])
 def test_every_block_learns(pack, build, stage, feature):
-    """From the loss of each stage; end to end, with and without the feature loss, gradients reach all."""
+    """By gradients alone; end to end, by those that come from the model's output."""
+    module, runs = in_pack(pack, "nodes.host.distilling"), in_pack(pack, "nodes.host.runs")
+    settings = in_pack(pack, "deltaconv_core.distill").Settings
     size = (48, 48) if build is make_pixart else (16, 16)
-    steps = {"layer_steps": 0, "output_steps": 0}
-    args = build(), latents((1, 4, *size)), [conditioning(1)]
-    one, three = (
-        weights(distil(pack, *args, **steps | {stage: n}, feature=feature, ema=0.0).args[1]) for n in (1, 3)
+    model = build()
+    data = in_pack(pack, "nodes.host.dataset").read_dataset(
+        model, latents((1, 4, *size)), [conditioning(1)], None
     )
-    unchanged = [name for name in one if torch.equal(one[name], three[name])]
-    assert unchanged == []
+    learned = []
+    for steps in (1, 4):
+        counts = {"layer_steps": 0, "output_steps": 0, stage: steps}
+        job = module.Job(settings(**counts, weight_decay=0.0, beta=0.0, ema=0.0, feature=feature))
+        checkpoint, _ = module.Distillation(model, data, job).run(runs.open_run("new run", "x"), None)
+        learned.append(weights(checkpoint))
+    one, four = learned
+    assert [name for name in one if torch.equal(one[name], four[name])] == []
 
 
 def test_checkpointing_changes_nothing(pack, unet):
@@ -412,6 +420,30 @@ def test_forms_of_data(pack, unet, form):
     data, positive, count = form()
     output = distil(pack, unet, data, positive, batch_size=2)
     assert f"learn from {count} latents" in output.ui.as_dict()["text"][0]
+
+
+def test_sdxl_with_its_pooled_text_and_sizes(pack):
+    """Of which a batch has one for each picture."""
+    import comfy.supported_models
+    from small_models import _patcher, unet_config
+
+    class TinySDXL(comfy.supported_models.SDXL):
+        memory_usage_factor = 1.0
+        unet_extra_config: ClassVar = {}
+
+    config = unet_config(num_classes="sequential", adm_in_channels=1280 + 6 * 256)
+    model = _patcher(TinySDXL(config), torch.float32, None)
+    data, positive, _ = mixed_sizes()
+    for number, [(_, options)] in enumerate(positive):
+        options["pooled_output"] = torch.full((1, 1280), float(number))
+    seen = []
+    adm = model.model.diffusion_model.label_emb[0][0]
+    adm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    distil(pack, model, data, positive, batch_size=2, negative=[positive[0]])
+    assert {len(y) for y in seen} >= {2}
+    heights = {tuple(y[0, 1280:].tolist()) for y in seen}
+    assert len(heights) == 2
+    model.detach()
 
 
 def test_every_sample_is_seen_once_a_pass(pack, unet, output):
