@@ -206,7 +206,8 @@ class Distill(io.ComfyNode):
                 ),
                 Weights.Output(display_name="deltaconv", tooltip="The blocks, for ΔConv Save Weights."),
                 LossMap.Output(
-                    display_name="loss_map", tooltip="The loss at each step, for Plot Loss Graph."
+                    display_name="loss_map",
+                    tooltip="The loss at each step, relative to its stage's first, for Plot Loss Graph.",
                 ),
                 io.Int.Output(display_name="steps", tooltip="Steps done, those before a pause included."),
             ],

@@ -157,12 +157,16 @@ class Distillation:
 
 
 def loss_map(rows: Iterable[Row]) -> dict[str, list[float]]:
-    """ComfyUI's LOSS_MAP of a run.
+    """ComfyUI's LOSS_MAP of a run: each stage's loss as a multiple of what it was in the stage's first step.
+
+    The stages' losses differ by orders of magnitude; as they are, one of them would be a flat line in a plot.
 
     ComfyUI's Plot Loss Graph divides by the difference of the largest and the smallest loss. Where there is
     none, as after a single step, the smallest step that a number can make is added as a last point.
     """
-    losses = [row.loss for row in rows]
+    losses, first = [], {}
+    for row in rows:
+        losses.append(row.loss / (first.setdefault(row.stage, row.loss) or 1.0))
     if len(set(losses)) < 2:
         losses.append(math.nextafter(losses[-1], math.inf))
     return {"loss": losses}

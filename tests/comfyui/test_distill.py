@@ -591,6 +591,18 @@ def test_the_loss_map_can_be_plotted(pack, unet):
     assert len(drawn["images"]) == 1
 
 
+def test_each_stage_of_the_loss_map_starts_at_one(pack):
+    row = in_pack(pack, "deltaconv_core.distill").Row
+    rows = [
+        row(1, "layer-wise", 1e-3, {"feature": 8.0}, 1.0),
+        row(2, "layer-wise", 1e-3, {"feature": 2.0}, 1.0),
+    ]
+    for step, value in ((3, 0.5), (4, 0.125)):
+        losses = {"feature": 2.0, "teacher": value, "noise": 1.0}
+        rows.append(row(step, "end to end", 1e-3, losses, 1.0))
+    assert in_pack(pack, "nodes.host.distilling").loss_map(rows) == {"loss": [1.0, 0.25, 1.0, 0.25]}
+
+
 def test_equal_runs_give_equal_files(pack, unet, tmp_path):
     core = in_pack(pack, "deltaconv_core")
     for name in ("a", "b"):
