@@ -4,11 +4,11 @@ The gain at a distance of D cycles per picture (both axes in periods over the pi
 
     G(D) = 1 / (1 + (cutoff / D)^(2 order)),    G(0) = 0
 
-with order 1 and a cut-off of 1 cycle per picture: what varies over the whole picture counts as the broad part.
-The paper names the filter, not its parameters. A higher order leaves positive rings around a sharp peak, which
-would count as attention that is not there; order 1 leaves none. Maps are mirrored at their borders, as a
-discrete cosine transform does: periodic continuation would take a difference between opposite borders for an
-edge.
+with order 1 and a cut-off of 1 cycle per picture: what varies over the whole picture counts as the broad
+part. The paper names the filter, not its parameters. A higher order leaves positive rings around a sharp
+peak, which would count as attention that is not there; order 1 leaves none. Maps are mirrored at their
+borders, as a discrete cosine transform does: periodic continuation would take a difference between opposite
+borders for an edge.
 """
 
 from __future__ import annotations
