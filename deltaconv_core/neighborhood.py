@@ -47,8 +47,7 @@ def neighborhood_attention(
             f"expected {height} x {width} = {height * width} queries, keys and values, got {q.shape[2]}, "
             f"{k.shape[2]} and {v.shape[2]}"
         )
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise DeltaConvError(f"expected an odd kernel_size of at least 1, got {kernel_size}")
+    check_kernel_size(kernel_size)
     radius = kernel_size // 2
     if radius >= max(grid) - 1:
         return F.scaled_dot_product_attention(q, k, v)
@@ -56,12 +55,23 @@ def neighborhood_attention(
     out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
     for rows, key_rows in _tiles(height, radius):
         for columns, key_columns in _tiles(width, radius):
-            above, beside = _near(rows, key_rows, radius), _near(columns, key_columns, radius)
-            mask = (above[:, None, :, None] & beside[:, None]).to(q.device)
+            above = _near(rows, key_rows, radius, q.device)
+            beside = _near(columns, key_columns, radius, q.device)
+            mask = above[:, None, :, None] & beside[:, None]
             out[:, :, rows, columns] = _attend(
                 q[:, :, rows, columns], k[:, :, key_rows, key_columns], v[:, :, key_rows, key_columns], mask
             )
     return out.flatten(2, 3)
+
+
+def check_kernel_size(kernel_size: int) -> None:
+    """Refuses a window that has no middle.
+
+    Raises:
+        DeltaConvError: an even kernel size, or one below 1.
+    """
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise DeltaConvError(f"expected an odd kernel_size of at least 1, got {kernel_size}")
 
 
 def _tiles(size: int, radius: int) -> Iterator[tuple[slice, slice]]:
@@ -71,9 +81,10 @@ def _tiles(size: int, radius: int) -> Iterator[tuple[slice, slice]]:
         yield slice(start, stop), slice(max(0, start - radius), min(size, stop + radius))
 
 
-def _near(queries: slice, keys: slice, radius: int) -> Tensor:
+def _near(queries: slice, keys: slice, radius: int, device: torch.device) -> Tensor:
     """(queries, keys) bool: whether they are within the radius, along one axis."""
-    distance = torch.arange(queries.start, queries.stop)[:, None] - torch.arange(keys.start, keys.stop)
+    at, other = (torch.arange(s.start, s.stop, device=device) for s in (queries, keys))
+    distance = at[:, None] - other
     return distance.abs() <= radius
 
 
