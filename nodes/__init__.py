@@ -9,6 +9,7 @@ from .demo_prompt import DemoPrompt
 from .distill import Distill
 from .host import folder
 from .load_weights import LoadWeights
+from .locality import AttentionLocality
 from .neighborhood import NeighborhoodAttention
 from .patch_model import PatchModel
 from .save_weights import SaveWeights
@@ -25,6 +26,7 @@ class DeltaConvExtension(ComfyExtension):
             LoadWeights,
             Distill,
             SaveWeights,
+            AttentionLocality,
             NeighborhoodAttention,
             DemoModel,
             DemoPrompt,

@@ -15,7 +15,7 @@ from .components import TwoComponents, fit_components
 from .highpass import HighPass
 from .maps import attention_maps
 from .queries import EXACT_LIMIT, choose_queries
-from .recommend import Recommendation, recommend
+from .recommend import Recommendation, check_limit, recommend
 from .result import LayerLocality, receptive_field
 from .statistics import LayerStatistics
 from .windows import window_mass
@@ -28,6 +28,7 @@ __all__ = [
     "Recommendation",
     "TwoComponents",
     "attention_maps",
+    "check_limit",
     "choose_queries",
     "fit_components",
     "receptive_field",

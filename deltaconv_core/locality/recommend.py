@@ -81,7 +81,7 @@ def recommend(
     Raises:
         DeltaConvError: a limit that no block could have.
     """
-    BlockSpec(dim=4, kernel_size=max_kernel_size, scales=scales)
+    check_limit(max_kernel_size)
     kernel_sizes, skip = {}, []
     for layer in layers:
         reach = [
@@ -92,6 +92,15 @@ def recommend(
         else:
             skip.append(layer.site)
     return Recommendation(architecture, kernel_sizes, tuple(skip))
+
+
+def check_limit(max_kernel_size: int) -> None:
+    """Refuses a limit of the kernel size that no block could have.
+
+    Raises:
+        DeltaConvError: an even one, or one below 1.
+    """
+    BlockSpec(dim=4, kernel_size=max_kernel_size)
 
 
 def _check(values: Any) -> None:
