@@ -92,8 +92,9 @@ class AttentionLocality(io.ComfyNode):
         )
         picture = torch.from_numpy(draw(seen.layers, advice, title)).float().div(255).unsqueeze(0)
         table = f"{title}\n\n{text(seen.layers, advice)}"
-        tell(_report(seen, advice), cls.hidden)
-        return io.NodeOutput(picture, table, advice.to_json(), ui=ui.PreviewImage(picture, cls=cls))
+        told = ui.PreviewText(tell(_report(seen, advice), cls.hidden)).as_dict()
+        shown = ui.PreviewImage(picture, cls=cls).as_dict()
+        return io.NodeOutput(picture, table, advice.to_json(), ui=shown | told)
 
 
 def _advice(seen: Look, max_kernel_size: int) -> Recommendation:

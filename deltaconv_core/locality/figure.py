@@ -56,9 +56,8 @@ def _canvas(layers: Sequence[LayerLocality], advice: Recommendation, title: str)
     parts = [105, 300, 110, 210, 160 if _turned(layers) else 100, map_rows * 1080 // columns, 20]
     figure = Figure(figsize=(WIDTH / DPI, sum(parts) / DPI), dpi=DPI, facecolor=PAPER)
     canvas = FigureCanvasAgg(figure)
-    figure.text(
-        0.02, 1 - 18 / sum(parts), title, ha="left", va="top", color=INK, fontsize=17, fontweight="bold"
-    )
+    size = min(17.0, 1100 / max(1, len(title)))  # so that a long title stays within the page
+    figure.text(0.02, 1 - 18 / sum(parts), title, va="top", color=INK, fontsize=size, fontweight="bold")
     at = figure.add_gridspec(
         len(parts), 1, height_ratios=parts, left=0.075, right=0.985, top=1, bottom=0, hspace=0
     )
