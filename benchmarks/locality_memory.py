@@ -48,13 +48,16 @@ def main() -> int:
     context = make_inputs(architecture, args.small, (args.latent, args.latent))["context"][:1]
     positive = [[context, {"pooled_output": torch.zeros(1, 1280)}]]
     latent = torch.zeros(1, 4, args.latent, args.latent)
-    gc.collect()
     host = import_module(".nodes.host.look", pack)
     settings = host.Settings(steps=1, looks=1, blocks=args.blocks, seed=0)
-    seen = []
+    seen: list[Any] = []
+    gc.collect()
+    before = resident()
     with torch.inference_mode():
-        plain = measure(lambda: sample(model, positive, latent))
-        looking = measure(lambda: seen.append(host.look(model, positive, {"samples": latent}, settings)))
+        looking = measure(
+            lambda: seen.append(host.look(model, positive, {"samples": latent}, settings)), before
+        )
+        plain = measure(lambda: sample(model, positive, latent), before)
     for layer in seen[0].layers:
         height, width = layer.grid
         how = "exact" if layer.exact else f"{layer.queries} queries"
@@ -76,9 +79,9 @@ def sample(model: Any, positive: Any, latent: torch.Tensor) -> None:
     )
 
 
-def measure(run: Callable[[], Any]) -> tuple[int, float]:
-    """Bytes above what the process had before, and seconds."""
-    before, start = resident(), time.perf_counter()
+def measure(run: Callable[[], Any], before: int) -> tuple[int, float]:
+    """The most bytes that the process holds meanwhile, above those before; and seconds."""
+    start = time.perf_counter()
     return highest(run) - before, time.perf_counter() - start
 
 

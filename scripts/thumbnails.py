@@ -9,12 +9,10 @@ distill_demo are none of them: they show what those workflows gave.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
@@ -122,21 +120,6 @@ def distillation() -> Drawing:
     return drawing
 
 
-def locality() -> Drawing:
-    """What an average map around the query looks like, and a window in it."""
-    drawing = Drawing("How local?", "attention around a query")
-    side, middle = 24, 5
-    for row in range(2 * middle + 1):
-        for column in range(2 * middle + 1):
-            near = math.exp(-math.hypot(row - middle, column - middle) / 1.6)
-            shade = tuple(a + (b - a) * near for a, b in zip(to_rgb(QUIET), to_rgb(ATTENTION), strict=True))
-            drawing.bar(188 + side * column, 115 + side * row, side - 2, side - 2, to_hex(shade))
-    corner, size = (188 + side * (middle - 2) - 3, 115 + side * (middle - 2) - 3), 5 * side + 4
-    frame = Rectangle(corner, size, size, fill=False, edgecolor=DELTACONV, linewidth=5)
-    drawing.axes.add_patch(frame)
-    return drawing
-
-
 DRAWINGS: dict[str, Callable[[], Drawing]] = {
     "text_to_image_sd15": lambda: network("sd15", "SD 1.5", 512),
     "text_to_image_sdxl": lambda: network("sdxl", "SDXL", 1024),
@@ -145,7 +128,6 @@ DRAWINGS: dict[str, Callable[[], Drawing]] = {
     "attention_first_sd15": attention_first,
     "two_weights_sd15": two_weights,
     "distill_sd15": distillation,
-    "attention_locality": locality,
 }
 
 

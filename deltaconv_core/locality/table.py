@@ -1,4 +1,4 @@
-"""What was found as text and as CSV: one row for each layer."""
+"""What was found as text and as CSV: one row for each layer. The text is Markdown, and aligned."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from .recommend import Recommendation
 from .result import LayerLocality
 
 LEGEND = """\
-ERF: effective receptive field, the smallest K whose K x K window holds 80 % of the high-frequency part;
+- ERF: effective receptive field, the smallest K whose K x K window holds 80 % of the high-frequency part;
   then its range over the timesteps, and without sinks.
-high: share of the attention in the high-frequency part. sinks: on the first and on the last token.
-other, where there is any: on tokens that are not of the image, such as text.
-near, flat, rest: attention as a part that decays with distance, a constant, and the error of that fit.
-K: recommended kernel size, - where the layer is better left alone. GFLOP: of attention, then of ΔConv."""
+- high: share of the attention in the high-frequency part.
+- sinks: share on the first and on the last token.
+- other, where there is any: share on tokens that are not of the image, such as text.
+- near, flat, rest: attention as a part that decays with distance, a constant, and the error of that fit.
+- K: recommended kernel size, - where the layer is better left alone.
+- GFLOP: of attention, then of ΔConv; two for each multiply-add."""
 
 
 def rows(layers: Iterable[LayerLocality], advice: Recommendation) -> list[dict[str, str]]:
@@ -27,17 +29,16 @@ def rows(layers: Iterable[LayerLocality], advice: Recommendation) -> list[dict[s
 
 
 def text(layers: Sequence[LayerLocality], advice: Recommendation) -> str:
-    """The table as aligned text, with totals and a legend."""
+    """The table with totals and a legend."""
     table = [{"layer": short_name(row.pop("site")), **row} for row in rows(layers, advice)]
     if not any(layer.outside for layer in layers):
         table = [{name: cell for name, cell in row.items() if name != "other"} for row in table]
     lines = [list(table[0]), *(list(row.values()) for row in table)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-        for line in lines
-    ]
-    return "\n".join([*aligned, "", *_totals(layers, advice), *_accuracy(layers), "", LEGEND])
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    grid = [f"| {' | '.join(line)} |" for line in aligned]
+    return "\n".join([*grid, "", *_totals(layers, advice), *_accuracy(layers), "", LEGEND])
 
 
 def write_csv(layers: Sequence[LayerLocality], advice: Recommendation, folder: Path) -> None:
@@ -87,7 +88,7 @@ def _totals(layers: Sequence[LayerLocality], advice: Recommendation) -> list[str
     return [
         f"Recommended: ΔConv in {len(replaced)} of {len(layers)} layers, {parameters / 1e6:.3g} M "
         f"parameters. Cost of all layers at this size, one picture and step: {before / 1e9:.4g} GFLOP now, "
-        f"{(before - saved) / 1e9:.4g} then; two for each multiply-add."
+        f"{(before - saved) / 1e9:.4g} then."
     ]
 
 

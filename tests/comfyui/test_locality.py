@@ -268,7 +268,7 @@ def test_node_outputs(pack, unet, caplog):
     assert 0 <= picture.min() < picture.mean() < 0.5 < picture.max() <= 1
     lines = table.splitlines()
     assert lines[0] == "Self-attention of unet-32x2-64x3, 12 × 16 latent, steps 2 of 2"
-    assert [line.split()[0] for line in lines[3:8]] == ["down0.0", "down1.0", "mid", "up0.1", "up1.1"]
+    assert [line.split()[1] for line in lines[4:9]] == ["down0.0", "down1.0", "mid", "up0.1", "up1.1"]
     core = in_pack(pack, "deltaconv_core.locality")
     read = core.Recommendation.from_json(advice)
     assert read.architecture == "unet-32x2-64x3"
