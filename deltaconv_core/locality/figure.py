@@ -6,6 +6,7 @@ Dark, with large letters: ComfyUI shows it at half its size or less, mostly on a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -34,15 +35,20 @@ def draw(layers: Sequence[LayerLocality], advice: Recommendation, title: str) ->
     Raises:
         DeltaConvError: no layers, or matplotlib is not installed.
     """
-    if not layers:
-        raise DeltaConvError("expected at least one layer to draw")
     canvas = _canvas(layers, advice, title)
     canvas.draw()
     picture: NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())[..., :3].copy()
     return picture
 
 
+def save(path: Path, layers: Sequence[LayerLocality], advice: Recommendation, title: str) -> None:
+    """Writes `draw`'s picture as PNG."""
+    _canvas(layers, advice, title).print_png(path)
+
+
 def _canvas(layers: Sequence[LayerLocality], advice: Recommendation, title: str) -> Any:
+    if not layers:
+        raise DeltaConvError("expected at least one layer to draw")
     try:
         import matplotlib as mpl
         from matplotlib.backends.backend_agg import FigureCanvasAgg

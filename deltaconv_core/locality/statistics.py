@@ -95,12 +95,17 @@ class LayerStatistics:
         """What was gathered.
 
         Raises:
-            DeltaConvError: there was no call.
+            DeltaConvError: there was no call, or the attention was NaN.
         """
         if not self._sums or self._grid is None:
             raise DeltaConvError(f"the attention at {self.site} was never called")
         moments = list(self._sums.values())
         total = sum(moments[1:], start=moments[0])
+        if not total.mass.isfinite().all():
+            raise DeltaConvError(
+                f"the attention at {self.site} holds NaN: the model computes it out of the range of its "
+                "dtype (try bfloat16 or float32), or its weights are damaged"
+            )
         errors = [sums.errors() for sums in moments]
         mean = self._around.total / self._around.count.clamp(min=1)
         return LayerLocality(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ def make_joint(name: str) -> Any:
             filled up to a multiple) or qwen_image.
     """
     import comfy.supported_models as models
+    from comfy.ldm.flux.model import FluxParams
 
     flux = {
         "in_channels": 16,
@@ -81,14 +83,21 @@ def make_joint(name: str) -> Any:
         "z_image": (models.Lumina2, lumina | {"pad_tokens_multiple": 32}),
         "qwen_image": (models.QwenImage, qwen),
     }[name]
-    return make_model(config(unet))
+    if config is models.Flux and "txt_ids_dims" in inspect.signature(FluxParams).parameters:
+        unet = unet | {"txt_ids_dims": []}  # ComfyUI's own detection adds it in newer versions
+    model = make_model(config(unet))
+    for buffer in model.model.diffusion_model.buffers():
+        buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(0)))
+    return model
 
 
-def joint_conditioning(reference: bool = False) -> list[Any]:
-    """What a text encoder would give; a reference picture of another size, where asked for."""
+def joint_conditioning(name: str) -> list[Any]:
+    """What a text encoder would give for this model; for flux_reference with a picture of another size."""
     generator = torch.Generator().manual_seed(1)
     text = torch.randn(1, TEXT, WIDTH, generator=generator)
     more = {"pooled_output": torch.randn(1, 12, generator=generator)}
-    if reference:
+    if name == "flux_reference":
         more["reference_latents"] = [torch.randn(1, 16, 6, 8, generator=generator)]
+    if name in ("lumina2", "z_image"):
+        more["attention_mask"] = torch.ones(1, TEXT, dtype=torch.long)
     return [[text, more]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 
@@ -152,8 +153,10 @@ JOINT = {
 def test_joint_attention(pack, recorded, name, size):
     """The image among text, reference pictures and filling, where the model's own code puts it."""
     text, ids = JOINT[name]
+    if name == "z_image" and not knows_z_image():
+        pytest.skip("this ComfyUI is older than Z-Image")
     model = make_joint(name)
-    seen = look(pack, model, size, positive=joint_conditioning(name == "flux_reference"))
+    seen = look(pack, model, size, positive=joint_conditioning(name))
     assert [layer.site for layer in seen.layers] == ids and not seen.replaceable
     if name in ("lumina2", "z_image"):  # the text's own refiner is called first
         del recorded[::4]
@@ -164,8 +167,14 @@ def test_joint_attention(pack, recorded, name, size):
         assert of_image_alone or layer.outside > 0.02
 
 
+def knows_z_image():
+    from comfy.ldm.lumina.model import NextDiT
+
+    return "pad_tokens_multiple" in inspect.signature(NextDiT).parameters
+
+
 def test_joint_attention_is_for_looking_only(pack):
-    output = run_node(pack, make_joint("flux"), (12, 16), joint_conditioning())
+    output = run_node(pack, make_joint("flux"), (12, 16), joint_conditioning("flux"))
     advice = json.loads(output.args[2])
     assert advice["architecture"] == "flux" and advice["kernel_sizes"] == {} and len(advice["skip"]) == 4
     assert "other" in output.args[1].splitlines()[2]
@@ -236,7 +245,7 @@ def test_progress_is_shown_to_the_end(pack, unet, monkeypatch):
     )
     look(pack, unet, steps=4, looks=2)
     ours = [value for value, total in seen if total == 4 + 2 * 5]
-    assert ours == list(range(1, 15))
+    assert ours[-1] == 14 and ours == sorted(set(ours))  # newer versions of ComfyUI thin it out
 
 
 def test_replacements_of_the_attention_are_left_out(pack, unet, checkpoint):

@@ -309,6 +309,15 @@ def test_refuses_tokens_that_do_not_fit():
         LayerStatistics("other", 64).result()
 
 
+def test_refuses_attention_that_is_not_a_number():
+    layer = LayerStatistics("mid_block.attn1", 64)
+    q = torch.zeros(1, 1, 12, 4)
+    q[0, 0, 5, 2] = torch.nan
+    layer.add(q, torch.zeros(1, 1, 12, 4), (3, 4))
+    with pytest.raises(DeltaConvError, match="attention at mid_block.attn1 holds NaN.*float32"):
+        layer.result()
+
+
 def test_can_be_stopped_between_chunks(monkeypatch):
     monkeypatch.setattr(statistics, "BUDGET", 1)
     calls = []
