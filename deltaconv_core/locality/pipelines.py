@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ class Watch:
     statistics: dict[str, LayerStatistics]
     calls: int = 0
     moment: str | None = None
-    grid: tuple[int, int] = field(default=(0, 0))
+    grid: tuple[int, int] = (0, 0)
 
     def network_called(self, module: nn.Module, args: tuple[Any, ...], call: dict[str, Any]) -> None:
         """One call for each of the scheduler's timesteps, as there is no guidance."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
@@ -97,7 +97,7 @@ class Watch:
     statistics: dict[str, LayerStatistics]
     bar: comfy.utils.ProgressBar
     moment: str | None = None
-    tokens: Tokens | None = field(default=None)
+    tokens: Tokens | None = None
 
     @classmethod
     def of(cls, channels: dict[str, int], total: int) -> Watch:
