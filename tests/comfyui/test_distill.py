@@ -425,14 +425,14 @@ def test_forms_of_data(pack, unet, form):
 def test_sdxl_with_its_pooled_text_and_sizes(pack):
     """Of which a batch has one for each picture."""
     import comfy.supported_models
-    from small_models import _patcher, unet_config
+    from small_models import make_model, unet_config
 
     class TinySDXL(comfy.supported_models.SDXL):
         memory_usage_factor = 1.0
         unet_extra_config: ClassVar = {}
 
     config = unet_config(num_classes="sequential", adm_in_channels=1280 + 6 * 256)
-    model = _patcher(TinySDXL(config), torch.float32, None)
+    model = make_model(TinySDXL(config), torch.float32, None)
     data, positive, _ = mixed_sizes()
     for number, [(_, options)] in enumerate(positive):
         options["pooled_output"] = torch.full((1, 1280), float(number))
