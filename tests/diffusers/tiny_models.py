@@ -96,7 +96,7 @@ def make_checkpoint(model: Any, **spec: Any) -> Checkpoint:
 def run(model: Any, size: tuple[int, int] = (16, 12), batch: int = 1, timestep: Any = 500) -> torch.Tensor:
     """The output for random input, always the same one."""
     make = torch.Generator().manual_seed(2)
-    dtype = next(model.parameters()).dtype
+    dtype = model.dtype
     x = torch.randn(batch, 4, *size, generator=make).to(dtype)
     context = torch.randn(batch, 5, CONTEXT_DIM, generator=make).to(dtype)
     with torch.no_grad():
@@ -111,7 +111,7 @@ def call(model: Any, x: torch.Tensor, context: torch.Tensor, timestep: Any, **mo
             "text_embeds": torch.linspace(-1, 1, 12).to(x).expand(batch, 12),
             "time_ids": torch.tensor([[32.0, 32, 0, 0, 32, 32]]).to(x).expand(batch, 6),
         }
-    if type(model).__name__ == "PixArtTransformer2DModel":
+    if "caption_channels" in model.config:
         t = torch.as_tensor(timestep, device=x.device)
         t = t.expand(batch) if t.ndim == 0 else t
         more["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
