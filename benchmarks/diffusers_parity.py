@@ -107,10 +107,11 @@ def compare(name: str, small: bool) -> Iterator[Row]:
     tensors = release_file(theirs, architecture, small)
     before = Outputs(host, theirs, inputs)
     yield from before.rows(name, "attention", before)
+    patched = parity.patch_with_file(host, f"{name}.safetensors", tensors)
     with tempfile.TemporaryDirectory() as folder:
         save_file(tensors, Path(folder) / "weights.safetensors")
+        del tensors
         adapter.apply(theirs, Path(folder) / "weights.safetensors")
-    patched = parity.patch_with_file(host, f"{name}.safetensors", tensors)
     yield from Outputs(patched, theirs, inputs).rows(name, "ΔConv", before)
     parity.unload()
     adapter.remove(theirs)

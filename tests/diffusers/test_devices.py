@@ -57,25 +57,15 @@ def test_offloading_layer_by_layer_uses_copies(case):
     assert devices(case.model) == {"cpu"} and all(w.requires_grad is False for w in weights)
 
 
-def whole_model(pipe):
-    pipe.enable_model_cpu_offload(device="cpu")
-
-
-def layer_by_layer(pipe):
-    """What `enable_sequential_cpu_offload` does to the U-Net."""
-    accelerate.cpu_offload(pipe.unet, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("offload", [whole_model, layer_by_layer])
 @pytest.mark.parametrize("order", ["offload first", "apply first"])
-def test_offloaded_pipelines(tmp_path, offload, order):
+def test_an_offloaded_pipeline(tmp_path, order):
     pipe = make_pipeline(tmp_path)
     checkpoint = make_checkpoint(pipe.unet)
     apply(pipe, checkpoint, end_percent=0.8)
     expected = sample(pipe)
     if order == "offload first":
         remove(pipe)
-    offload(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
     if order == "offload first":
         apply(pipe, checkpoint, end_percent=0.8)
     for _ in range(2):
@@ -86,35 +76,61 @@ def test_offloaded_pipelines(tmp_path, offload, order):
     assert torch.equal(sample(pipe), plain) and torch.equal(plain, sample(make_pipeline(tmp_path)))
 
 
-def test_base_weights_that_are_out_of_reach(tmp_path):
-    pipe = make_pipeline(tmp_path)
-    checkpoint = make_checkpoint(pipe.unet)
-    checkpoint.base_weights = {BASE: pipe.unet.get_parameter(BASE) * 1.5}
-    own = pipe.unet.state_dict()[BASE].clone()
-    layer_by_layer(pipe)
+def offload_layers(model):
+    """What `enable_sequential_cpu_offload` does to each model of a pipeline."""
+    accelerate.cpu_offload(model, torch.device("cpu"))
+
+
+def fetch_layers(model):
+    """What `remove_all_hooks` of a pipeline does."""
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+
+
+@pytest.mark.parametrize("order", ["offload first", "apply first"])
+def test_offloaded_layers(case, order):
+    model, plain = case.model, run(case.model)
+    if order == "offload first":
+        offload_layers(model)
+    apply(model, case.checkpoint)
+    if order == "apply first":
+        offload_layers(model)
+    other = case.fresh()
+    apply(other, case.checkpoint)
+    for _ in range(2):
+        assert torch.equal(run(model), run(other))
+    remove(model)
+    assert torch.equal(run(model), plain)
+    fetch_layers(model)
+    assert torch.equal(run(model), plain)
+
+
+def test_base_weights_that_are_out_of_reach(sd):
+    model, own = sd.model, sd.model.get_parameter(BASE).clone()
+    sd.checkpoint.base_weights = {BASE: own * 1.5}
+    offload_layers(model)
     with pytest.raises(DeltaConvError, match=rf"{BASE} of the model is stored elsewhere.*remove_all_hooks"):
-        apply(pipe, checkpoint)
-    assert "left out" in apply(pipe, checkpoint, base_weights_strength=0.0).text
-    pipe.remove_all_hooks()
-    apply(pipe, checkpoint)
-    expected = sample(pipe)
-    layer_by_layer(pipe)
-    assert torch.equal(sample(pipe), expected)
+        apply(model, sd.checkpoint)
+    assert "left out" in apply(model, sd.checkpoint, base_weights_strength=0.0).text
+    fetch_layers(model)
+    apply(model, sd.checkpoint)
+    expected = run(model)
+    offload_layers(model)
+    assert torch.equal(run(model), expected)
     with pytest.raises(DeltaConvError, match="stored elsewhere"):
-        remove(pipe)
-    assert torch.equal(sample(pipe), expected)
-    pipe.remove_all_hooks()
-    remove(pipe)
-    assert torch.equal(pipe.unet.state_dict()[BASE], own)
+        remove(model)
+    assert torch.equal(run(model), expected)
+    fetch_layers(model)
+    remove(model)
+    assert torch.equal(model.get_parameter(BASE), own)
 
 
 def test_group_offloading(sd):
     """In the library's newer way of offloading the blocks are copied for each call, too."""
-    enable = getattr(sd.model, "enable_group_offload", None)
-    if enable is None:
+    if not hasattr(sd.model, "enable_group_offload"):
         pytest.skip("this diffusers has no group offloading")
     apply(sd.model, sd.checkpoint)
     expected = run(sd.model)
-    enable(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level")
+    cpu = torch.device("cpu")
+    sd.model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
     assert torch.equal(run(sd.model), expected)
     remove(sd.model)
