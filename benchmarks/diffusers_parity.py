@@ -11,7 +11,7 @@ the other. Prints for each latent size and state of the model
 - change: likewise, between this state and attention in the same host; so much of the output hangs on ΔConv;
 
 for the states "attention" (before), "ΔConv", and "removed" (after), and exits with status 1 when an error is
-above 1e-4, or when a removed ΔConv left a trace. SD1.5 needs about 13 GB at its largest, most of it for two
+above 1e-4, or when a removed ΔConv left a trace. SD1.5 needs about 12 GB at its largest, most of it for two
 models and the convolutions that the file puts into them; sdxl has three times as many weights and is compared
 when asked for.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from .forwards import MixerForward, RangedForward
 from .sites import Sites, find_sites, network_of
 
 TRAIN_TIMESTEPS = 1000
+
+Hook = tuple[nn.Module, Callable[..., Any]]
 
 log = logging.getLogger(__name__)
 
@@ -67,18 +69,18 @@ def apply(
     sampling = SamplingRange(start_percent, end_percent)
     checkpoint = load_checkpoint(ckpt) if isinstance(ckpt, (str, os.PathLike)) else ckpt
     chosen = matching_sites(found.architecture, found.channels, checkpoint, blocks)
+    needed = _hooks(model, found, chosen, sampling, _train_timesteps(pipeline_or_model))
     before = blocks_on(model)
     weights, about_weights = _base_weights(model, checkpoint, before, base_weights_strength)
-    new = DeltaConvBlocks(_copies(model, {site: checkpoint.blocks[site] for site in chosen}))
+    sites = {site: found.attentions[site] for site in chosen}
+    new = DeltaConvBlocks(_copies(model, {site: checkpoint.blocks[site] for site in chosen}), sites)
     lines = [report.of_blocks(found.architecture, len(found.channels), new.blocks.values())]
     lines += [*report.of_range(sampling), *about_weights]
     if before is not None:
         _take_off(model, before)
         lines.append("The ΔConv that was on this model before is replaced as a whole.")
-    _put_forwards(new, found, sampling)
-    told = Report(lines, [*report.assumptions(checkpoint), *conflicts(model, new.attentions)])
-    _put_hooks(model, new, found, sampling, _train_timesteps(pipeline_or_model), told)
-    model.add_module(NAME, new)
+    told = Report(lines, [*report.assumptions(checkpoint), *conflicts(model, sites)])
+    _put_on(model, new, [*needed, (model, Watch(sites, told.warnings))], sampling)
     new.originals = exchange(model, weights)
     log.info("%s", " ".join(told.lines))
     for warning in told.warnings:
@@ -132,40 +134,35 @@ def _copies(model: nn.Module, trained: Mapping[str, Any]) -> dict[str, DeltaConv
     return {site: shared_copy(block, device, known) for site, block in trained.items()}
 
 
-def _put_forwards(new: DeltaConvBlocks, found: Sites, sampling: SamplingRange) -> None:
-    for site in new.blocks:
-        attention = found.attentions[site]
+def _hooks(
+    model: nn.Module, found: Sites, chosen: Collection[str], sampling: SamplingRange, train_timesteps: int
+) -> list[Hook]:
+    """What has to be hooked so that the chosen sites are told what they need, and nobody else is."""
+    needed: list[Hook] = []
+    replaced = {id(found.attentions[site]) for site in chosen}
+    for place in found.places:
+        if any(site in chosen for site in place.sites):
+            needed.append((place.module, hooks.TellGrid.of(place.module, place.patch_size)))
+            others = (attention for attention in place.attentions() if id(attention) not in replaced)
+            needed += [(attention, hooks.keep_back) for attention in others]
+        elif not sampling.is_everything:
+            needed.append((place.module, hooks.KeepBack.of(place.module)))
+    if not sampling.is_everything:
+        needed.append((model, hooks.TellChoice.of(model, sampling, train_timesteps)))
+    return needed
+
+
+def _put_on(model: nn.Module, new: DeltaConvBlocks, needed: Iterable[Hook], sampling: SamplingRange) -> None:
+    for site, attention in new.attentions.items():
         if sampling.is_everything:
             forward = MixerForward(site, new)
         else:
             forward = RangedForward(site, new, attention.forward)
-        new.attentions[site] = attention
         new.forwards[site] = attention.__dict__.get("forward")
         attention.__dict__["forward"] = forward
-
-
-def _put_hooks(
-    model: nn.Module,
-    new: DeltaConvBlocks,
-    found: Sites,
-    sampling: SamplingRange,
-    train_timesteps: int,
-    told: Report,
-) -> None:
-    def put(module: nn.Module, hook: Callable[..., Any]) -> None:
+    for module, hook in needed:
         new.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-
-    for place in found.places:
-        if not new.blocks.keys().isdisjoint(place.sites):
-            put(place.module, hooks.TellGrid.of(place.module, place.patch_size))
-            for attention in place.attentions():
-                if not isinstance(attention.forward, MixerForward):
-                    put(attention, hooks.keep_back)
-        elif not sampling.is_everything:
-            put(place.module, hooks.KeepBack.of(place.module))
-    if not sampling.is_everything:
-        put(model, hooks.TellChoice.of(model, sampling, train_timesteps))
-    put(model, Watch(new.attentions, told.warnings))
+    model.add_module(NAME, new)
 
 
 def _take_off(model: nn.Module, there: DeltaConvBlocks) -> None:

@@ -23,13 +23,14 @@ class DeltaConvBlocks(nn.Module):
 
     Args:
         blocks: site id -> block.
+        attentions: site id -> the attention that the block stands in for.
     """
 
-    def __init__(self, blocks: Mapping[str, DeltaConvBlock]) -> None:
+    def __init__(self, blocks: Mapping[str, DeltaConvBlock], attentions: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.blocks = dict(blocks)  # a plain dict: not registered
-        self.attentions: dict[str, nn.Module] = {}
-        """Site id -> the attention that the block stands in for."""
+        # Modules in a plain dict are not registered.
+        self.blocks = dict(blocks)
+        self.attentions = dict(attentions)
         self.forwards: dict[str, Any] = {}
         """Site id -> the `forward` that was set on the attention before; None: it had its class's."""
         self.handles: list[RemovableHandle] = []

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import DeltaConvError
 from ..switch import SamplingRange
 
 GRID = "deltaconv_grid"
@@ -34,7 +35,13 @@ class Argument:
 
     @classmethod
     def of(cls, module: nn.Module, name: str) -> Argument:
-        return cls(name, list(inspect.signature(type(module).forward).parameters).index(name) - 1)
+        names = list(inspect.signature(type(module).forward).parameters)
+        if name not in names:
+            raise DeltaConvError(
+                f"{type(module).__name__} takes no argument {name}, which ΔConv has to see; its forward "
+                f"takes {', '.join(names[1:])}"
+            )
+        return cls(name, names.index(name) - 1)
 
     def get(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return args[self.position] if len(args) > self.position else kwargs.get(self.name)

@@ -97,6 +97,22 @@ def test_timesteps_are_counted_as_the_scheduler_does(sd, tmp_path):
     assert torch.equal(run(pipe.unet, timestep=49), run(sd.model, timestep=49))
 
 
+def test_a_model_without_timestep_has_no_range(sd):
+    class Odd(type(sd.model)):
+        def forward(self, sample, time, encoder_hidden_states, cross_attention_kwargs=None):
+            return super().forward(
+                sample, time, encoder_hidden_states, cross_attention_kwargs=cross_attention_kwargs
+            )
+
+    sd.model.__class__ = Odd
+    before = [dict(vars(module)) for module in sd.model.modules()]
+    with pytest.raises(DeltaConvError, match="Odd takes no argument timestep.* takes sample, time"):
+        apply(sd.model, sd.checkpoint, end_percent=0.5)
+    assert [dict(vars(module)) for module in sd.model.modules()] == before
+    apply(sd.model, sd.checkpoint)
+    assert torch.equal(run(sd.model), run(patched(sd)))
+
+
 def test_an_attention_called_past_the_model_is_refused(sd):
     apply(sd.model, sd.checkpoint, end_percent=0.5)
     with pytest.raises(DeltaConvError, match="past the model's own forward"):
