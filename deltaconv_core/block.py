@@ -81,7 +81,7 @@ class DeltaConvBlock(nn.Module):
         """
         spec = self.spec
         _normal(self.conv_up, 1 / math.sqrt(spec.dim))
-        for stage in self._stages():
+        for stage in self.stages():
             _normal(stage.conv_spatial, 1 / spec.kernel_size)
         # With unit-variance halves a product has variance 1, and a * sigmoid(b) about 0.3.
         factor = {"simple": math.sqrt(spec.inter / 2), "sigmoid": 0.55, "scaled": 1 / math.sqrt(spec.inter)}
@@ -109,7 +109,7 @@ class DeltaConvBlock(nn.Module):
     def _mix(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         u = ops.call_layer(self.conv_up, x)  # (B, N, inter)
         u = u.reshape(len(x), *grid, -1).permute(0, 3, 1, 2)  # (B, inter, H, W) over channels-last memory
-        stages = [self._stage(g, u, s) for g, s in zip(self._stages(), self.spec.scales, strict=True)]
+        stages = [self._stage(g, u, s) for g, s in zip(self.stages(), self.spec.scales, strict=True)]
         f = ops.merge(stages, self.spec.merge).permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, merged)
         mean = ops.call_layer(self.conv_pool, x.mean(dim=1, keepdim=True))  # (B, 1, C)
         if u.dtype == torch.float16:
@@ -121,7 +121,8 @@ class DeltaConvBlock(nn.Module):
         g = ops.gate(ops.call_layer(stage.conv_spatial, z), self.spec.gate)
         return g if scale == 1 else ops.enlarge(g, (u.shape[2], u.shape[3]))
 
-    def _stages(self) -> Iterable[Stage]:
+    def stages(self) -> Iterable[Stage]:
+        """The pyramid's stages, as their types are."""
         return cast(Iterable[Stage], self.gates)
 
     def _check(self, x: Tensor, grid: tuple[int, int]) -> None:

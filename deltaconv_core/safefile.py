@@ -18,8 +18,12 @@ Pathlike = str | os.PathLike[str]
 PICKLE_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip, or a protocol number
 
 
-def read_file(path: Pathlike) -> tuple[dict[str, str], dict[str, Tensor]]:
+def read_file(path: Pathlike, *, numbers: bool = False) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Reads header texts and tensors (on the CPU, in memory of their own, all finite floating point numbers).
+
+    Args:
+        path: the file.
+        numbers: whether tensors may hold whole numbers too, as an optimizer's may.
 
     Raises:
         CheckpointError: no such file, not safetensors, truncated or inconsistent, or a tensor with NaN or
@@ -31,7 +35,7 @@ def read_file(path: Pathlike) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             names = file.keys()
-            tensors = {name: _checked(path, name, file.get_tensor(name)) for name in names}
+            tensors = {name: _checked(path, name, file.get_tensor(name), numbers) for name in names}
     except (SafetensorError, KeyError, OSError, RuntimeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({error}); download or save it again"
@@ -39,8 +43,14 @@ def read_file(path: Pathlike) -> tuple[dict[str, str], dict[str, Tensor]]:
     return header, tensors
 
 
-def write_file(path: Pathlike, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+def write_file(
+    path: Pathlike, tensors: Mapping[str, Tensor], header: Mapping[str, str], *, numbers: bool = False
+) -> None:
     """Writes a safetensors file beside its place and moves it there: a kill at any moment leaves old or new.
+
+    Args:
+        path, tensors, header: what to write where.
+        numbers: as in `read_file`.
 
     Raises:
         CheckpointError: the place cannot be written, or a tensor is not finite.
@@ -48,7 +58,7 @@ def write_file(path: Pathlike, tensors: Mapping[str, Tensor], header: Mapping[st
     path = Path(path)
     ready = _separate({name: tensor.detach().to("cpu") for name, tensor in tensors.items()})
     for name, tensor in ready.items():
-        _check_numbers(path, name, tensor)
+        _check_numbers(path, name, tensor, numbers)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         try:
@@ -90,13 +100,15 @@ def _check_start(path: Path) -> None:
     )
 
 
-def _checked(path: Path, name: str, tensor: Tensor) -> Tensor:
-    _check_numbers(path, name, tensor)
+def _checked(path: Path, name: str, tensor: Tensor, numbers: bool) -> Tensor:
+    _check_numbers(path, name, tensor, numbers)
     return tensor.clone()  # the original is a view of the file, which may change under a long-lived model
 
 
-def _check_numbers(path: Path, name: str, tensor: Tensor) -> None:
+def _check_numbers(path: Path, name: str, tensor: Tensor, numbers: bool) -> None:
     if not tensor.is_floating_point():
+        if numbers:
+            return
         raise CheckpointError(f"{path}: {name} holds {tensor.dtype}, expected floating point weights")
     finite = (tensor.float() if tensor.element_size() == 1 else tensor).isfinite()
     if not finite.all():

@@ -1,62 +1,110 @@
-"""How often teacher and student draw what held-out prompts ask for: ``python -m demo.evaluate``.
+"""How well students of the demo model draw, beside their teacher: ``python -m demo.evaluate``.
 
-Samples prompts that training never saw through ComfyUI's own KSampler code, with the same seeds for both
-modes, and reads every picture with the detector. Prints a table, and writes it with every single reading as
-JSON.
+    python -m demo.evaluate --output FOLDER --student NAME=FILE --student NAME=FILE ...
+
+Samples prompts that training never saw through ComfyUI's own KSampler code, with the same noise for every
+model, at the training size and at twice it, and measures the pictures: how often the detector finds each
+word, the Fréchet distance to drawings of the same prompts, the PSNR to the teacher's pictures. The folder
+keeps pictures and results, so that students can be measured one by one: a later call samples only what is
+missing, and its table holds everything that was measured there with the same settings.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from deltaconv_core import load_checkpoint
-from scripts.comfy_host import import_pack
+from deltaconv_core import DeltaConvError
 
-from .detector import read_picture
-from .files import student_file, teacher_file
-from .pictures import draw, every_prompt, is_held_out, random_scene
-from .words import SLOTS, Prompt, token_rows
+from . import report
+from .classifier import load_classifier
+from .files import classifier_file, named_file, student_file, teacher_file
+from .measure import drawings, held_out_prompts, measure, reference_moments
+from .mixers import count_weights, put_student
+from .words import Prompt, token_rows
+
+DRAWN, TEACHER = "drawn", "attention"
 
 
-def held_out_prompts(count: int, seed: int) -> list[Prompt]:
-    """``count`` prompts that training never saw, drawn without repetition."""
-    prompts = [prompt for prompt in every_prompt() if is_held_out(prompt)]
-    return [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))[:count]]
+class Size(NamedTuple):
+    """What is sampled at one size."""
+
+    side: int
+    prompts: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that the figures depend on beside the models; models are compared at equal settings."""
+
+    sizes: tuple[Size, ...]
+    cfg: float
+    seed: int
+    batch: int
+    reference: int
+    teacher: str  # sha256 of the file
+    classifier: str  # likewise
+
+
+class Models:
+    """The MODELs, loaded when something has to be sampled."""
+
+    def __init__(self, teacher: Path, students: dict[str, Path]) -> None:
+        self.file = teacher
+        self.students = students
+
+    @cached_property
+    def pack(self) -> str:
+        from scripts.comfy_host import import_pack
+
+        return import_pack().__name__
+
+    @cached_property
+    def teacher(self) -> Any:
+        return import_module(".nodes.host.demo_unet", self.pack).load_demo_model(str(self.file))
+
+    @cached_property
+    def words(self) -> torch.Tensor:
+        return import_module(".nodes.host.demo_unet", self.pack).load_words(str(self.file))
+
+    def __getitem__(self, name: str) -> Any:
+        if name == TEACHER:
+            return self.teacher
+        return put_student(self.teacher, self.students[name], self.pack)
 
 
 def sample(
-    model: Any,
-    words: torch.Tensor,
-    prompts: list[Prompt],
-    size: int,
-    seed: int,
-    steps: int,
-    cfg: float,
-    batch: int,
+    model: Any, words: torch.Tensor, prompts: list[Prompt], size: Size, settings: Settings
 ) -> np.ndarray:
-    """One picture per prompt as uint8 (N, size, size, 3), by ComfyUI's sampler "euler" on its "normal"
+    """One picture per prompt as uint8 (N, side, side, 3), by ComfyUI's sampler "euler" on its "normal"
     schedule."""
     import comfy.sample
 
     negative = [[words[torch.tensor(token_rows(Prompt()))].unsqueeze(0), {}]]
     pictures = []
-    for first in tqdm(range(0, len(prompts), batch)):
-        some = prompts[first : first + batch]
+    for first in tqdm(range(0, len(prompts), settings.batch)):
+        some = prompts[first : first + settings.batch]
         positive = [[words[torch.tensor([token_rows(prompt) for prompt in some])], {}]]
-        noise = torch.randn(len(some), 3, size, size, generator=torch.manual_seed(seed + first))
+        generator = torch.manual_seed(settings.seed + first)
+        noise = torch.randn(len(some), 3, size.side, size.side, generator=generator)
         latent = comfy.sample.sample(
             model,
             noise,
-            steps,
-            cfg,
+            size.steps,
+            settings.cfg,
             "euler",
             "normal",
             positive,
@@ -68,89 +116,140 @@ def sample(
     return np.concatenate(pictures)
 
 
-def score(pictures: np.ndarray, prompts: list[Prompt]) -> dict[str, float]:
-    """Share of pictures that fulfil each slot of their prompt, all of them, and the mirror's symmetry."""
-    matches = []
-    for picture, prompt in zip(pictures, prompts, strict=True):
-        reading = read_picture(picture)
-        if prompt.layout == "mirror" and prompt.position == "right":
-            prompt = prompt._replace(position="left")  # the same picture
-        matches.append(reading.matches(prompt))
-    table = {slot: float(np.mean([match[slot] for match in matches])) for slot in SLOTS}
-    mirrored = [
-        match["layout"] for match, prompt in zip(matches, prompts, strict=True) if prompt.layout == "mirror"
-    ]
-    table["symmetry"] = float(np.mean(mirrored)) if mirrored else float("nan")
-    table["all"] = float(np.mean([all(match.values()) for match in matches]))
-    return table
+class Folder:
+    """Pictures and results of every model measured so far."""
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self.path, self.settings = path, settings
+        for part in ("models", "pictures"):
+            (path / part).mkdir(parents=True, exist_ok=True)
+
+    def pictures(self, name: str, size: Size, model_hash: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """The kept pictures if they were made the same way from the same weights, else ``make()``."""
+        file = self.path / "pictures" / f"{name}-{size.side}.npz"
+        kept = asdict(self.settings) | {"sizes": size, "model": model_hash}
+        for later in ("reference", "classifier"):
+            del kept[later]
+        key = json.dumps(kept)
+        if file.exists():
+            with np.load(file) as stored:
+                if str(stored["key"]) == key:
+                    return stored["pictures"]
+        pictures = make()
+        part = file.with_suffix(".part.npz")
+        np.savez_compressed(part, pictures=pictures, key=key)
+        os.replace(part, file)
+        return pictures
+
+    def keep(self, name: str, result: dict[str, Any]) -> None:
+        report.write_json(self.path / "models" / f"{name}.json", self._described() | result)
+
+    def results(self, first: list[str]) -> dict[str, dict[str, Any]]:
+        """Results at these settings by model: those named ``first``, then others by name."""
+        found = {file.stem: json.loads(file.read_text()) for file in (self.path / "models").glob("*.json")}
+        wanted = self._described()["settings"]
+        same = {name: result for name, result in found.items() if result["settings"] == wanted}
+        for name in sorted(found.keys() - same.keys()):
+            print(f"{name} is left out: it was measured with other settings.")
+        return {name: same[name] for name in [*first, *sorted(same.keys() - set(first))]}
+
+    def _described(self) -> dict[str, Any]:
+        return {"settings": json.loads(json.dumps(asdict(self.settings)))}
 
 
-def main() -> None:
+def sha256(path: Path) -> str:
+    """Of the file; ``DeltaConvError`` when there is none."""
+    if not path.is_file():
+        raise DeltaConvError(f"there is no file {path}")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--teacher", type=Path, default=teacher_file(), help="the teacher's safetensors file")
-    parser.add_argument("--student", type=Path, default=student_file(), help="ΔConv weights of the student")
+    parser.add_argument(
+        "--student",
+        type=named_file,
+        action="append",
+        metavar="NAME=FILE",
+        help="ΔConv weights or linear attention; may be given often (default: the shipped ΔConv)",
+    )
     parser.add_argument(
         "--prompts", type=int, default=200, help="held-out prompts (default 200, at most 613)"
     )
+    parser.add_argument(
+        "--prompts-large", type=int, default=100, help="of them at twice the size; 0: none (default 100)"
+    )
     parser.add_argument("--size", type=int, default=48, help="side of the pictures in pixels (default 48)")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (default 20)")
+    parser.add_argument("--steps-large", type=int, help="those at twice the size (default: as many)")
     parser.add_argument("--cfg", type=float, default=3.0, help="classifier-free guidance scale (default 3.0)")
     parser.add_argument("--seed", type=int, default=0, help="seed of prompts and noise (default 0)")
     parser.add_argument("--batch", type=int, default=40, help="pictures sampled at once (default 40)")
-    parser.add_argument("--output", type=Path, help="folder for the table as JSON and a sheet of pictures")
+    parser.add_argument(
+        "--reference", type=int, default=4000, help="drawings for the Fréchet distance (default 4000)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/evaluation"), help="folder (default output/evaluation)"
+    )
     args = parser.parse_args()
+    args.student = args.student or [("ΔConv", student_file())]
+    taken = [name for name, _ in args.student]
+    if len({*taken, DRAWN, TEACHER}) != len(taken) + 2:
+        parser.error(f"names of students must differ, and not be {DRAWN} or {TEACHER}: {', '.join(taken)}")
+    return args
 
-    pack = import_pack()
-    demo_unet = import_module(".nodes.host.demo_unet", pack.__name__)
-    apply = import_module(".nodes.host.apply", pack.__name__)
-    switch = import_module(".deltaconv_core.switch", pack.__name__)
-    teacher = demo_unet.load_demo_model(str(args.teacher))
-    words = demo_unet.load_words(str(args.teacher))
-    models = {"attention": teacher}
-    if args.student.exists():
-        settings = apply.Settings("all", switch.SamplingRange(), None)
-        models["ΔConv"], _ = apply.apply_checkpoint(teacher, load_checkpoint(args.student), settings)
 
-    prompts = held_out_prompts(args.prompts, args.seed)
-    rng = np.random.default_rng(args.seed)
-    pictures = {"drawn": np.stack([draw(random_scene(prompt, rng), args.size) for prompt in prompts])}
-    for name, model in models.items():
-        pictures[name] = sample(model, words, prompts, args.size, args.seed, args.steps, args.cfg, args.batch)
-    tables = {name: score(some, prompts) for name, some in pictures.items()}
-    if "ΔConv" in pictures:
-        error = (pictures["ΔConv"].astype(float) - pictures["attention"]) / 255
-        psnr = -10 * np.log10((error**2).mean(axis=(1, 2, 3)))
-        tables["ΔConv"]["psnr_to_attention_db"] = float(psnr.mean())
+def main() -> None:
+    args = parse_arguments()
+    try:
+        run(args)
+    except DeltaConvError as error:
+        raise SystemExit(f"error: {error}") from error
 
-    columns = [*SLOTS, "symmetry", "all"]
-    print(
-        f"{len(prompts)} held-out prompts, {args.size}x{args.size}, {args.steps} steps, "
-        f"cfg {args.cfg}, seed {args.seed}"
+
+def run(args: argparse.Namespace) -> None:
+    students = dict(args.student)
+    files = {TEACHER: args.teacher, **students}
+    hashes = {DRAWN: ""} | {name: sha256(file) for name, file in files.items()}
+    sizes = [Size(args.size, args.prompts, args.steps)]
+    if args.prompts_large:
+        sizes.append(Size(2 * args.size, args.prompts_large, args.steps_large or args.steps))
+    settings = Settings(
+        sizes=tuple(sizes),
+        cfg=args.cfg,
+        seed=args.seed,
+        batch=args.batch,
+        reference=args.reference,
+        teacher=hashes[TEACHER],
+        classifier=sha256(classifier_file()),
     )
-    print("| model | " + " | ".join(columns) + " |")
-    print("|---" * (len(columns) + 1) + "|")
+    weights = {name: count_weights(file) for name, file in students.items()}
+    chosen = [(size, held_out_prompts(size.prompts, args.seed)) for size in sizes]
+    folder, models = Folder(args.output, settings), Models(args.teacher, students)
+    classifier = load_classifier(classifier_file())
+
+    tables: dict[str, dict[str, Any]] = {name: {} for name in hashes}
+    for size, prompts in chosen:
+        reference = reference_moments(classifier, prompts, size.side, args.reference, args.seed)
+        teacher = None
+        for name, model_hash in hashes.items():
+
+            def make(name: str = name, size: Size = size, prompts: list[Prompt] = prompts) -> np.ndarray:
+                if name == DRAWN:
+                    return drawings(prompts, size.side, np.random.default_rng(args.seed))
+                print(f"{name}: {size.prompts} pictures of {size.side}x{size.side}")
+                return sample(models[name], models.words, prompts, size, settings)
+
+            pictures = folder.pictures(name, size, model_hash, make)
+            tables[name][str(size.side)] = measure(pictures, prompts, classifier, reference, teacher)
+            teacher = pictures if name == TEACHER else teacher
     for name, table in tables.items():
-        print(f"| {name} | " + " | ".join(f"{table[column]:.3f}" for column in columns) + " |")
-    if args.output:
-        write_results(args.output, vars(args), tables, pictures)
-
-
-def write_results(
-    folder: Path, settings: dict, tables: dict, pictures: dict[str, np.ndarray], shown: int = 16
-) -> None:
-    """The table as JSON, and a sheet with one row per model."""
-    from PIL import Image
-
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = {key: value for key, value in settings.items() if isinstance(value, (int, float))}
-    (folder / "evaluation.json").write_text(
-        json.dumps({"settings": kept, "tables": tables}, indent=1, ensure_ascii=False)
-    )
-    rows = [np.concatenate(list(some[:shown]), axis=1) for some in pictures.values()]
-    sheet = Image.fromarray(np.concatenate(rows))
-    sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(folder / "sheet.png")
+        counted = {"weights": weights[name]} if name in weights else {}
+        folder.keep(name, {"sha256": hashes[name], **counted, "sizes": table})
+    report.write_report(args.output, folder.results(list(hashes)))
 
 
 if __name__ == "__main__":

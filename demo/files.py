@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -15,3 +16,16 @@ def teacher_file() -> Path:
 def student_file() -> Path:
     """The ΔConvBlocks distilled from it, fp16 safetensors."""
     return WEIGHTS / "deltaconv.safetensors"
+
+
+def classifier_file() -> Path:
+    """The classifier whose features measure pictures, fp16 safetensors."""
+    return WEIGHTS / "classifier.safetensors"
+
+
+def named_file(text: str) -> tuple[str, Path]:
+    """``NAME=FILE`` of a command line, for ``argparse``; the name becomes part of file names."""
+    name, equals, file = text.partition("=")
+    if not equals or not file or not name.strip() or set(name) & set('/\\:*?"<>|') or name.startswith("."):
+        raise argparse.ArgumentTypeError(f"expected NAME=FILE, the NAME fit for a file's name, got {text!r}")
+    return name, Path(file)

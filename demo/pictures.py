@@ -65,6 +65,12 @@ def is_held_out(prompt: Prompt) -> bool:
     return crc32(str(prompt).encode()) % 10 == 0
 
 
+def as_seen(prompt: Prompt) -> Prompt:
+    """The prompt as its picture shows it: mirrored columns look the same at the left and at the right."""
+    mirrored = prompt.layout == "mirror" and prompt.position == "right"
+    return prompt._replace(position="left") if mirrored else prompt
+
+
 def random_scene(prompt: Prompt, rng: np.random.Generator) -> Scene:
     """Fill in what a complete ``prompt`` leaves open."""
     count = _COUNT[prompt.count]

@@ -6,9 +6,11 @@ from comfy_api.latest import ComfyExtension, io
 
 from .demo_model import DemoLatent, DemoModel
 from .demo_prompt import DemoPrompt
+from .distill import Distill
 from .host import folder
 from .load_weights import LoadWeights
 from .patch_model import PatchModel
+from .save_weights import SaveWeights
 
 folder.register()
 
@@ -17,4 +19,4 @@ class DeltaConvExtension(ComfyExtension):
     """What ComfyUI asks for the nodes of this pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [PatchModel, LoadWeights, DemoModel, DemoPrompt, DemoLatent]
+        return [PatchModel, LoadWeights, Distill, SaveWeights, DemoModel, DemoPrompt, DemoLatent]

@@ -6,3 +6,4 @@ from comfy_api.latest import io
 
 CATEGORY = "ΔConv"
 Weights = io.Custom("DELTACONV_WEIGHTS")
+LossMap = io.Custom("LOSS_MAP")

@@ -30,6 +30,14 @@ def title(node: Json) -> str:
     return str(node.get("title") or node["type"])
 
 
+def model_files(workflow: Json) -> list[dict[str, str]]:
+    """The model files that the workflow asks for: "name", "directory" under models/, "url" to get it from.
+
+    These are the entries by which the UI offers to download what is missing.
+    """
+    return [file for node in workflow["nodes"] for file in node.get("properties", {}).get("models", [])]
+
+
 def to_prompt(workflow: Json, object_info: Json) -> Json:
     """The API-format prompt of a UI-format workflow.
 
@@ -67,6 +75,15 @@ def inputs_of(info: Json) -> Json:
     groups = info["input"]
     declared = {**groups.get("required", {}), **groups.get("optional", {})}
     return {name: (spec[0], spec[1] if len(spec) > 1 else {}) for name, spec in declared.items()}
+
+
+def input_folders(workflow: Json) -> list[str]:
+    """Folders in ComfyUI's input folder that the workflow loads pictures from."""
+    return [
+        node["widgets_values"][0]
+        for node in workflow["nodes"]
+        if node["type"].startswith("LoadImage") and node["type"].endswith("DataSetFromFolder")
+    ]
 
 
 def is_widget(kind: Any, options: Json) -> bool:

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 import comfy_host as host_finder
+import workflow
 from comfy_server import ComfyServer
 
 # `python -m pytest` puts the repository's root on the path, where `nodes` would hide ComfyUI's `nodes`.
@@ -37,3 +38,18 @@ def comfy_server() -> Iterator[ComfyServer]:
     """A running ComfyUI server with this repository in its custom_nodes, shared by all tests of the run."""
     with ComfyServer() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def server_with_models(comfy_server: ComfyServer) -> ComfyServer:
+    """The same server with an empty file for each model, and an empty folder for each one of pictures, that a
+    workflow asks for, so that it lists them."""
+    for file in (host_finder.REPOSITORY / "workflows").glob("*.json"):
+        saved = workflow.load(file)
+        for folder in workflow.input_folders(saved):
+            (comfy_server.base / "input" / folder).mkdir(exist_ok=True)
+        for model in workflow.model_files(saved):
+            path = comfy_server.base / "models" / model["directory"] / model["name"]
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+    return comfy_server

@@ -1,8 +1,28 @@
-"""Distillation of self-attention into token mixers: the losses, the start, and the switch between both
-modes."""
+"""Distillation of self-attention into token mixers, whatever the host."""
 
-from .losses import feature_loss, min_snr_weight, output_losses
-from .taps import Tap, tapped
-from .warm_start import warm_start
+from .loop import Result, distill
+from .losses import min_snr_weight, output_losses
+from .run_folder import Row, RunFolder
+from .settings import Settings
+from .taps import Tap, Taps, tapped
+from .task import Batch, EndToEnd, LayerWise, Network
+from .warm_start import random_start, warm_start
 
-__all__ = ["Tap", "feature_loss", "min_snr_weight", "output_losses", "tapped", "warm_start"]
+__all__ = [
+    "Batch",
+    "EndToEnd",
+    "LayerWise",
+    "Network",
+    "Result",
+    "Row",
+    "RunFolder",
+    "Settings",
+    "Tap",
+    "Taps",
+    "distill",
+    "min_snr_weight",
+    "output_losses",
+    "random_start",
+    "tapped",
+    "warm_start",
+]

@@ -1,14 +1,15 @@
 """The paper's losses (arXiv 2504.21292, section 4.3), each term apart.
 
-    L_f = sum over layers of || Delta^l(z) - attention^l(z) ||^2 L_z = w(t) * ( || eps_teacher - eps_student
-    ||^2 + || eps - eps_student ||^2 ),  w = Min-SNR with gamma = 5 L   = L_z + beta * L_f,  beta = 0.001
+    L_f = sum over layers of || Delta^l(z) - attention^l(z) ||^2
+    L_z = w(t) * ( || eps_teacher - eps_student ||^2 + || eps - eps_student ||^2 ),  w: Min-SNR, gamma = 5
+    L   = L_z + beta * L_f,  beta = 0.001
 
 As in the authors' code, ||.||^2 is the mean over elements. Everything is computed in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -24,8 +25,9 @@ def min_snr_weight(snr: Tensor, prediction: str = "epsilon", gamma: float = GAMM
 
     Args:
         snr: (B,) signal-to-noise ratio alpha² / sigma² of each sample, positive.
-        prediction: what the network predicts: "epsilon" min(SNR, gamma) / SNR | "v" min(SNR, gamma) / (SNR
-        + 1). gamma: the ratio above which the weight falls.
+        prediction: what the network predicts: "epsilon" min(SNR, gamma) / SNR | "v"
+            min(SNR, gamma) / (SNR + 1).
+        gamma: the ratio above which the weight falls.
 
     Returns:
         (B,) float32.
@@ -52,20 +54,15 @@ def output_losses(student: Tensor, teacher: Tensor, target: Tensor, weight: Tens
     return {"teacher": _weighted(student, teacher, weight), "noise": _weighted(student, target, weight)}
 
 
-def feature_loss(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
-    """L_f as a scalar: the sum over layers of the mean squared difference of the mixer's and attention's
-    outputs.
+def mean_square(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared difference as a scalar, in float32: one layer's term of L_f."""
+    return (a.float() - b.float()).square().mean()
 
-    Raises:
-        DeltaConvError: another number of layers on one side, or none.
-    """
-    if not students or len(students) != len(teachers):
-        raise DeltaConvError(
-            f"expected as many layers of the student as of the teacher, at least one; "
-            f"got {len(students)} and {len(teachers)}"
-        )
-    pairs = zip(students, teachers, strict=True)
-    return torch.stack([(s.float() - t.float()).square().mean() for s, t in pairs]).sum()
+
+def total(errors: Iterable[Tensor]) -> Tensor:
+    """L_f as a scalar: the sum of the layers' terms, which a large model may hold on several devices."""
+    errors = list(errors)
+    return torch.stack([error.to(errors[0].device) for error in errors]).sum()
 
 
 def _weighted(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:

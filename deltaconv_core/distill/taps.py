@@ -1,5 +1,4 @@
-"""One network in two modes: at every site a tap that runs the attention, and keeps what it saw, or the
-mixer."""
+"""One network in two modes: at every site a tap that lets the attention answer, or the mixer."""
 
 from __future__ import annotations
 
@@ -9,41 +8,65 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .forwards import replaced
+
 Grid = Callable[[Tensor, dict[str, Any]], tuple[int, int]]
+Observer = Callable[[str, Tensor, tuple[int, int], Tensor], None]
+"""Is told (site id, input (B, N, C), grid, output (B, N, C)) of a call."""
 
 
 class Tap:
     """Stands as `forward` of one attention module while its network is distilled.
 
     Args:
+        site: its id.
         attention: the module's own forward.
         mixer: (x (B, N, C), grid) -> (B, N, C).
         grid: gives (H, W) from the tokens and the keyword arguments of a call.
 
     Attributes:
         mixing: False: the attention answers. True: the mixer does.
-        seen: the last call's input, grid and output.
+        observe: told about every call, unless None.
     """
 
-    def __init__(self, attention: Callable[..., Tensor], mixer: Callable[..., Tensor], grid: Grid) -> None:
+    def __init__(
+        self, site: str, attention: Callable[..., Tensor], mixer: Callable[..., Tensor], grid: Grid
+    ) -> None:
+        self.site = site
         self.attention = attention
         self.mixer = mixer
         self.grid = grid
         self.mixing = False
-        self.seen: tuple[Tensor, tuple[int, int], Tensor] | None = None
+        self.observe: Observer | None = None
 
     def __call__(self, x: Tensor, *args: Any, **call: Any) -> Tensor:
         grid = self.grid(x, call)
         y = self.mixer(x, grid=grid) if self.mixing else self.attention(x, *args, **call)
-        self.seen = x, grid, y
+        if self.observe is not None:
+            self.observe(self.site, x, grid, y)
         return y
 
-    def take(self) -> tuple[Tensor, tuple[int, int], Tensor]:
-        """What was seen last, which is forgotten with this call."""
-        if self.seen is None:
-            raise RuntimeError("the network did not run through this tap")
-        seen, self.seen = self.seen, None
-        return seen
+
+class Taps:
+    """The taps of one network.
+
+    Args:
+        taps: by site id.
+    """
+
+    def __init__(self, taps: Mapping[str, Tap]) -> None:
+        self.taps = dict(taps)
+
+    @contextmanager
+    def mode(self, *, mixing: bool, observe: Observer | None = None) -> Iterator[None]:
+        """Inside, the mixers answer, or the attention; afterwards the attention does, unobserved."""
+        try:
+            for tap in self.taps.values():
+                tap.mixing, tap.observe = mixing, observe
+            yield
+        finally:
+            for tap in self.taps.values():
+                tap.mixing, tap.observe = False, None
 
 
 @contextmanager
@@ -51,21 +74,13 @@ def tapped(
     attentions: Mapping[str, nn.Module],
     mixers: Mapping[str, Callable[..., Tensor]],
     grids: Mapping[str, Grid],
-) -> Iterator[dict[str, Tap]]:
-    """Puts a tap at every site; on leaving, every module has the forward again that it had.
+) -> Iterator[Taps]:
+    """Puts a tap at every site that has a mixer; on leaving, every module has the forward that it had.
 
     Args:
-        attentions, mixers, grids: by site id, the same ids in all three.
+        attentions, grids: by site id; those of sites without a mixer are left alone.
+        mixers: by site id.
     """
-    taps = {site: Tap(module.forward, mixers[site], grids[site]) for site, module in attentions.items()}
-    replaced = {site: module.__dict__.get("forward") for site, module in attentions.items()}
-    try:
-        for site, module in attentions.items():
-            module.__dict__["forward"] = taps[site]
-        yield taps
-    finally:
-        for site, module in attentions.items():
-            if replaced[site] is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = replaced[site]
+    taps = {site: Tap(site, attentions[site].forward, mixer, grids[site]) for site, mixer in mixers.items()}
+    with replaced((attentions[site], tap) for site, tap in taps.items()):
+        yield Taps(taps)

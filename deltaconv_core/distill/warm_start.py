@@ -1,6 +1,9 @@
-"""A start for distillation that already is the teacher under uniform attention."""
+"""What a block starts distillation from."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -9,29 +12,66 @@ from ..block import DeltaConvBlock
 
 
 @torch.no_grad()
-def warm_start(
-    block: DeltaConvBlock,
-    value: Tensor,
-    out: Tensor,
-    out_bias: Tensor | None,
-    value_bias: Tensor | None = None,
-) -> None:
+def warm_start(block: DeltaConvBlock, attention: Callable[[Tensor], Tensor]) -> None:
     """Sets a fresh block to what the attention computes when every token attends to all others alike.
 
     Uniform attention averages the values, so its output is W_out (W_v mean(x) + b_v) + b_out: a linear map
-    of the spatial mean, which is what `conv_pool` is. The convolutions' output starts at zero; they learn
-    the rest.
+    of the spatial mean, which is what `conv_pool` is. The convolutions' output starts at zero, so that the
+    block is nothing else at first; they learn the rest.
+
+    What the convolutions are given to learn from is made ready too: the directions in which that map is
+    strongest, smoothed over a pixel to a third of the kernel, behind gates that are half open.
+
+    The map is read off the attention itself: a token that is alone attends to itself only, whatever the
+    queries and keys. So any host's attention will do, with any projections, LoRA and weight dtype.
 
     Args:
         block: of C channels, changed in place.
-        value: W_v, (D, C).
-        out: W_out, (C, D).
-        out_bias, value_bias: b_out (C,) and b_v (D,), where the attention has them.
+        attention: (B, 1, C) in the block's dtype and on its device -> (B, 1, C).
     """
-    bias = torch.zeros(len(out)) if out_bias is None else out_bias.float()
-    if value_bias is not None:
-        bias = bias + out.float() @ value_bias.float()
-    block.conv_pool.weight.copy_(out.float() @ value.float())
+    weight = block.conv_pool.weight
+    tokens = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+    bias = attention(torch.zeros_like(tokens[:1, None]))[0, 0]
+    weight.copy_((attention(tokens[:, None])[:, 0] - bias).T)
     block.conv_pool.bias.copy_(bias)
     nn.init.zeros_(block.conv_out.weight)
     nn.init.zeros_(block.conv_out.bias)
+    _ready(block)
+
+
+def _ready(block: DeltaConvBlock) -> None:
+    """The first half of the inner channels holds values, the second, random so far, their gates."""
+    spec, up = block.spec, block.conv_up
+    half = spec.inter // 2
+    strongest = torch.linalg.svd(block.conv_pool.weight.float()).Vh[:half]
+    up.weight[: len(strongest)] = strongest.to(up.weight.dtype)
+    nn.init.zeros_(up.bias)
+    opening = {"simple": 1 / math.sqrt(half), "sigmoid": 1.0, "scaled": math.sqrt(spec.inter)}[spec.gate]
+    up.weight[half:] *= opening / 2
+    up.bias[half:] = opening
+    for stage in block.stages():
+        kernels = stage.conv_spatial.weight
+        kernels.copy_(_gaussians(spec.inter, spec.kernel_size).to(kernels))
+        if stage.conv_spatial.bias is not None:
+            nn.init.zeros_(stage.conv_spatial.bias)
+
+
+def _gaussians(count: int, size: int) -> Tensor:
+    """(count, 1, size, size) kernels that sum to 1, from narrow to wide, all widths among any few of them."""
+    order = (torch.arange(count) * 0.618034 % 1).argsort().argsort()
+    widths = torch.logspace(math.log10(0.5), math.log10(max(0.5, size / 3)), count)[order]
+    offsets = torch.arange(size) - size // 2
+    lines = torch.exp(-(offsets**2) / (2 * widths[:, None] ** 2))
+    lines = lines / lines.sum(dim=1, keepdim=True)
+    return (lines[:, :, None] * lines[:, None, :])[:, None]
+
+
+@torch.no_grad()
+def random_start(block: DeltaConvBlock) -> None:
+    """PyTorch's own initialization of every layer, as the authors' code starts its blocks."""
+    for module in block.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            nn.init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                nn.init.uniform_(module.bias, -bound, bound)

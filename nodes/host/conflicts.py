@@ -34,7 +34,7 @@ def conflicts(model: Any, sites: Mapping[str, Site]) -> list[str]:
         _weight_patches(model, sites),
         _forwards(model, sites),
         _attn1_patches(patches.get("attn1_patch", [])),
-        _replacements(replace, sites),
+        replacements(replace, sites),
         _guidance(options.get("sampler_post_cfg_function", [])),
     ]
     return [sentence for sentence in found if sentence]
@@ -92,7 +92,8 @@ def _attn1_patches(patches: Iterable[Any]) -> str:
     )
 
 
-def _replacements(replace: Mapping[Any, Any], sites: Mapping[str, Site]) -> str:
+def replacements(replace: Mapping[Any, Any], sites: Mapping[str, Site]) -> str:
+    """A sentence about attn1 replace patches at the sites, if there are any."""
     blocks = {site.block for site in sites.values() if site.block is not None}
     # ComfyUI looks a patch up by (side, number, index) first, then by (side, number).
     hit = {b for b in blocks if b in replace or b[:2] in replace}

@@ -16,6 +16,7 @@ from ...deltaconv_core.checkpoint import Checkpoint, load_checkpoint
 from ...deltaconv_core.errors import DeltaConvError, ManifestError
 from ...deltaconv_core.fetch import resolve
 from ...deltaconv_core.manifest import Form, Manifest, Record, load_manifest
+from .places import place
 
 FOLDER = "deltaconv"
 AUTO = "auto"
@@ -69,6 +70,20 @@ def load(name: str) -> Checkpoint:
 def fingerprint(name: str) -> list[Any]:
     """Changes whenever a file changes that the choice may lead to; "auto" may lead to any."""
     return [name, *(_stamp(_present(file)) for file in (choices() if name == AUTO else [name]))]
+
+
+def free_path(name: str) -> Path:
+    """Where new weights of this name are to be saved; the folders on the way are made.
+
+    Raises:
+        DeltaConvError: a name that leads out of the folder, or a folder that cannot be made.
+    """
+    path = place(_folders()[0], name, ".safetensors")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DeltaConvError(f"cannot make the folder {path.parent} ({error})") from error
+    return path
 
 
 def _stamp(path: Path | None) -> tuple[Any, ...]:

@@ -20,14 +20,16 @@ def tell(report: Report, hidden: Any) -> str:
     log.info("%s", " ".join(report.lines))
     for warning in report.warnings:
         log.warning("ΔConv: %s", warning)
-    if hidden is not None and hidden.unique_id is not None:
-        _show(report.text, hidden.unique_id)
+    show(report.text, hidden)
     return report.text
 
 
-def _show(text: str, node_id: str) -> None:
+def show(text: str, hidden: Any) -> None:
+    """Shows a text under the node, in place of what was there; `hidden` as in `tell`."""
+    if hidden is None or hidden.unique_id is None:
+        return
     from server import PromptServer  # only a running server has it loaded
 
     server = getattr(PromptServer, "instance", None)
     if server is not None:
-        server.send_progress_text(text, node_id)
+        server.send_progress_text(text, hidden.unique_id)

@@ -1,10 +1,11 @@
-"""The workflow in ComfyUI's own frontend, in a real browser."""
+"""The workflows in ComfyUI's own frontend, in a real browser."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -63,8 +64,8 @@ class Page:
 
 
 @pytest.fixture
-def page(chromium, comfy_server) -> Iterator[Page]:
-    opened = Page(chromium, comfy_server)
+def page(chromium, server_with_models) -> Iterator[Page]:
+    opened = Page(chromium, server_with_models)
     yield opened
     opened.page.close()
 
@@ -84,13 +85,42 @@ def test_opens_whole_and_means_the_same(page, comfy_server, keep_screenshot, fil
     page.open(saved)
     keep_screenshot(page.page)
     shown = page.page.evaluate(
-        "window.app.graph._nodes.map(node => [node.id, node.type in LiteGraph.registered_node_types])"
+        "window.app.graph._nodes.map(node => [String(node.id), node.type in LiteGraph.registered_node_types])"
     )
-    assert sorted(number for number, _ in shown) == sorted(node["id"] for node in saved["nodes"])
+    assert sorted(number for number, _ in shown) == sorted(str(node["id"]) for node in saved["nodes"])
     assert all(known for _, known in shown), [number for number, known in shown if not known]
+    assert layout_faults(page.page) == []
     prompt = page.page.evaluate("async () => (await window.app.graphToPrompt()).output")
     assert prompt_inputs(prompt) == prompt_inputs(workflow.to_prompt(saved, comfy_server.object_info()))
     assert page.ours() == []
+
+
+def layout_faults(page: Any) -> list[str]:
+    """Nodes on each other or outside every group (notes need none), and links that lead back to the left."""
+    nodes = page.evaluate(
+        "window.app.graph._nodes.map(({id, type, pos, size}) => ({id, type, box:"
+        " [pos[0], pos[1] - LiteGraph.NODE_TITLE_HEIGHT, pos[0] + size[0], pos[1] + size[1]]}))"
+    )
+    groups = page.evaluate(
+        "window.app.graph._groups.map(({pos, size}) => [...pos, pos[0] + size[0], pos[1] + size[1]])"
+    )
+    links = page.evaluate("window.app.graph.serialize().links.map(link => [link[1], link[3]].map(String))")
+    boxes = {str(node["id"]): node["box"] for node in nodes}
+    faults = [f"{a} lies on {b}" for a, b in combinations(boxes, 2) if overlap(boxes[a], boxes[b])]
+    faults += [
+        f"{node['id']} is in no group"
+        for node in nodes
+        if node["type"] not in workflow.NOTES and not any(inside(node["box"], group) for group in groups)
+    ]
+    return faults + [f"from {a} back to {b}" for a, b in links if boxes[b][0] < boxes[a][0]]
+
+
+def overlap(a: list[float], b: list[float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def inside(a: list[float], b: list[float]) -> bool:
+    return a[0] >= b[0] and a[1] >= b[1] and a[2] <= b[2] and a[3] <= b[3]
 
 
 def prompt_inputs(prompt: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from demo.detector import read_picture
-from demo.pictures import draw, every_prompt, is_held_out, random_scene
+from demo.pictures import as_seen, draw, every_prompt, is_held_out, random_scene
 from demo.words import ANY, SLOTS, VOCABULARY, Prompt, parse_prompt, token_rows
 
 
@@ -14,12 +14,6 @@ def drawn(count: int, size: int, seed: int = 1):
     for _ in range(count):
         prompt = prompts[rng.integers(len(prompts))]
         yield prompt, draw(random_scene(prompt, rng), size)
-
-
-def as_seen(prompt: Prompt) -> Prompt:
-    """A mirrored column looks the same on either side."""
-    mirrored_right = prompt.layout == "mirror" and prompt.position == "right"
-    return prompt._replace(position="left") if mirrored_right else prompt
 
 
 @pytest.mark.parametrize(("size", "share"), [(48, 0.99), (64, 0.99), (96, 0.995)])

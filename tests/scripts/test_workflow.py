@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 
 import pytest
+from PIL import Image
 
 import workflow
 from comfy_host import PACK_NAME, REPOSITORY
@@ -23,9 +25,10 @@ def test_there_are_workflows():
     assert FILES
 
 
-def test_fits_the_server(comfy_server: ComfyServer, file):
+def test_fits_the_server(server_with_models: ComfyServer, file):
+    """The server has no nodes but ComfyUI's and ours."""
     saved = workflow.load(file)
-    prompt = workflow.to_prompt(saved, comfy_server.object_info())
+    prompt = workflow.to_prompt(saved, server_with_models.object_info())
     active = [node for node in saved["nodes"] if node["type"] not in workflow.NOTES]
     assert set(prompt) == {str(node["id"]) for node in active}
 
@@ -34,12 +37,52 @@ def test_is_listed_and_served_with_a_thumbnail(comfy_server: ComfyServer, file):
     assert file.stem in comfy_server.get("/workflow_templates")[PACK_NAME]
     served = f"/api/workflow_templates/{PACK_NAME}/{file.stem}"
     assert json.loads(comfy_server.request(served + ".json")) == workflow.load(file)
-    assert comfy_server.request(served + ".jpg").startswith(b"\xff\xd8\xff")
+    thumbnail = comfy_server.request(served + ".jpg")
+    assert len(thumbnail) < 100_000
+    with Image.open(io.BytesIO(thumbnail)) as picture:
+        assert picture.format == "JPEG" and 400 <= picture.width <= 800 and 300 <= picture.height <= 800
+
+
+def notes(saved):
+    return [node["widgets_values"][0] for node in saved["nodes"] if node["type"] in workflow.NOTES]
 
 
 def test_explains_itself(file):
-    notes = [node for node in workflow.load(file)["nodes"] if node["type"] in workflow.NOTES]
-    assert any(len(note["widgets_values"][0]) > 100 for note in notes)
+    assert any(len(note) > 100 for note in notes(workflow.load(file)))
+
+
+def test_tells_where_its_models_come_from(file):
+    """Everything that a loader of ComfyUI's asks for; ΔConv's own weights are fetched by the node."""
+    saved = workflow.load(file)
+    loaders = [node for node in saved["nodes"] if not node["type"].startswith("DeltaConv")]
+    asked = {str(value) for node in loaders for value in node["widgets_values"]}
+    files = workflow.model_files(saved)
+    assert {model["name"] for model in files} == {name for name in asked if name.endswith(".safetensors")}
+    text = "".join(notes(saved))
+    for model in files:
+        assert model["url"].startswith("https://huggingface.co/")
+        assert f"({model['url']})" in text and model["name"] in text
+        assert f"`models/{model['directory']}`" in text
+
+
+def test_has_no_loose_ends(file):
+    """Links are listed by both of their nodes, and nothing else is."""
+    saved = workflow.load(file)
+    ends = {link[0]: (link[1:3], link[3:5]) for link in saved["links"]}
+    outputs = [
+        (link, [node["id"], slot])
+        for node in saved["nodes"]
+        for slot, entry in enumerate(node["outputs"])
+        for link in entry["links"] or []
+    ]
+    inputs = [
+        (entry["link"], [node["id"], slot])
+        for node in saved["nodes"]
+        for slot, entry in enumerate(node["inputs"])
+        if entry["link"] is not None
+    ]
+    assert sorted(outputs) == sorted((link, source) for link, (source, _) in ends.items())
+    assert sorted(inputs) == sorted((link, target) for link, (_, target) in ends.items())
 
 
 OBJECT_INFO = {
@@ -85,6 +128,13 @@ def test_prompt_of_a_small_workflow():
             "_meta": {"title": "Look"},
         },
     }
+
+
+def test_model_files_of_a_small_workflow():
+    wanted = {"name": "a.safetensors", "directory": "vae", "url": "https://example.com/a.safetensors"}
+    saved = copy.deepcopy(SMALL)
+    saved["nodes"][1]["properties"] = {"models": [wanted]}
+    assert workflow.model_files(SMALL) == [] and workflow.model_files(saved) == [wanted]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,238 @@
+"""The loop: takes batches, has the stage's task send losses backward, steps, averages, saves."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DeltaConvError
+from .optimizer import Average, make_optimizer
+from .run_folder import Row, RunFolder, State, pack_optimizer, unpack_optimizer
+from .settings import DTYPES, LAYER_WISE, Settings
+from .taps import tapped
+from .task import Batch, EndToEnd, LayerWise, Network
+
+log = logging.getLogger(__name__)
+
+MAY_CHANGE = ("layer_steps", "output_steps", "save_every", "checkpointing")
+"""Settings that a run may go on with other values of."""
+MAX_SKIPPED = 20
+"""Steps in a row that loss scaling may skip in float16."""
+
+
+@dataclass
+class Result:
+    """What became of a run.
+
+    Args:
+        step: optimizer steps done, in all sessions of the run.
+        rows: the log of all of them.
+        stopped: why it ended early; empty when it did not.
+    """
+
+    step: int
+    rows: list[Row]
+    stopped: str = ""
+
+
+class Diverged(Exception):
+    """A loss or a gradient is no finite number."""
+
+
+def distill(
+    network: Network,
+    mixers: Mapping[str, nn.Module],
+    batches: Callable[[int], Batch],
+    settings: Settings,
+    folder: RunFolder | None = None,
+    on_step: Callable[[Row], None] | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> Result:
+    """Trains the mixers to stand in for the network's attention.
+
+    Afterwards the mixers hold the averaged weights. Whatever stops the run, an exception of `on_step` (a
+    user's cancel) included, the state of the last whole step is saved first. A run that finds a state in
+    its folder goes on from it, bit by bit as if it had never stopped (on the same device and library).
+
+    Args:
+        network: the host's; frozen.
+        mixers: site id -> mixer with float32 weights on the network's device, already started
+            (`warm_start`); sites without one keep their attention.
+        batches: gives the batch of a number, always the same one; step n takes numbers n * accumulation and
+            following.
+        settings: how to train.
+        folder: where the state is kept; None keeps none.
+        on_step: told about every step.
+        notes: kept with the state, and equal whenever the run goes on: what the mixers and data are.
+
+    Raises:
+        DeltaConvError: a saved run with other settings, notes or mixers.
+    """
+    with tapped(network.attentions, mixers, network.grids) as taps:
+        tasks = LayerWise(network, taps), EndToEnd(network, taps, settings)
+        trainer = _Trainer(mixers, settings, dict(notes or {}))
+        if folder is not None and folder.exists:
+            trainer.restore(folder)
+        try:
+            while trainer.step < settings.steps:
+                task = tasks[0] if settings.stage(trainer.step) == LAYER_WISE else tasks[1]
+                row = trainer.take_step(task, batches)
+                if folder is not None and trainer.step % settings.save_every == 0:
+                    trainer.save(folder)
+                if on_step is not None:
+                    on_step(row)
+        except Diverged as error:
+            trainer.stopped = (
+                f"{error}; the weights of step {trainer.step} are kept. Try a smaller learning_rate"
+            )
+            log.warning("ΔConv distillation stopped: %s", trainer.stopped)
+        finally:
+            if folder is not None and trainer.whole:
+                trainer.save(folder)
+        trainer.average.hand_over()
+    return Result(trainer.step, trainer.rows, trainer.stopped)
+
+
+class _Trainer:
+    """Everything that changes from step to step."""
+
+    def __init__(self, mixers: Mapping[str, nn.Module], settings: Settings, notes: dict[str, str]) -> None:
+        self.settings = settings
+        self.notes = notes
+        self.weights: dict[str, Tensor] = {
+            f"{site}.{name}": parameter
+            for site, mixer in mixers.items()
+            for name, parameter in mixer.named_parameters()
+            if parameter.requires_grad
+        }
+        if not self.weights:
+            raise DeltaConvError("there is no mixer to train: choose at least one site")
+        self.device = next(iter(self.weights.values())).device
+        self.optimizer = make_optimizer(self.weights.values(), settings)
+        self.average = Average(self.weights, settings.ema)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+        self.step = 0
+        self.skipped = 0
+        self.rows: list[Row] = []
+        self.saved = 0
+        self.whole = True
+        self.stopped = ""
+
+    def take_step(self, task: LayerWise | EndToEnd, batches: Callable[[int], Batch]) -> Row:
+        """One optimizer step.
+
+        Raises:
+            Diverged: before anything was changed.
+        """
+        count = self.settings.accumulation
+        dtype = DTYPES[self.settings.precision]
+        totals: dict[str, Tensor] = {}
+        self.optimizer.zero_grad(set_to_none=True)
+        for number in range(self.step * count, (self.step + 1) * count):
+            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+                losses = task(batches(number), self._backward)
+            for name, value in losses.items():
+                totals[name] = totals.get(name, torch.zeros_like(value)) + value / count
+        self.scaler.unscale_(self.optimizer)
+        clip = self.settings.clip or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.weights.values(), clip))
+        row = self._row({name: float(value) for name, value in totals.items()}, norm)
+        self._check(row)
+        self._update(row)
+        return row
+
+    def _backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss / self.settings.accumulation).backward()  # type: ignore[no-untyped-call]
+
+    def _row(self, losses: dict[str, float], norm: float) -> Row:
+        stage, rate = self.settings.stage(self.step), self.settings.rate(self.step)
+        return Row(self.step + 1, stage, rate, losses, norm)
+
+    def _check(self, row: Row) -> None:
+        values = {**row.losses, "gradient norm": row.gradient_norm}
+        bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+        self.skipped = self.skipped + 1 if bad else 0
+        if bad and (not self.scaler.is_enabled() or self.skipped > MAX_SKIPPED):
+            raise Diverged(f"step {row.step} ({row.stage}) has {bad}")
+
+    def _update(self, row: Row) -> None:
+        """Nothing in here may be saved half done."""
+        self.whole = False
+        for group in self.optimizer.param_groups:
+            group["lr"] = row.learning_rate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.average.update(self.step)
+        self.step += 1
+        self.rows.append(row)
+        self.whole = True
+
+    def save(self, folder: RunFolder) -> None:
+        """Saves the state, unless it is saved already."""
+        if self.saved == self.step:
+            return
+        optimizer, values = pack_optimizer(self.optimizer)
+        tensors = {f"weights.{name}": weight for name, weight in self.weights.items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.values.items()}
+        tensors |= {f"optimizer.{name}": value for name, value in optimizer.items()}
+        described = {
+            "settings": self.settings.to_dict(),
+            "notes": self.notes,
+            "optimizer": values,
+            "scaler": self.scaler.state_dict(),
+        }
+        folder.save(State(self.step, tensors, described), self.rows[self.saved :])
+        self.saved = self.step
+
+    @torch.no_grad()
+    def restore(self, folder: RunFolder) -> None:
+        """Goes back to the saved state.
+
+        Raises:
+            DeltaConvError: it belongs to other settings, notes or mixers.
+        """
+        state, rows = folder.load()
+        self._compare(folder, state)
+        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "average": {}, "optimizer": {}}
+        for name, tensor in state.tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
+        saved = {name: tuple(tensor.shape) for name, tensor in parts["weights"].items()}
+        if shapes != saved:
+            other = sorted(
+                name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name)
+            )
+            raise DeltaConvError(
+                f"the run in {folder.path} has other blocks, first {other[0]}: {saved.get(other[0])}, now "
+                f"{shapes.get(other[0])}; choose the same kernel sizes and sites, or start a new run"
+            )
+        for name, weight in self.weights.items():
+            weight.copy_(parts["weights"][name])
+        for name, value in self.average.values.items():
+            value.copy_(parts["average"][name])
+        unpack_optimizer(self.optimizer, parts["optimizer"], state.values["optimizer"])
+        self.scaler.load_state_dict(state.values["scaler"])
+        self.step = self.saved = state.step
+        self.rows = rows
+
+    def _compare(self, folder: RunFolder, state: State) -> None:
+        before = Settings.from_dict(state.values["settings"])
+        free = {name: getattr(self.settings, name) for name in MAY_CHANGE}
+        now, then = self.settings.to_dict(), replace(before, **free).to_dict()
+        now, then = now | self.notes, then | state.values["notes"]
+        other = [
+            f"{name} {then.get(name)!r}, now {now.get(name)!r}"
+            for name in then | now
+            if then.get(name) != now.get(name)
+        ]
+        if other:
+            raise DeltaConvError(
+                f"the run in {folder.path} was started with {'; '.join(other)}: go on with the same, or "
+                "start a new run"
+            )

@@ -1,0 +1,151 @@
+"""The folder of one distillation run: everything that going on needs, safe from a kill at any moment.
+
+`state.safetensors` holds the weights, their average, the optimizer's state, and in its header the step, the
+settings and the blocks' specs; it is replaced as a whole. Noise, timesteps, order of the data and dropped
+captions are made from the seed and the number of a batch, so the step is the position in all of them.
+`log.csv` has a row for every step; rows after the saved step are dropped when the run goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, DeltaConvError
+from ..safefile import Pathlike, read_file, write_file
+
+COLUMNS = ("step", "stage", "learning_rate", "feature", "teacher", "noise", "gradient_norm")
+HEADER_KEY = "deltaconv_run"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step of the log; the losses that its stage has."""
+
+    step: int
+    stage: str
+    learning_rate: float
+    losses: dict[str, float]
+    gradient_norm: float
+
+    @property
+    def loss(self) -> float:
+        """What stands for the step in a plot: the loss against the teacher, else the feature loss."""
+        return self.losses.get("teacher", self.losses["feature"])
+
+
+@dataclass
+class State:
+    """Where a run stands after `step` optimizer steps."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+class RunFolder:
+    """A run's files.
+
+    Args:
+        path: made when something is saved.
+    """
+
+    def __init__(self, path: Pathlike) -> None:
+        self.path = Path(path)
+        self.state_file = self.path / "state.safetensors"
+        self.log_file = self.path / "log.csv"
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a state to go on from."""
+        return self.state_file.is_file()
+
+    def save(self, state: State, rows: list[Row]) -> None:
+        """Writes the state, and adds the rows to the log.
+
+        Raises:
+            DeltaConvError: the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._append(rows)
+        except OSError as error:
+            raise DeltaConvError(
+                f"cannot write the run folder {self.path} ({error}); free some space or choose another place"
+            ) from error
+        header = {"format": FORMAT, "step": state.step, **state.values}
+        write_file(self.state_file, state.tensors, {HEADER_KEY: json.dumps(header)}, numbers=True)
+
+    def load(self) -> tuple[State, list[Row]]:
+        """The saved state and the log up to it; later rows are taken off the log.
+
+        Raises:
+            CheckpointError: no state there, or a damaged one.
+        """
+        header, tensors = read_file(self.state_file, numbers=True)
+        try:
+            values = json.loads(header[HEADER_KEY])
+            step, version = values.pop("step"), values.pop("format")
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{self.state_file} is no state of a distillation run ({error})") from error
+        if version != FORMAT:
+            raise CheckpointError(
+                f"{self.state_file} has format version {version!r}, this program reads {FORMAT}; go on with "
+                "the version of ComfyUI-DeltaConv that wrote it"
+            )
+        rows = [row for row in self.read_log() if row.step <= step]
+        self.log_file.unlink(missing_ok=True)
+        self._append(rows)
+        return State(step, tensors, values), rows
+
+    def read_log(self) -> list[Row]:
+        """The log's whole rows."""
+        if not self.log_file.is_file():
+            return []
+        with self.log_file.open(newline="") as file:
+            return [_read_row(row) for row in csv.DictReader(file) if row["gradient_norm"]]
+
+    def _append(self, rows: list[Row]) -> None:
+        new = not self.log_file.is_file()
+        with self.log_file.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(COLUMNS)
+            for row in rows:
+                losses = [row.losses.get(name, "") for name in ("feature", "teacher", "noise")]
+                writer.writerow([row.step, row.stage, row.learning_rate, *losses, row.gradient_norm])
+
+
+def _read_row(row: Mapping[str, str]) -> Row:
+    losses = {name: float(row[name]) for name in ("feature", "teacher", "noise") if row[name]}
+    rate, norm = float(row["learning_rate"]), float(row["gradient_norm"])
+    return Row(int(row["step"]), row["stage"], rate, losses, norm)
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors and plain values, both named `<parameter number>.<name>`."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for number, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            (tensors if isinstance(value, Tensor) else values)[f"{number}.{name}"] = value
+    return tensors, values
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> None:
+    """Gives an optimizer the state that `pack_optimizer` took."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **values}.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

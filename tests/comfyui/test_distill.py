@@ -1,0 +1,651 @@
+"""ΔConv Distill in this process: what it learns, from what, and that the teacher never notices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from distilling import distil, latents, same, weights
+from small_models import (
+    conditioning,
+    in_pack,
+    make_pixart,
+    make_unet,
+    relative_error,
+    run_patch_node,
+    same_state,
+    sample,
+    state,
+)
+
+
+@pytest.fixture(autouse=True)
+def output(tmp_path, comfy_host, monkeypatch):
+    """ComfyUI's output folder, empty."""
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    return tmp_path / "deltaconv_runs"
+
+
+@pytest.fixture
+def inference_unet():
+    """A MODEL as ComfyUI's loaders make them: its weights are inference tensors."""
+    with torch.inference_mode():
+        model = make_unet()
+    before = state(model)
+    yield model
+    model.detach()
+    assert same_state(before, model)
+    assert all(parameter.is_inference() for parameter in model.model.parameters())
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture
+def stop_after(pack, monkeypatch):
+    """Makes ComfyUI's "cancel" (or another error) come right after a step."""
+    import comfy.model_management as management
+
+    progress = in_pack(pack, "nodes.host.distilling")._Progress
+    step = progress.__call__
+
+    def make(number, error=None):
+        def stopping(self, row):
+            if row.step == number:
+                if error is not None:
+                    raise error
+                management.interrupt_current_processing(True)
+            step(self, row)
+
+        monkeypatch.setattr(progress, "__call__", stopping)
+        return monkeypatch
+
+    yield make
+    management.interrupt_current_processing(False)
+
+
+# ---- the teacher ----
+
+
+def test_a_teacher_made_in_inference_mode_learns_and_stays_as_it_was(pack, inference_unet):
+    picture = sample(inference_unet)
+    objects = {name: id(p) for name, p in inference_unet.model.named_parameters()}
+    patched, checkpoint, losses, steps = distil(pack, inference_unet).args
+    assert objects == {name: id(p) for name, p in inference_unet.model.named_parameters()}
+    assert torch.equal(sample(inference_unet), picture)
+    student = sample(patched)
+    assert not torch.equal(student, picture) and relative_error(student, picture) < 0.1
+    assert torch.equal(sample(inference_unet), picture)
+    assert steps == 4 and len(losses["loss"]) == 4
+    assert len(checkpoint.blocks) == 5
+    assert not any(w.requires_grad or w.is_inference() for w in weights(checkpoint).values())
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("out of memory"), KeyboardInterrupt()])
+@pytest.mark.parametrize("step", [1, 3])
+def test_the_teacher_after_a_run_that_was_stopped(pack, inference_unet, stop_after, step, error):
+    import comfy.model_management as management
+
+    picture = sample(inference_unet)
+    stop_after(step, error)
+    kind = management.InterruptProcessingException if error is None else type(error)
+    with pytest.raises(kind):
+        distil(pack, inference_unet)
+    assert torch.equal(sample(inference_unet), picture)
+    attention = inference_unet.model.diffusion_model.middle_block[1].transformer_blocks[0].attn1
+    assert "forward" not in vars(attention)
+
+
+@pytest.mark.parametrize("build", [make_unet, make_pixart])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_of_few_bits(pack, build, dtype):
+    """The result is near that of the same weights in float32."""
+    with torch.inference_mode():
+        few = build(dtype) if build is make_pixart else build(dtype, torch.float32)
+        many = build(torch.float32)
+        many.model.load_state_dict({key: w.float() for key, w in few.model.state_dict().items()})
+    before = state(few)
+    size = (48, 48) if build is make_pixart else (16, 16)
+    data, positive = latents((2, 4, *size)), [conditioning(1)]
+    first = distil(pack, few, data, positive).args
+    second = distil(pack, many, data, positive).args
+    assert first[2]["loss"] == pytest.approx(second[2]["loss"], rel=1e-3)
+    few.detach()
+    assert same_state(before, few)
+    assert next(few.model.diffusion_model.parameters()).dtype == dtype
+
+
+def test_a_lora_is_part_of_the_teacher(pack, unet):
+    """Blocks learned with it on the MODEL are those learned from a model that it was merged into."""
+    key = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_v.weight"
+    change = torch.randn(64, 64, generator=torch.Generator().manual_seed(5))
+    with_lora = unet.clone()
+    with_lora.add_patches({key: (change,)}, 0.5)
+    merged = make_unet()
+    merged.model.get_parameter(key).data += 0.5 * change
+    learned = [weights(distil(pack, model).args[1]) for model in (with_lora, merged, unet)]
+    assert same(learned[0], learned[1]) and not same(learned[0], learned[2])
+
+
+def test_weights_that_are_loaded_layer_by_layer(pack, inference_unet, monkeypatch):
+    """Where memory is short, ComfyUI casts weights, LoRAs included, at each call of their layer."""
+    import comfy.model_management as management
+
+    key = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_v.weight"
+    model = inference_unet.clone()
+    model.add_patches({key: (torch.randn(64, 64, generator=torch.Generator().manual_seed(5)),)}, 0.5)
+    expected = weights(distil(pack, model).args[1])
+    asked = []
+
+    def load_little(models, memory_required):
+        asked.append(memory_required)
+        models[0].patch_model(models[0].load_device, lowvram_model_memory=1)
+        assert models[0].model.model_lowvram and models[0].lowvram_patch_counter() == 1
+
+    monkeypatch.setattr(management, "load_models_gpu", load_little)
+    monkeypatch.setattr(management, "NUM_STREAMS", 2)
+    learned = weights(distil(pack, model).args[1])
+    for name, weight in expected.items():
+        torch.testing.assert_close(learned[name], weight, rtol=1e-3, atol=1e-5)
+    assert management.NUM_STREAMS == 2
+    assert asked[0] > 20 * sum(weight.numel() for weight in expected.values())
+
+
+def test_attention_without_gradients_is_not_used(pack, unet):
+    """Another node may have put in an attention that a backward pass cannot go through."""
+
+    def quantized(function, q, k, v, heads, **kwargs):
+        raise AssertionError("used while training")
+
+    model = unet.clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = quantized
+    assert same(weights(distil(pack, model).args[1]), weights(distil(pack, unet).args[1]))
+
+
+def test_deltaconv_on_the_model_is_not_the_teacher(pack, unet, checkpoint):
+    patched = run_patch_node(pack, unet, checkpoint).args[0]
+    learned = [distil(pack, model).args for model in (patched, unet)]
+    assert same(weights(learned[0][1]), weights(learned[1][1]))
+    assert torch.equal(sample(learned[0][0]), sample(learned[1][0]))
+
+
+def test_lora_training_on_the_result(pack, inference_unet):
+    """ComfyUI's own Train LoRA takes the patched MODEL."""
+    from comfy_extras.nodes_train import TrainLoraNode
+
+    if not hasattr(TrainLoraNode, "execute"):
+        pytest.skip("this version's Train LoRA takes no lists")
+    inference_unet.cached_patcher_init = (lambda disable_dynamic: make_unet(), ())
+    patched = distil(pack, inference_unet).args[0]
+    inputs = TrainLoraNode.define_schema().inputs
+    options = {input.id: [input.default] for input in inputs if hasattr(input, "default")}
+    options |= {"steps": [1], "rank": [2], "training_dtype": ["fp32"], "lora_dtype": ["fp32"]}
+    with torch.inference_mode():
+        output = TrainLoraNode.execute([patched], *single_items()[:2], **options)
+    (losses,) = (value["loss"] for value in output.args if isinstance(value, dict) and "loss" in value)
+    assert len(losses) == 1
+
+
+# ---- the learning ----
+
+
+@pytest.mark.parametrize("stage", ["layer_steps", "output_steps"])
+@pytest.mark.parametrize("feature", ["output", "residual"])
+@pytest.mark.parametrize("build", [make_unet, make_pixart])
+def test_every_block_learns(pack, build, stage, feature):
+    """By gradients alone; end to end, by those that come from the model's output."""
+    module, runs = in_pack(pack, "nodes.host.distilling"), in_pack(pack, "nodes.host.runs")
+    settings = in_pack(pack, "deltaconv_core.distill").Settings
+    size = (48, 48) if build is make_pixart else (16, 16)
+    model = build()
+    data = in_pack(pack, "nodes.host.dataset").read_dataset(
+        model, latents((1, 4, *size)), [conditioning(1)], None
+    )
+    learned = []
+    for steps in (1, 4):
+        counts = {"layer_steps": 0, "output_steps": 0, stage: steps}
+        job = module.Job(settings(**counts, weight_decay=0.0, beta=0.0, ema=0.0, feature=feature))
+        checkpoint, _ = module.Distillation(model, data, job).run(runs.open_run("new run", "x"), None)
+        learned.append(weights(checkpoint))
+    one, four = learned
+    assert [name for name in one if torch.equal(one[name], four[name])] == []
+
+
+def test_checkpointing_changes_nothing(pack, unet):
+    first, second = (distil(pack, unet, checkpointing=on).args[1] for on in (True, False))
+    assert same(weights(first), weights(second))
+
+
+@pytest.fixture
+def sharp_unet():
+    """A U-Net whose tokens attend to few others: more to learn than the warm start knows."""
+    model = make_unet()
+    for name, weight in model.model.named_parameters():
+        if "attn1.to_q" in name or "attn1.to_out.0.weight" in name:
+            weight.data *= 20
+    return model
+
+
+def test_the_student_comes_nearer(pack, sharp_unet):
+    data = latents((4, 4, 16, 16))
+    job = {"batch_size": 4, "layer_steps": 60, "output_steps": 0, "learning_rate": 3e-3}
+    losses = distil(pack, sharp_unet, data, [conditioning(1)], **job).args[2]["loss"]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_other_precisions(pack, sharp_unet, precision):
+    exact = distil(pack, sharp_unet).args[2]["loss"]
+    near = distil(pack, sharp_unet, precision=precision).args[2]["loss"]
+    assert near == pytest.approx(exact, rel=0.1) and near != exact
+
+
+def test_only_chosen_blocks(pack, unet):
+    patched, checkpoint, *_ = distil(
+        pack, unet, blocks="mid,up", kernel_sizes='{"up": 7, "up_blocks.1": 3}'
+    ).args
+    sizes = {id.split(".attentions")[0]: b.spec.kernel_size for id, b in checkpoint.blocks.items()}
+    assert sizes == {"mid_block": 5, "up_blocks.0": 7, "up_blocks.1": 3}
+    assert sample(patched).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("kernel_sizes", "message"),
+    [
+        ("8", "odd kernel_size"),
+        ("big", "expected kernel_sizes to be 'auto'"),
+        ('{"down": "7"}', "expected kernel_sizes to be 'auto'"),
+        ("[3]", "expected kernel_sizes to be 'auto'"),
+        ("true", "expected kernel_sizes to be 'auto'"),
+        ('{"nowhere": 7}', "'nowhere' matches no site"),
+    ],
+)
+def test_bad_kernel_sizes(pack, unet, output, kernel_sizes, message):
+    with pytest.raises(ValueError, match=message):
+        distil(pack, unet, kernel_sizes=kernel_sizes)
+    assert not output.exists()
+
+
+def test_automatic_kernel_sizes(pack):
+    """As the authors' where they published; as the demo's where the shape is the demo's."""
+    kernels, sites = in_pack(pack, "nodes.host.kernels"), in_pack(pack, "nodes.host.sites")
+    core = in_pack(pack, "deltaconv_core.sites")
+    found = sites.Sites({id: sites.Site(id, "", n, None) for id, n in core.site_channels("sdxl").items()})
+    assert kernels.automatic(found) == core.release_specs("sdxl")
+    demo = in_pack(pack, "nodes.host.demo_unet").load_demo_model(
+        str(in_pack(pack, "demo.files").teacher_file())
+    )
+    sizes = {
+        id.split(".attentions")[0]: spec.kernel_size
+        for id, spec in kernels.automatic(sites.find_sites(demo)).items()
+    }
+    levels = {"down_blocks.0": 11, "down_blocks.1": 9, "down_blocks.2": 5, "mid_block": 5}
+    assert sizes == levels | {"up_blocks.0": 5, "up_blocks.1": 9, "up_blocks.2": 11}
+
+
+# ---- going on ----
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5])
+def test_a_stopped_run_goes_on_bit_by_bit(pack, unet, output, stop_after, step):
+    """Over both stages, several sizes, accumulation and dropped captions."""
+    job = {
+        "data": latents((3, 4, 16, 16), (2, 4, 12, 20)),
+        "positive": [conditioning(i, length=5 + 5 * (i % 2)) for i in range(5)],
+        "negative": [conditioning(9)],
+        "caption_dropout": 0.5,
+        "layer_steps": 3,
+        "output_steps": 3,
+        "batch_size": 2,
+        "accumulation": 2,
+    }
+    whole = distil(pack, unet, **job).args
+    patching = stop_after(step)
+    with pytest.raises(BaseException) as stopped:
+        distil(pack, unet, run_name="stopped", **job)
+    assert type(stopped.value).__name__ == "InterruptProcessingException"
+    patching.undo()
+    patching.setattr("folder_paths.output_directory", str(output.parent))
+    resumed = distil(pack, unet, resume="stopped_00001", **job).args
+    assert same(weights(whole[1]), weights(resumed[1]))
+    assert whole[1].metadata == resumed[1].metadata
+    assert whole[2:] == resumed[2:]
+
+
+def test_a_finished_run_can_be_made_longer(pack, unet):
+    distil(pack, unet, layer_steps=2, output_steps=0)
+    longer = distil(pack, unet, layer_steps=2, output_steps=3, resume="test_00001").args
+    assert longer[3] == 5 and len(longer[2]["loss"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 2e-3}, "learning_rate 0.001, now 0.002"),
+        ({"training_seed": 1}, "seed 0, now 1"),
+        ({"batch_size": 2}, "batch_size '1', now '2'"),
+        ({"data": latents((2, 4, 16, 16), seed=1), "positive": [conditioning(1)]}, "data"),
+        ({"kernel_sizes": "3"}, "blocks"),
+        ({"resume": "../test_00001"}, "there is no run '../test_00001'"),
+    ],
+)
+def test_what_cannot_go_on(pack, unet, changes, message):
+    distil(pack, unet)
+    with pytest.raises(ValueError, match=message):
+        distil(pack, unet, **{"resume": "test_00001"} | changes)
+
+
+def test_another_teacher_cannot_go_on(pack, unet):
+    distil(pack, unet)
+    other = make_unet()
+    next(other.model.diffusion_model.parameters()).data += 0.01
+    with pytest.raises(ValueError, match="teacher"):
+        distil(pack, other, resume="test_00001")
+
+
+def test_runs_never_overwrite_each_other(pack, unet, output):
+    for _ in range(2):
+        distil(pack, unet)
+    assert sorted(path.name for path in output.iterdir()) == ["test_00001", "test_00002"]
+    choices = in_pack(pack, "nodes.host.runs").choices
+    assert choices() == ["new run", "test_00002", "test_00001"]
+    distil(pack, unet, resume="test_00001", output_steps=3)
+    assert choices() == ["new run", "test_00001", "test_00002"]
+
+
+@pytest.mark.parametrize("name", ["", "../out", "/tmp/out", "a//b", ".hidden", "a\\b", "con:", "a\nb"])
+def test_bad_run_names(pack, unet, output, name):
+    with pytest.raises(ValueError, match="expected a name"):
+        distil(pack, unet, run_name=name)
+    assert not output.exists()
+
+
+def test_a_run_that_never_began_leaves_nothing(pack, unet, output, monkeypatch):
+    def stop(*args):
+        raise Stop
+
+    monkeypatch.setattr(in_pack(pack, "nodes.host.distilling"), "distill", stop)
+    with pytest.raises(Stop):
+        distil(pack, unet)
+    assert list(output.iterdir()) == []
+
+
+def test_a_run_that_diverges_keeps_the_last_good_weights(pack, unet, monkeypatch):
+    """The third batch is poisoned."""
+    batches = in_pack(pack, "nodes.host.distilling").Batches
+    call = batches.__call__
+
+    def poisoned(self, number):
+        batch = call(self, number)
+        batch.noisy.mul_(torch.nan if number == 2 else 1)
+        return batch
+
+    monkeypatch.setattr(batches, "__call__", poisoned)
+    output = distil(pack, unet, layer_steps=5)
+    assert output.args[3] == 2
+    text = output.ui.as_dict()["text"][0]
+    assert "2 of 7 steps" in text and "training ended early: step 3 (layer-wise)" in text
+    assert sample(output.args[0]).isfinite().all()
+
+
+# ---- the data ----
+
+
+def one_batch():
+    return latents((4, 4, 16, 16)), [conditioning(1)], 4
+
+
+def single_items():
+    return latents(*[(1, 4, 16, 16)] * 3), [conditioning(i) for i in range(3)], 3
+
+
+def buckets():
+    """As Resolution Bucket gives them: a batch per size, and as many conditions in each list."""
+    positive = [conditioning(0) + conditioning(1), conditioning(2) + conditioning(3) + conditioning(4)]
+    return latents((2, 4, 16, 16), (3, 4, 8, 24)), positive, 5
+
+
+def mixed_sizes():
+    return latents((1, 4, 17, 23), (1, 4, 16, 16), (2, 4, 17, 23)), [conditioning(i) for i in range(4)], 4
+
+
+@pytest.mark.parametrize("form", [one_batch, single_items, buckets, mixed_sizes])
+def test_forms_of_data(pack, unet, form):
+    data, positive, count = form()
+    output = distil(pack, unet, data, positive, batch_size=2)
+    assert f"learn from {count} latents" in output.ui.as_dict()["text"][0]
+
+
+def test_sdxl_with_its_pooled_text_and_sizes(pack):
+    """Of which a batch has one for each picture."""
+    import comfy.supported_models
+    from small_models import _patcher, unet_config
+
+    class TinySDXL(comfy.supported_models.SDXL):
+        memory_usage_factor = 1.0
+        unet_extra_config: ClassVar = {}
+
+    config = unet_config(num_classes="sequential", adm_in_channels=1280 + 6 * 256)
+    model = _patcher(TinySDXL(config), torch.float32, None)
+    data, positive, _ = mixed_sizes()
+    for number, [(_, options)] in enumerate(positive):
+        options["pooled_output"] = torch.full((1, 1280), float(number))
+    seen = []
+    adm = model.model.diffusion_model.label_emb[0][0]
+    adm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    distil(pack, model, data, positive, batch_size=2, negative=[positive[0]])
+    assert {len(y) for y in seen} >= {2}
+    heights = {tuple(y[0, 1280:].tolist()) for y in seen}
+    assert len(heights) == 2
+    model.detach()
+
+
+def test_every_sample_is_seen_once_a_pass(pack, unet, output):
+    """In another order each time; batches have one size, and texts whose lengths fit each other."""
+    network = FakeNetwork()
+    module = in_pack(pack, "nodes.host.dataset")
+    shapes = [(1, 4, 8, 8)] * 5 + [(1, 4, 8, 12)] * 2
+    samples = [module.Sample(torch.full(shape, float(i)), {}) for i, shape in enumerate(shapes)]
+    batches = module.Batches(network, module.Dataset(samples), 2, seed=3, dropout=0.0)
+    assert batches.per_epoch == 4
+    passes = [[batches(n)[0][:, 0, 0, 0].tolist() for n in range(4 * e, 4 * e + 4)] for e in range(3)]
+    for batch in passes:
+        seen = [value for values in batch for value in values]
+        assert set(seen) == set(range(7)) and len(seen) == 8
+    assert passes[0] != passes[1]
+    again = module.Batches(network, module.Dataset(samples), 2, seed=3, dropout=0.0)
+    assert again(9)[0].equal(batches(9)[0]) and again(9)[1].equal(batches(9)[1])
+    assert not batches(8)[1].equal(batches(9)[1])
+    other = module.Batches(network, module.Dataset(samples), 2, seed=4, dropout=0.0)
+    assert not other(9)[1].equal(batches(9)[1])
+
+
+class FakeNetwork:
+    """Gives back what it is asked to make a batch of."""
+
+    device = torch.device("cpu")
+    sigmas = torch.arange(1.0, 11.0)
+
+    def encode(self, condition, latent):
+        return dict(condition)
+
+    def fit(self, first, second):
+        return True
+
+    def join(self, encoded):
+        return encoded
+
+    def batch(self, *parts):
+        return parts
+
+
+def test_dropped_captions(pack, unet):
+    module = in_pack(pack, "nodes.host.dataset")
+    samples = [module.Sample(torch.zeros(1, 4, 8, 8), {"text": "a"})]
+    dataset = module.Dataset(samples, {"text": ""})
+    batches = module.Batches(FakeNetwork(), dataset, 1, seed=0, dropout=0.25)
+    dropped = [batches(n)[3][0]["text"] == "" for n in range(400)]
+    assert 70 < sum(dropped) < 130
+    without = module.Batches(FakeNetwork(), module.Dataset(samples), 1, seed=0, dropout=0.25)
+    assert all(without(n)[3][0]["text"] == "a" for n in range(50))
+
+
+@pytest.mark.parametrize(
+    ("data", "positive", "negative", "message"),
+    [
+        (latents((3, 4, 8, 8)), [conditioning(0), conditioning(1)], None, "holds 3 pictures.* 2 conditions"),
+        (latents((2, 3, 8, 8)), [conditioning(0)], None, r"\(B, 4, H, W\).*\(2, 3, 8, 8\)"),
+        ([], [conditioning(0)], None, "no latents"),
+        (latents((1, 4, 8, 8)), [conditioning(0)], [conditioning(0) * 2], "negative holds 2 conditions"),
+        ([{"samples": torch.full((1, 4, 8, 8), torch.nan)}], [conditioning(0)], None, "NaN"),
+        (latents((1, 4, 8, 8)), [[[torch.zeros(1, 5, 16), {"area": (8, 8, 0, 0)}]]], None, "with area"),
+        (latents((1, 4, 8, 8)), [[[torch.zeros(2, 5, 16), {}]]], None, "batch of 2 texts"),
+    ],
+)
+def test_bad_data(pack, unet, output, data, positive, negative, message):
+    with pytest.raises(ValueError, match=message):
+        distil(pack, unet, data, positive, negative=negative)
+    assert not output.exists()
+
+
+# ---- what the sampler would do ----
+
+
+def test_the_noise_of_every_kind_of_prediction(pack):
+    """The adapter's noise is what the network itself says, for a model that predicts noise and for one that
+    predicts v; and a model whose clean latent is right gives the very noise."""
+    import comfy.model_sampling as sampling
+
+    borrow, adapter = in_pack(pack, "nodes.host.borrow"), in_pack(pack, "nodes.host.distill_network")
+    sites = in_pack(pack, "nodes.host.sites")
+    for kind in (sampling.EPS, sampling.V_PREDICTION, sampling.X0, sampling.CONST):
+        model = make_unet()
+        base = (
+            sampling.ModelSamplingDiscreteFlow if kind is sampling.CONST else sampling.ModelSamplingDiscrete
+        )
+        model.add_object_patch("model_sampling", type("Sampling", (base, kind), {})())
+        clean, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        with borrow.borrowed(model, torch.float32, 0) as clone:
+            network = adapter.ComfyNetwork(clone, sites.find_sites(clone).sites)
+            sigma = network.sigmas[[100, 500, 900]]
+            batch = network.batch(clean, noise, sigma, {})
+            expected = clone.model.model_sampling.noise_scaling(sigma.view(-1, 1, 1, 1), noise.clone(), clean)
+            torch.testing.assert_close(batch.noisy, expected)
+            ratio = (1 - sigma) / sigma if kind is sampling.CONST else 1 / sigma
+            torch.testing.assert_close(batch.snr, ratio**2)
+            network.base.apply_model = lambda *args, clean=clean, **_: clean
+            torch.testing.assert_close(network(batch), noise, rtol=1e-4, atol=1e-4)
+        model.detach()
+
+
+def test_the_teacher_is_what_the_sampler_runs(pack, unet):
+    """The adapter's clean latents are those that a sampler's callback sees, with patches of other nodes."""
+    import comfy.sample
+
+    borrow, adapter = in_pack(pack, "nodes.host.borrow"), in_pack(pack, "nodes.host.distill_network")
+    dataset = in_pack(pack, "nodes.host.dataset")
+    model = unet.clone()
+    model.set_model_output_block_patch(lambda h, skip, options: (h * 1.1, skip))
+    seen = {}
+    latent = torch.zeros(1, 4, 16, 16)
+    noise = comfy.sample.prepare_noise(latent, seed=3)
+    comfy.sample.sample(
+        model, noise, 1, 1.0, "euler", "normal", conditioning(1), conditioning(2), latent,
+        callback=lambda step, x0, x, total: seen.update(x0=x0, x=x), disable_pbar=True, seed=3,
+    )  # fmt: skip
+    data = dataset.read_dataset(model, [{"samples": latent}], [conditioning(1)], None)
+    with borrow.borrowed(model, torch.float32, 0) as clone:
+        network = adapter.ComfyNetwork(clone, {})
+        conditions = network.join([network.encode(data.samples[0].condition, latent)])
+        clean = network.clean(seen["x"], network.sigmas[-1:], conditions)
+    torch.testing.assert_close(clean, seen["x0"], rtol=1e-4, atol=1e-4)
+
+
+def test_attention_replaced_by_another_node_cannot_be_learned(pack, unet):
+    model = unet.clone()
+    model.set_model_attn1_replace(lambda q, k, v, options: q, "middle", 0, 0)
+    with pytest.raises(ValueError, match="replaces the self-attention of 1 blocks.*take that node off"):
+        distil(pack, model)
+
+
+# ---- what comes out ----
+
+
+def test_the_loss_map_can_be_plotted(pack, unet):
+    import folder_paths
+    from comfy_extras.nodes_train import LossGraphNode
+
+    Path(folder_paths.get_temp_directory()).mkdir(exist_ok=True)
+    losses = distil(pack, unet, layer_steps=1, output_steps=0).args[2]
+    assert len(losses["loss"]) == 2 and losses["loss"][1] == pytest.approx(losses["loss"][0], rel=1e-12)
+    if hasattr(LossGraphNode, "execute"):
+        drawn = LossGraphNode.execute(losses, "graph").ui.as_dict()
+    else:
+        drawn = LossGraphNode().plot_loss(losses, "graph")["ui"]
+    assert len(drawn["images"]) == 1
+
+
+def test_each_stage_of_the_loss_map_starts_at_one(pack):
+    row = in_pack(pack, "deltaconv_core.distill").Row
+    rows = [
+        row(1, "layer-wise", 1e-3, {"feature": 8.0}, 1.0),
+        row(2, "layer-wise", 1e-3, {"feature": 2.0}, 1.0),
+    ]
+    for step, value in ((3, 0.5), (4, 0.125)):
+        losses = {"feature": 2.0, "teacher": value, "noise": 1.0}
+        rows.append(row(step, "end to end", 1e-3, losses, 1.0))
+    assert in_pack(pack, "nodes.host.distilling").loss_map(rows) == {"loss": [1.0, 0.25, 1.0, 0.25]}
+
+
+def test_equal_runs_give_equal_files(pack, unet, tmp_path):
+    core = in_pack(pack, "deltaconv_core")
+    for name in ("a", "b"):
+        core.save_checkpoint(distil(pack, unet).args[1], tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    metadata = core.load_checkpoint(tmp_path / "a").metadata
+    assert metadata["steps"] == "4" and json.loads(metadata["training"])["layer_steps"] == 2
+    assert metadata["data"].startswith("2 latents (2 of 16x16)")
+
+
+def test_previews(pack, monkeypatch):
+    """Student beside teacher; before any learning of weights they differ, without blocks they would not."""
+    import comfy.utils
+
+    pictures = []
+    monkeypatch.setattr(
+        comfy.utils.ProgressBar,
+        "update_absolute",
+        lambda self, value, total=None, preview=None: pictures.append((value, preview)),
+    )
+    model = make_unet(channels=3)
+    in_format = model.model.latent_format
+    in_format.latent_rgb_factors = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    distil(
+        pack, model, latents((1, 3, 16, 24)), [conditioning(1)], preview_every=2, negative=[conditioning(0)]
+    )
+    assert [value for value, preview in pictures if preview] == [2, 4]
+    _, picture, _ = pictures[1][1]
+    assert picture.size == (2 * 24 * 16, 16 * 16)
+    left, right = (picture.crop((x, 0, x + 384, 256)).tobytes() for x in (0, 384))
+    assert left != right
+    assert len(set(left)) > 20
+
+
+def test_presets(pack):
+    presets = in_pack(pack, "nodes.host.presets")
+    cpu = torch.device("cpu")
+    for preset in presets.PRESETS.values():
+        decided = presets.settled(preset, cpu)
+        assert decided.precision == "fp32" and decided.optimizer == "adamw"
+        assert decided.batch_size * decided.accumulation == 4
+    specs = in_pack(pack, "deltaconv_core.sites").release_specs("sdxl")
+    settings = in_pack(pack, "deltaconv_core.distill").Settings
+    weights = sum(spec.num_parameters for spec in specs.values())
+    assert presets.training_bytes(specs, settings()) == 20 * weights
+    assert presets.training_bytes(specs, settings(optimizer="adamw8bit", ema=0.0)) == 10 * weights

@@ -1,0 +1,162 @@
+"""Every workflow runs in a real server, on small models in files of the names that the workflows ask for.
+
+Nothing of a workflow is changed but the number of steps and the size. What the pictures would look like, and
+that the real files are told from each other by their real widths, is not shown here.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from PIL import Image
+
+import workflow
+from comfy_host import REPOSITORY
+from comfy_server import ComfyServer
+from deltaconv_core.manifest import builtin_path
+
+HERE = Path(__file__).parent
+MODELS = {
+    "checkpoints/DreamShaper_8_pruned.safetensors": "sd15",
+    "checkpoints/sd_xl_base_1.0.safetensors": "sdxl",
+    "diffusion_models/PixArt-Sigma-XL-2-1024-MS.safetensors": "pixart_sigma",
+    "text_encoders/t5xxl_fp8_e4m3fn.safetensors": "t5",
+    "vae/sdxl_vae.safetensors": "vae",
+}
+BLOCKS = {
+    "ConvFusion-sd15-mjv5": "sd15",
+    "ConvFusion-sd15-laion": "sd15",
+    "ConvFusion-sdxl-mjv5": "sdxl",
+    "ConvFusion-pixart1024-mjv5": "pixart_sigma",
+}
+# Sites of the small model; what the size is divided by (ComfyUI's PixArt needs latents of more than 32);
+# sides of the pictures, by the last part of SaveImage's prefix.
+EXPECTED = {
+    "text_to_image_sd15": (16, 4, {"sd15": 128}),
+    "text_to_image_sdxl": (70, 8, {"sdxl": 128}),
+    "text_to_image_pixart_sigma": (4, 2, {"pixart_sigma": 512}),
+    "hires_fix_2048_sd15": (16, 8, {"hires": 256}),
+    "attention_first_sd15": (16, 4, {"every_step": 128, "attention_first": 128}),
+    "two_weights_sd15": (16, 4, {"mjv5": 128, "laion": 128}),
+}
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def server(comfy_host, tmp_path_factory) -> Iterator[ComfyServer]:
+    """A server that knows the small models and has them in its folders."""
+    config = tmp_path_factory.mktemp("config") / "stand_ins.yaml"
+    config.write_text(f"stand_ins:\n  base_path: {HERE}\n  custom_nodes: stand_in_nodes\n")
+    with ComfyServer(extra_args=["--extra-model-paths-config", str(config)]) as running:
+        write_models(running.base / "models")
+        yield running
+
+
+def write_models(folder: Path) -> None:
+    """The models, ΔConv weights for them, and a list that recommends those for the small models."""
+    import stand_ins
+
+    stand_ins.write({name: folder / path for path, name in MODELS.items()})
+    published = {record["name"]: record for record in json.loads(builtin_path().read_text(encoding="utf-8"))}
+    own = []
+    for name, model in BLOCKS.items():
+        shape = stand_ins.write_blocks(folder / "deltaconv" / f"{name}.safetensors", model)
+        if published[name]["recommended_for"]:
+            own.append(published[name] | {"recommended_for": [shape]})
+    (folder / "deltaconv" / "manifest.json").write_text(json.dumps(own))
+
+
+def prompt_of(server: ComfyServer, name: str) -> dict[str, Any]:
+    """The workflow's prompt, shortened."""
+    saved = workflow.load(REPOSITORY / "workflows" / f"{name}.json")
+    prompt = workflow.to_prompt(saved, server.object_info())
+    for inputs in inputs_of(prompt, "KSampler"):
+        inputs["steps"] = STEPS
+    for inputs in inputs_of(prompt, "EmptyLatentImage"):
+        part = EXPECTED[name][1]
+        inputs |= {"width": inputs["width"] // part, "height": inputs["height"] // part}
+    return prompt
+
+
+def inputs_of(prompt: dict[str, Any], class_type: str) -> list[dict[str, Any]]:
+    return [node["inputs"] for node in prompt.values() if node["class_type"] == class_type]
+
+
+def pictures(server: ComfyServer, prompt: dict[str, Any], outputs: dict[str, Any]) -> dict[str, Any]:
+    """The saved picture of each SaveImage node, by the last part of its prefix."""
+    return {
+        node["inputs"]["filename_prefix"].split("/")[-1]: numpy.array(
+            Image.open(io.BytesIO(server.view(outputs[key]["images"][0]))).convert("RGB")
+        )
+        for key, node in prompt.items()
+        if node["class_type"] == "SaveImage"
+    }
+
+
+def test_all_that_need_models_are_here():
+    files = (REPOSITORY / "workflows").glob("*.json")
+    assert {file.stem for file in files if workflow.model_files(workflow.load(file))} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_runs(server, name):
+    sites, _, sides = EXPECTED[name]
+    server.post("/free", {"free_memory": True})  # what is taken from memory does not tell again
+    prompt = prompt_of(server, name)
+    outputs = server.run(prompt)
+    told = [outputs[key]["text"][0] for key, node in prompt.items() if "DeltaConv" in node["class_type"]]
+    assert told
+    assert all(f"stands in for {sites} of {sites} self-attentions" in text for text in told)
+    seen = pictures(server, prompt, outputs)
+    assert {prefix: picture.shape for prefix, picture in seen.items()} == {
+        prefix: (side, side, 3) for prefix, side in sides.items()
+    }
+    assert all(picture.std() > 1 for picture in seen.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"), [("attention_first_sd15", "start_percent"), ("two_weights_sd15", "weights")]
+)
+def test_compares_one_thing(server, name, setting):
+    """The two pictures differ, and are the same once that one setting is the same."""
+    prompt = prompt_of(server, name)
+    first, second = pictures(server, prompt, server.run(prompt)).values()
+    assert (first != second).mean() > 0.5
+    same = copy.deepcopy(prompt)
+    one, other = inputs_of(same, "DeltaConvPatchModel")
+    assert one[setting] != other[setting]
+    other[setting] = one[setting]
+    first_again, second = pictures(server, same, server.run(same)).values()
+    assert (first == first_again).all() and (first == second).all()
+
+
+@pytest.mark.parametrize(("name", "sites", "side"), [("distill_demo", 9, 48), ("distill_sd15", 16, 128)])
+def test_distills(server, name, sites, side):
+    """Pictures from a folder, one step of each stage, and all that comes after."""
+    saved = workflow.load(REPOSITORY / "workflows" / f"{name}.json")
+    (folder,) = workflow.input_folders(saved)
+    (server.base / "input" / folder).mkdir()
+    for number in range(2):
+        path = server.base / "input" / folder / f"{number}.png"
+        Image.new("RGB", (side + 9, side + 20 * number), (90 * number, 200, 30)).save(path)
+        path.with_suffix(".txt").write_text(f"picture {number}")
+    prompt = workflow.to_prompt(saved, server.object_info())
+    shorter = {"steps": STEPS, "layer_steps": 1, "output_steps": 1}
+    shorter |= dict.fromkeys(("shorter_edge", "width", "height"), side)
+    for node in prompt.values():
+        node["inputs"] |= {key: value for key, value in shorter.items() if key in node["inputs"]}
+    outputs = server.run(prompt)
+    texts = {prompt[key]["class_type"]: output.get("text", [""])[0] for key, output in outputs.items()}
+    assert (
+        f"2 of 2 steps of {'demo' if side == 48 else 'sd15'}_00001. {sites} blocks"
+        in texts["DeltaConvDistill"]
+    )
+    assert texts["DeltaConvSaveWeights"].startswith(f"Saved {sites} blocks")
+    assert sorted(pictures(server, prompt, outputs)) == ["attention", "distilled"]

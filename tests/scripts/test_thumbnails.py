@@ -1,0 +1,25 @@
+"""Drawings of workflows."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+import workflow
+from comfy_host import REPOSITORY
+
+pytest.importorskip("matplotlib")
+
+import thumbnails
+
+
+def test_draws_the_workflows_that_need_models(tmp_path, monkeypatch):
+    """The others show what they gave."""
+    monkeypatch.setattr(sys, "argv", ["thumbnails.py", "--output", str(tmp_path)])
+    thumbnails.main()
+    files = (REPOSITORY / "workflows").glob("*.json")
+    assert {file.stem for file in tmp_path.iterdir()} == {
+        file.stem for file in files if workflow.model_files(workflow.load(file))
+    }
+    assert all(file.read_bytes().startswith(b"\xff\xd8\xff") for file in tmp_path.iterdir())
