@@ -95,9 +95,6 @@ def _layer(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
-    """A parameter by the name that it has without LoRA, whose layers wrap the model's own."""
-    layer = _layer(model, name)
-    while isinstance(base := getattr(layer, "base_layer", None), nn.Module):
-        layer = base
-    parameter = getattr(layer, name.rpartition(".")[2], None)
+    """A parameter by the name that it has without LoRA; peft's layers hand out those that they wrap."""
+    parameter = getattr(_layer(model, name), name.rpartition(".")[2], None)
     return parameter if isinstance(parameter, nn.Parameter) else None

@@ -120,7 +120,8 @@ def test_nobody_warns_of_what_is_handed_down(case, caplog):
     diffusers_log = logging.getLogger("diffusers")
     diffusers_log.addHandler(caplog.handler)
     try:
-        for options in ({}, {"blocks": "-mid" if case.kind != "pixart" else "-*.1"}, {"end_percent": 0.3}):
+        some = {"blocks": "-*.1" if case.kind == "pixart" else "mid"}
+        for options in ({}, some, {"end_percent": 0.3}, some | {"end_percent": 0.3}):
             apply(case.model, case.checkpoint, **options)
             for timestep in (10, 900):
                 run(case.model, timestep=timestep)
@@ -247,10 +248,9 @@ def test_from_a_file(sd, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("order", ["cast first", "apply first"])
 def test_smaller_dtypes(case, dtype, order):
-    if order == "cast first":
-        case.model.to(dtype)
-    apply(case.model, case.checkpoint)
-    case.model.to(dtype)
+    steps = [lambda: case.model.to(dtype), lambda: apply(case.model, case.checkpoint)]
+    for step in steps if order == "cast first" else steps[::-1]:
+        step()
     stored = {weight.dtype for block in case.model.deltaconv.blocks.values() for weight in block.parameters()}
     assert stored == {dtype}
     patched = run(case.model, (8, 6))
@@ -276,6 +276,17 @@ def test_a_copy_of_a_patched_model_is_on_its_own(case):
         remove(other)
         assert torch.equal(run(other), run(case.fresh()))
         apply(case.model, case.checkpoint, end_percent=0.6)
+
+
+def test_attention_that_only_looks_at_the_text_is_no_site():
+    config = {name: value for name, value in make("sd").config.items() if not name.startswith("_")}
+    config["only_cross_attention"] = (True, False, False)
+    models = [type(make("sd"))(**config).eval() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    checkpoint = make_checkpoint(models[0])
+    assert checkpoint.architecture == "unet-32x4"
+    assert "4 of 4" in apply(models[0], checkpoint).text
+    assert relative_error(run(models[0]), run(by_hand(models[1], checkpoint, (16, 12)))) < 1e-5
 
 
 def test_threads_with_different_sizes_share_a_model(sd):

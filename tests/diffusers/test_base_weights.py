@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import by_hand, make, relative_error, run
 
-from deltaconv_core import DeltaConvError
+from deltaconv_core import DeltaConvError, save_checkpoint
 from deltaconv_core.diffusers import apply, remove
 
 LAYER = "down_blocks.1.resnets.0.conv1"
@@ -98,9 +98,10 @@ def test_the_models_own_come_back_in_the_dtype_of_then(published):
     assert torch.equal(run(published.model), run(make("sd").to(torch.bfloat16)))
 
 
-def test_under_inference_mode(published):
+def test_under_inference_mode(published, tmp_path):
+    save_checkpoint(published.checkpoint, tmp_path / "weights.safetensors")
     with torch.inference_mode():
-        apply(published.model, published.checkpoint)
+        apply(published.model, tmp_path / "weights.safetensors")
     assert not any(parameter.is_inference() for parameter in published.model.parameters())
     assert not any(
         p.is_inference() for block in published.model.deltaconv.blocks.values() for p in block.parameters()

@@ -96,6 +96,7 @@ def test_a_lora_is_warned_of_only_where_it_has_no_effect(pipe, checkpoint, lora,
     plain = sample(pipe)
     pipe.load_lora_weights(lora(layer))
     assert torch.equal(sample(pipe), plain) == said
+    other_processors(pipe)
     sample(pipe)
     assert len(warnings_of(caplog)) == said
 
