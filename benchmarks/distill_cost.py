@@ -79,7 +79,7 @@ def measure(way: str, architecture: str, latent: int, repeats: int, small: bool)
         forward()
         least = highest(forward) - before
         sizes = [p.numel() * p.element_size() for mixer in mixers.values() for p in mixer.parameters()]
-        least += 3 * sum(sizes)  # the blocks, and AdamW's two moments
+        least += 2 * sum(sizes)  # AdamW's moments; the blocks are there already
         step = make_step(pack, way, network, mixers, batch, stack)
         step()
         peak = highest(step) - before

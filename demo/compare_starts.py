@@ -21,12 +21,14 @@ from .train_student import Teacher, make_blocks
 WINDOW = 50
 
 
-def run(teacher: Teacher, start: str, seed: int, steps: int, batch_size: int) -> list[float]:
+def run(teacher: Teacher, start: str, seed: int, args: argparse.Namespace) -> list[float]:
     """The feature loss of every step."""
     blocks = make_blocks(teacher, seed, start)
-    settings = Settings(layer_steps=steps, output_steps=0, learning_rate=1e-3, decay=0, ema=0, seed=seed)
-    with tqdm(total=steps, desc=f"{start} start, seed {seed}", mininterval=10) as bar:
-        batches = teacher.batches(batch_size, seed)
+    settings = Settings(
+        layer_steps=args.steps, output_steps=0, learning_rate=args.lr, decay=0, ema=0, seed=seed
+    )
+    with tqdm(total=args.steps, desc=f"{start} start, seed {seed}", mininterval=10) as bar:
+        batches = teacher.batches(args.batch_size, seed)
         result = distill(
             teacher.network, blocks, batches, settings, on_step=lambda row: bar.update() and None
         )
@@ -46,7 +48,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for starts.csv")
     parser.add_argument("--steps", type=int, default=1000, help="steps from each start (default 1000)")
     parser.add_argument("--batch-size", type=int, default=4, help="pictures per step (default 4)")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW (default 2e-3)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
     args = parser.parse_args()
     teacher = Teacher(args.teacher)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -55,10 +58,8 @@ def main() -> None:
         writer.writerow(["seed", "start", "step", "feature"])
         print(f"| seed | random after {args.steps} steps | warm reaches it after | warm after {args.steps} |")
         print("|---|---|---|---|")
-        for seed in range(args.seeds):
-            losses = {
-                start: run(teacher, start, seed, args.steps, args.batch_size) for start in ("warm", "random")
-            }
+        for seed in args.seeds:
+            losses = {start: run(teacher, start, seed, args) for start in ("warm", "random")}
             for start, values in losses.items():
                 writer.writerows([seed, start, step, value] for step, value in enumerate(values, 1))
             file.flush()

@@ -39,10 +39,12 @@ def read_log(file: Path) -> list[dict[str, str]]:
     return rows
 
 
-def curve(rows: list[dict[str, str]], loss: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one loss, where the log has it."""
+def curve(rows: list[dict[str, str]], loss: str, mean: int = 1) -> tuple[list[int], list[float]]:
+    """Steps and values of one loss, where the log has it: means of ``mean`` rows, at the last of each."""
     there = [row for row in rows if row[loss]]
-    return [int(row["step"]) for row in there], [float(row[loss]) for row in there]
+    groups = [there[i : i + mean] for i in range(0, len(there) - mean + 1, mean)]
+    values = [sum(float(row[loss]) for row in group) / mean for group in groups]
+    return [int(group[-1]["step"]) for group in groups], values
 
 
 def stage_changes(rows: list[dict[str, str]]) -> list[int]:
@@ -50,8 +52,8 @@ def stage_changes(rows: list[dict[str, str]]) -> list[int]:
     return [int(row["step"]) for row, after in pairwise(rows) if row["stage"] != after["stage"]]
 
 
-def draw_curves(logs: dict[str, list[dict[str, str]]], file: Path) -> None:
-    """Write the picture; its ending says the kind (svg, png)."""
+def draw_curves(logs: dict[str, list[dict[str, str]]], file: Path, mean: int = 1) -> None:
+    """Write the picture, a point for every ``mean`` rows; the file's ending says the kind (svg, png)."""
     plt = _pyplot()
     shown = [loss for loss in PANELS if any(curve(rows, loss)[0] for rows in logs.values())]
     if not shown:
@@ -61,7 +63,7 @@ def draw_curves(logs: dict[str, list[dict[str, str]]], file: Path) -> None:
     )
     for panel, loss in zip(panels[0], shown, strict=True):
         for number, (name, rows) in enumerate(logs.items()):
-            panel.plot(*curve(rows, loss), label=name, color=f"C{number}", linewidth=1.2)
+            panel.plot(*curve(rows, loss, mean), label=name, color=f"C{number}", linewidth=1.2)
             for step in stage_changes(rows):
                 panel.axvline(step, color=f"C{number}", linestyle=":", linewidth=0.8)
         panel.set(title=PANELS[loss], xlabel="step", yscale="log")
@@ -90,9 +92,10 @@ def main() -> None:
     )
     parser.add_argument("log", type=named_file, nargs="+", metavar="NAME=FILE", help="a training's log.csv")
     parser.add_argument("--output", type=Path, required=True, help="picture to write, .svg or .png")
+    parser.add_argument("--mean", type=int, default=20, help="rows that make a point (default 20)")
     args = parser.parse_args()
     try:
-        draw_curves({name: read_log(file) for name, file in args.log}, args.output)
+        draw_curves({name: read_log(file) for name, file in args.log}, args.output, args.mean)
     except DeltaConvError as error:
         raise SystemExit(f"error: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Put trained weights and logs into the repository: ``python -m demo.ship --teacher RUN --student RUN``.
+"""Put trained weights and logs into the repository: ``python -m demo.ship [--teacher RUN] --student RUN``.
 
 Copies the weights to ``demo/weights`` and the logs to ``demo/logs``, and writes size and hash of the ΔConv
 weights into their record in ``weights_manifest.json``.
@@ -43,15 +43,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--teacher", type=Path, required=True, help="output folder of demo.train_teacher")
+    parser.add_argument("--teacher", type=Path, help="output folder of demo.train_teacher, if it is new")
     parser.add_argument("--student", type=Path, required=True, help="output folder of demo.train_student")
     args = parser.parse_args()
     copies = {
-        args.teacher / "teacher.safetensors": teacher_file(),
-        args.teacher / "log.csv": LOGS / "teacher.csv",
         args.student / "deltaconv.safetensors": student_file(),
         args.student / "log.csv": LOGS / "student.csv",
     }
+    if args.teacher:
+        copies |= {
+            args.teacher / "teacher.safetensors": teacher_file(),
+            args.teacher / "log.csv": LOGS / "teacher.csv",
+        }
     for source, target in copies.items():
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(source, target)

@@ -9,6 +9,8 @@ from .demo_prompt import DemoPrompt
 from .distill import Distill
 from .host import folder
 from .load_weights import LoadWeights
+from .locality import AttentionLocality
+from .neighborhood import NeighborhoodAttention
 from .patch_model import PatchModel
 from .save_weights import SaveWeights
 
@@ -19,4 +21,14 @@ class DeltaConvExtension(ComfyExtension):
     """What ComfyUI asks for the nodes of this pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [PatchModel, LoadWeights, Distill, SaveWeights, DemoModel, DemoPrompt, DemoLatent]
+        return [
+            PatchModel,
+            LoadWeights,
+            Distill,
+            SaveWeights,
+            AttentionLocality,
+            NeighborhoodAttention,
+            DemoModel,
+            DemoPrompt,
+            DemoLatent,
+        ]

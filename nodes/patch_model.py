@@ -12,7 +12,7 @@ from .host import folder
 from .host.apply import Settings, apply_checkpoint
 from .host.report import tell
 from .host.sites import find_sites
-from .sockets import CATEGORY, Weights
+from .sockets import BLOCKS_TOOLTIP, CATEGORY, Weights
 
 APPLY, LEAVE_OUT = "apply", "leave out"
 
@@ -38,8 +38,7 @@ class PatchModel(io.ComfyNode):
                 io.String.Input(
                     "blocks",
                     default="all",
-                    tooltip="Where ΔConv stands: all, or a comma list of down, mid, up and site names with "
-                    "wildcards; a leading - excludes. Example: all,-mid,-up_blocks.3",
+                    tooltip=f"Where ΔConv stands: {BLOCKS_TOOLTIP}",
                 ),
                 io.Float.Input(
                     "start_percent",

@@ -107,7 +107,9 @@ def widget_values(node: Json, info: Json) -> tuple[Json, list[str]]:
             problems.append(f"{name} is {values[name]!r}, the server offers {choices}")
         if options.get("control_after_generate") and saved:
             saved.pop(0)  # "fixed", "randomize", ...: the UI's own
-    if saved:
+    # what comes through a link may have had a widget in the ComfyUI that the workflow was saved with
+    linked = [slot for slot in node.get("inputs", []) if "widget" in slot and slot.get("link") is not None]
+    if len(saved) > len(linked):
         problems.append(f"values that belong to no input: {saved}")
     return values, problems
 

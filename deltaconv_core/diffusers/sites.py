@@ -12,6 +12,7 @@ from ..errors import DeltaConvError
 from ..sites import identify
 
 PARTS = ("unet", "transformer")  # of a pipeline
+UNET_PARTS = ("down_blocks", "mid_block", "up_blocks")  # in the order of the network
 KINDS = "U-Nets with Transformer2DModel blocks (SD 1.x, SD 2.x, SDXL, ...) and PixArtTransformer2DModel"
 
 
@@ -82,7 +83,8 @@ def find_sites(model: nn.Module) -> Sites:
         DeltaConvError: a model without any, or no diffusers library.
     """
     found = Sites()
-    for name, module in model.named_modules():
+    # Modules are listed as they were made: the middle of a U-Net after its end.
+    for name, module in sorted(model.named_modules(), key=lambda named: _part(named[0])):
         patch_size = _patch_size(module)
         if patch_size:
             _read_blocks(f"{name}." if name else "", module, patch_size, found)
@@ -92,6 +94,12 @@ def find_sites(model: nn.Module) -> Sites:
             f"works on {KINDS}"
         )
     return found
+
+
+def _part(name: str) -> int:
+    """The place of a module's part in the order of the network."""
+    part = name.partition(".")[0]
+    return UNET_PARTS.index(part) if part in UNET_PARTS else 0
 
 
 def _patch_size(module: nn.Module) -> int:

@@ -164,9 +164,8 @@ def loss_map(rows: Iterable[Row]) -> dict[str, list[float]]:
     ComfyUI's Plot Loss Graph divides by the difference of the largest and the smallest loss. Where there is
     none, as after a single step, the smallest step that a number can make is added as a last point.
     """
-    losses, first = [], {}
-    for row in rows:
-        losses.append(row.loss / (first.setdefault(row.stage, row.loss) or 1.0))
+    first: dict[str, float] = {}
+    losses = [row.loss / (first.setdefault(row.stage, row.loss) or 1.0) for row in rows]
     if len(set(losses)) < 2:
         losses.append(math.nextafter(losses[-1], math.inf))
     return {"loss": losses}

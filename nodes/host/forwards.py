@@ -30,7 +30,7 @@ class RangedForward(MixerForward):
     owner: object
 
     def __call__(self, x: torch.Tensor, *args: Any, **call: Any) -> torch.Tensor:
-        run = current_call(self.owner)
+        run = current_call(self.owner, "set start_percent to 0 and end_percent to 1")
         return answer(
             run.choice,
             mixer=lambda: self.block(x, grid=self.site.grid(x, call)),

@@ -36,6 +36,6 @@ def _checked(x: torch.Tensor, height: int, width: int) -> tuple[int, int]:
         raise DeltaConvError(
             f"ΔConv expected {height} x {width} = {height * width} tokens, got {x.shape[1]}: something tiles "
             "or merges tokens before the self-attention. HyperTile and Token Merging (ToMe) do; take them "
-            "off this MODEL, or leave their sites out with the input `blocks` of ΔConv Patch Model"
+            "off this MODEL, or leave their sites out with the input `blocks`"
         )
     return height, width

@@ -1,4 +1,4 @@
-"""What one call of the network must know at its sites when ΔConv runs in a part of the sampling only.
+"""What one call of the network must know at its sites when more than a fixed block may run there.
 
 ComfyUI hands the noise level to U-Nets' attention, but not to PixArt's, and reading it at every site would
 wait for the GPU every time. So it is read once per call of the model, and kept for the time of that call and
@@ -7,9 +7,10 @@ no longer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import comfy.utils
@@ -21,23 +22,25 @@ from ...deltaconv_core.switch import Choice, SamplingRange
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a model: who asked for it, the choice, and the attention's own forward by path."""
+    """One call of a model: the choice, and the attention's own forward by path where it may be needed."""
 
-    owner: object
     choice: Choice
     attention: dict[str, Callable[..., torch.Tensor]]
 
 
-_call: ContextVar[Call | None] = ContextVar("deltaconv_call", default=None)
+_calls: ContextVar[Mapping[object, Call]] = ContextVar("deltaconv_calls", default=MappingProxyType({}))
 
 
-def watch_calls(owner: object, sampling: SamplingRange, paths: Iterable[str]) -> Callable[..., torch.Tensor]:
+def watch_calls(
+    owner: object, sampling: SamplingRange, paths: Iterable[str], needs_attention: bool = False
+) -> Callable[..., torch.Tensor]:
     """An APPLY_MODEL wrapper that makes the choice for every call of the model.
 
     Args:
-        owner: the patch that asks; calls of other patches are not answered.
-        sampling: where ΔConv runs.
+        owner: the patch that asks; others have calls of their own.
+        sampling: where the mixer runs.
         paths: of the attention modules from the BaseModel.
+        needs_attention: whether the attention's own forward is wanted where the mixer runs, too.
     """
     paths = tuple(paths)
 
@@ -45,28 +48,31 @@ def watch_calls(owner: object, sampling: SamplingRange, paths: Iterable[str]) ->
         executor: Any, x: torch.Tensor, sigmas: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         model = executor.class_obj
-        choice = sampling.choose(sigmas, model.model_sampling.percent_to_sigma)
-        attention = {} if choice is True else {path: own_forward(model, path) for path in paths}
-        token = _call.set(Call(owner, choice, attention))
+        choice: Choice = True
+        if not sampling.is_everything:
+            choice = sampling.choose(sigmas, model.model_sampling.percent_to_sigma)
+        wanted = paths if needs_attention or choice is not True else ()
+        attention = {path: own_forward(model, path) for path in wanted}
+        token = _calls.set({**_calls.get(), owner: Call(choice, attention)})
         try:
             return executor(x, sigmas, *args, **kwargs)
         finally:
-            _call.reset(token)
+            _calls.reset(token)
 
     return wrapper
 
 
-def current_call(owner: object) -> Call:
+def current_call(owner: object, advice: str) -> Call:
     """The running call of the owner's model.
 
     Raises:
         DeltaConvError: the model is run in a way that ComfyUI's wrappers do not see.
     """
-    call = _call.get()
-    if call is None or call.owner is not owner:
+    call = _calls.get().get(owner)
+    if call is None:
         raise DeltaConvError(
-            "ΔConv was asked to run in a part of the sampling, but something runs this MODEL's network "
-            "directly, so the noise level is not known; set start_percent to 0 and end_percent to 1"
+            "something runs this MODEL's network directly, past ComfyUI's wrappers, so neither the noise "
+            f"level nor the attention behind a patch is known; {advice}"
         )
     return call
 

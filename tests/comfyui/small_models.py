@@ -55,7 +55,7 @@ def make_unet(
         memory_usage_factor = 1.0
         latent_format = Latent
 
-    return _patcher(Tiny(unet_config(**changes)), dtype, manual_cast)
+    return make_model(Tiny(unet_config(**changes)), dtype, manual_cast)
 
 
 def make_pixart(dtype: torch.dtype = torch.float32) -> Any:
@@ -73,10 +73,13 @@ def make_pixart(dtype: torch.dtype = torch.float32) -> Any:
         "caption_channels": CONTEXT_DIM,
     }
     config |= {"model_max_length": 8, "micro_condition": False, "pe_interpolation": 1}
-    return _patcher(TinyPixArt(config), dtype, None)
+    return make_model(TinyPixArt(config), dtype, None)
 
 
-def _patcher(config: Any, dtype: torch.dtype, manual_cast: torch.dtype | None) -> Any:
+def make_model(
+    config: Any, dtype: torch.dtype = torch.float32, manual_cast: torch.dtype | None = None
+) -> Any:
+    """A ModelPatcher of one of ComfyUI's model descriptions, with random weights, always the same ones."""
     import comfy.model_management
     import comfy.model_patcher
 

@@ -83,7 +83,7 @@ def test_an_error_in_a_call_leaves_nothing_behind(pack, unet, checkpoint):
     broken.set_model_patch(fail, "middle_patch")
     with pytest.raises(RuntimeError, match="stop here"):
         step(broken, (16, 12), inside)
-    assert run._call.get() is None
+    assert not run._calls.get()
     assert torch.equal(step(part, (16, 12), outside), expected)
 
 

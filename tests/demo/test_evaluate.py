@@ -102,6 +102,7 @@ def test_curves_are_the_same_file_again(tmp_path, ending):
     log.write_text(LOG)
     rows = read_log(log)
     assert curve(rows, "feature") == ([20, 40, 60], [2.5, 1.5, 1.0])
+    assert curve(rows, "feature", mean=2) == ([40], [2.0])
     assert curve(rows, "teacher") == ([60], [0.2]) and stage_changes(rows) == [40]
     files = [tmp_path / f"{number}.{ending}" for number in (1, 2)]
     for file in files:

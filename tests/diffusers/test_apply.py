@@ -9,7 +9,17 @@ import threading
 
 import pytest
 import torch
-from tiny_models import by_hand, call, make, make_checkpoint, make_pipeline, relative_error, run, sample
+from tiny_models import (
+    by_hand,
+    call,
+    make,
+    make_checkpoint,
+    make_pipeline,
+    make_pixart_pipeline,
+    relative_error,
+    run,
+    sample,
+)
 
 from deltaconv_core import Checkpoint, DeltaConvError, save_checkpoint
 from deltaconv_core.diffusers import apply, remove
@@ -206,7 +216,7 @@ def of_another_model(checkpoint):
         (
             without_site,
             {},
-            "blocks for 6 of the 7 sites.*none for mid_block.*or leave those sites out with `blocks`",
+            "blocks for 6 of the 7 sites.*none for up_blocks.2.attentions.1.*leave those sites out",
         ),
         (None, {"blocks": "nowhere"}, "'nowhere' matches no site"),
         (None, {"start_percent": 0.8, "end_percent": 0.2}, "start_percent=0.8, end_percent=0.2"),
@@ -384,3 +394,16 @@ def test_a_pipeline(sd, tmp_path):
     assert relative_error(patched, expected) < 1e-5 and relative_error(patched, plain) > 0.01
     remove(pipe)
     assert torch.equal(sample(pipe), plain)
+
+
+def test_a_pixart_pipeline(pixart, tmp_path):
+    options = {"use_resolution_binning": False, "negative_prompt": ""}
+    pipe = make_pixart_pipeline(tmp_path)
+    plain = sample(pipe, **options)
+    apply(pipe, pixart.checkpoint)
+    patched = sample(pipe, **options)
+    other = make_pixart_pipeline(tmp_path)
+    by_hand(other.transformer, pixart.checkpoint, (12, 16))
+    assert relative_error(patched, sample(other, **options)) < 1e-5 < relative_error(patched, plain)
+    remove(pipe)
+    assert torch.equal(sample(pipe, **options), plain)

@@ -165,10 +165,7 @@ def make_pipeline(folder: Path, **parts: Any) -> Any:
             "scheduler": diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
             "text_encoder": transformers.CLIPTextModel(text).eval(),
             "tokenizer": make_tokenizer(folder),
-            "vae": diffusers.AutoencoderKL(
-                block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=32,
-                down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-            ).eval(),
+            "vae": make_vae(),
             "safety_checker": None,
             "feature_extractor": None,
         }  # fmt: skip
@@ -180,6 +177,34 @@ def make_pipeline(folder: Path, **parts: Any) -> Any:
     pipe = kind(**(made | parts), requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def make_pixart_pipeline(folder: Path) -> Any:
+    """A PixArtSigmaPipeline of tiny parts around the "pixart" model."""
+    import transformers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        text = transformers.T5Config(
+            vocab_size=64, d_model=CONTEXT_DIM, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+        )  # fmt: skip
+        pipe = diffusers.PixArtSigmaPipeline(
+            tokenizer=make_tokenizer(folder),
+            text_encoder=transformers.T5EncoderModel(text).eval(),
+            vae=make_vae(),
+            transformer=make("pixart"),
+            scheduler=diffusers.DPMSolverMultistepScheduler(),
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_vae() -> Any:
+    """It halves height and width."""
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()  # fmt: skip
 
 
 def make_tokenizer(folder: Path) -> Any:

@@ -1,0 +1,88 @@
+"""`locality`: how local the self-attention of a diffusers model is."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..cli import printable
+from ..errors import DeltaConvError
+from ..locality import check_limit, recommend
+from ..locality.recommend import LARGEST
+
+HELP = "show how local a diffusers model's self-attention is"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the model, the picture and where the results go."""
+    parser.add_argument(
+        "model", metavar="MODEL", type=Path, help="folder of a diffusers pipeline, with its model_index.json"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, default=Path("locality"), help="for the results (%(default)s)"
+    )
+    parser.add_argument("--prompt", default="a photograph", help="of the picture that is drawn (%(default)s)")
+    parser.add_argument("--width", type=int, help="in pixels (default: the pipeline's own)")
+    parser.add_argument("--height", type=int, help="in pixels (default: the pipeline's own)")
+    parser.add_argument("--steps", type=int, default=20, help="of the sampling (%(default)s)")
+    parser.add_argument("--looks", type=int, default=4, help="steps that are looked at (%(default)s)")
+    parser.add_argument(
+        "--blocks", default="all", help="layers to look at: all, down, mid, up, names, globs; - excludes"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    parser.add_argument(
+        "--max-kernel-size", type=int, default=LARGEST, help="largest K to recommend, odd (%(default)s)"
+    )
+    parser.add_argument("--device", help="such as cuda or cpu (default: cuda where there is one)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the model (default: float32 on a CPU, else float16)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Looks, prints the table, and writes the pictures, tables and advice."""
+    check_limit(options.max_kernel_size)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = _load(options.model, DTYPES[options.dtype or ("float32" if device == "cpu" else "float16")])
+    # What these need is optional, too.
+    from ..locality.figure import save
+    from ..locality.pipelines import Picture, look
+    from ..locality.table import text, write_csv
+
+    picture = Picture(
+        options.prompt, options.width, options.height, options.steps, options.looks, options.seed
+    )
+    architecture, layers = look(pipeline.to(device), picture, options.blocks)
+    advice = recommend(layers, architecture, options.max_kernel_size)
+    title = f"Self-attention of {architecture}: {printable(options.model.resolve().name)}"
+    options.output.mkdir(parents=True, exist_ok=True)
+    save(options.output / "locality.png", layers, advice, title)
+    write_csv(layers, advice, options.output)
+    (options.output / "recommendation.json").write_text(advice.to_json(), encoding="utf-8")
+    print(f"{title}\n\n{text(layers, advice)}\n")
+    print(f"Written to {options.output}: locality.png, layers.csv, curves.csv, recommendation.json")
+    return 0
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    if not (folder / "model_index.json").is_file():
+        raise DeltaConvError(
+            f"expected the folder of a diffusers pipeline, with a model_index.json; there is none in {folder}"
+        )
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError:
+        raise DeltaConvError(
+            "this needs the diffusers library: pip install 'deltaconv-core[diffusers]'"
+        ) from None
+    pipelines: Any = DiffusionPipeline
+    # float32 is what diffusers loads unasked; newer versions warn of this name, older ones know no other.
+    options = {} if dtype == torch.float32 else {"torch_dtype": dtype}
+    try:
+        return pipelines.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError, AttributeError, ImportError) as error:
+        raise DeltaConvError(f"diffusers cannot load {folder}: {error}") from error
