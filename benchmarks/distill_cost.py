@@ -50,11 +50,14 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="the same classes with few channels")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    machine: dict[str, Any] = {}
     print(f"{'':12}{'time':>8}{'memory':>10}{'of the least':>14}{'seconds':>10}")
     for way in WAYS:
         with get_context("spawn").Pool(1) as pool:
-            row = pool.apply(measure, (way, args.architecture, args.latent, args.repeats, args.small))
+            row, machine = pool.apply(
+                measure, (way, args.architecture, args.latent, args.repeats, args.small)
+            )
         rows.append(row)
         print(
             f"{way:12}{row['time']:>7.2f}x{row['memory'] / 2**30:>6.2f} GiB{row['of_the_least']:>13.2f}x"
@@ -62,13 +65,15 @@ def main() -> int:
             flush=True,
         )
     if args.json:
-        described = {"latent": args.latent, "architecture": args.architecture, "rows": rows}
-        args.json.write_text(json.dumps({**circumstances(args.small), **described}, indent=1) + "\n")
+        described = {**machine, "latent": args.latent, "architecture": args.architecture, "rows": rows}
+        args.json.write_text(json.dumps(described, indent=1) + "\n")
     return 0
 
 
-def measure(way: str, architecture: str, latent: int, repeats: int, small: bool) -> dict[str, Any]:
-    """The figures of one way."""
+def measure(
+    way: str, architecture: str, latent: int, repeats: int, small: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The figures of one way, and where they were taken."""
     import comfy_host
 
     pack = comfy_host.import_pack().__name__
@@ -90,7 +95,7 @@ def measure(way: str, architecture: str, latent: int, repeats: int, small: bool)
                 run()
                 seconds.append(time.perf_counter() - start)
     one, other = (statistics.median(seconds) for seconds in times.values())
-    return {
+    row = {
         "way": way,
         "time": other / one,
         "memory": peak,
@@ -99,6 +104,7 @@ def measure(way: str, architecture: str, latent: int, repeats: int, small: bool)
         "seconds": other,
         "forward_seconds": one,
     }
+    return row, circumstances(small)
 
 
 def prepare(pack: str, architecture: str, latent: int, small: bool, stack: ExitStack) -> Any:
