@@ -20,6 +20,7 @@ from .errors import DeltaConvError
 from .spec import BlockSpec
 
 START_STD = 0.02  # spread of a fresh block's output for inputs of unit variance
+HALF_OR_MORE = (torch.float16, torch.bfloat16, torch.float32)  # what blocks are stored in to compute with
 
 
 class Stage(nn.Module):
@@ -141,6 +142,30 @@ class DeltaConvBlock(nn.Module):
     def extra_repr(self) -> str:
         """The spec, for printing."""
         return str(self.spec)
+
+
+def shared_copy(
+    source: Any,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    operations: Any = nn,
+) -> DeltaConvBlock:
+    """The same block once more, for inference; its weights are shared as far as device and dtype allow.
+
+    Args:
+        source: a DeltaConvBlock, also one of this package loaded under another name.
+        device, dtype: of the weights; None keeps what they have.
+        operations: see `DeltaConvBlock`.
+    """
+    # A host may run in inference mode. Weights made there could never be part of a graph trained on top.
+    with torch.inference_mode(False), torch.no_grad():
+        block = DeltaConvBlock(source.spec, device="meta", operations=operations)
+        weights = {
+            name: tensor.to(device, dtype or tensor.dtype, copy=tensor.is_inference())
+            for name, tensor in source.state_dict().items()
+        }
+        block.load_state_dict(weights, assign=True)
+        return block.requires_grad_(False).eval()
 
 
 def _normal(layer: nn.Linear | nn.Conv2d, std: float) -> None:

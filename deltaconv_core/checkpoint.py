@@ -3,7 +3,7 @@
 The file is safetensors. The text `deltaconv` in its header is a JSON object: `format` (the version, 1),
 `architecture`, `specs` (site id -> `BlockSpec.to_dict()`) and `metadata` (text -> text). Its tensors are
 named `blocks.<site id>.<parameter>` and `base_weights.<diffusers parameter name>`. Equal checkpoints make
-equal files.
+equal files. A folder as `repository.py` writes it holds such a file and the same description beside it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +28,8 @@ HEADER_KEY = "deltaconv"
 FORMAT = 1
 BLOCKS = "blocks."
 BASE_WEIGHTS = "base_weights."
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # of a folder
+CLASS_NAME = "DeltaConvCheckpoint"
 
 
 @dataclass(eq=False)
@@ -52,8 +55,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Pathlike) -> None:
     Raises:
         CheckpointError: a checkpoint that `load_checkpoint` would refuse, or a place that cannot be written.
     """
-    specs = {site: block.spec for site, block in checkpoint.blocks.items()}
-    check_sites(str(path), checkpoint.architecture, specs)
+    check_sites(str(path), checkpoint.architecture, {s: block.spec for s, block in checkpoint.blocks.items()})
     _check_texts(str(path), "metadata", checkpoint.metadata)
     tensors = {
         f"{BLOCKS}{site}.{name}": tensor
@@ -61,13 +63,17 @@ def save_checkpoint(checkpoint: Checkpoint, path: Pathlike) -> None:
         for name, tensor in block.state_dict().items()
     }
     tensors |= {f"{BASE_WEIGHTS}{name}": tensor for name, tensor in checkpoint.base_weights.items()}
-    description = {
+    write_file(path, tensors, {HEADER_KEY: json.dumps(describe(checkpoint))})
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """All of a checkpoint but its tensors, as plain values for JSON."""
+    return {
         "format": FORMAT,
         "architecture": checkpoint.architecture,
-        "specs": {site: spec.to_dict() for site, spec in specs.items()},
+        "specs": {site: block.spec.to_dict() for site, block in checkpoint.blocks.items()},
         "metadata": checkpoint.metadata,
     }
-    write_file(path, tensors, {HEADER_KEY: json.dumps(description)})
 
 
 def load_checkpoint(
@@ -77,12 +83,12 @@ def load_checkpoint(
     scales: Sequence[float] | None = None,
     pooling: str | None = None,
 ) -> Checkpoint:
-    """Reads a checkpoint: this package's own file, or any form of the authors' (`formats.py`).
+    """Reads a checkpoint: this package's own file or folder, or any form of the authors' (`formats.py`).
 
     Only safetensors files are ever opened.
 
     Args:
-        path: the file.
+        path: the file, or the folder.
         gate, scales, pooling: what every block of the file is to have, where the file does not tell or tells
             wrong; None takes the file's word, and for the authors' files what they use for the architecture.
 
@@ -90,7 +96,12 @@ def load_checkpoint(
         CheckpointError: no such file; not a whole safetensors file; another format or format version; NaN or
             infinite weights; keys or shapes that do not follow from the specs, or are of no known form.
     """
+    folder = Path(path)
+    if folder.is_dir():
+        path = folder / WEIGHTS
     header, tensors = read_file(path)
+    if folder.is_dir():
+        _check_config(folder, header)
     form = Form(gate, None if scales is None else tuple(scales), pooling)
     if HEADER_KEY in header:
         return _from_own_form(str(path), header[HEADER_KEY], tensors, form)
@@ -163,6 +174,20 @@ def _from_own_form(path: str, text: str, tensors: Mapping[str, Tensor], form: Fo
         )
     blocks = assemble_blocks(path, specs, _with_prefix(tensors, BLOCKS))
     return Checkpoint(architecture, blocks, _with_prefix(tensors, BASE_WEIGHTS), metadata)
+
+
+def _check_config(folder: Path, header: Mapping[str, str]) -> None:
+    """Checks that a folder's config says what the header of its weights says."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder} has no readable {CONFIG} ({error}); get the folder again") from error
+    own = _read_description(str(folder / WEIGHTS), header.get(HEADER_KEY, "null"))
+    if config != {"_class_name": CLASS_NAME} | own:
+        raise CheckpointError(
+            f"{folder}: {CONFIG} and the header of {WEIGHTS} do not say the same; get both from one place, "
+            f"or convert {WEIGHTS} to a new folder"
+        )
 
 
 def _read_description(path: str, text: str) -> dict[str, Any]:

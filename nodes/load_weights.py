@@ -6,9 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..deltaconv_core.report import Report, assumptions
 from .host import folder
-from .host.apply import assumptions
-from .host.report import Report, tell
+from .host.report import tell
 from .sockets import CATEGORY, Weights
 
 

@@ -1,4 +1,4 @@
-"""`convert`: any checkpoint that can be read, written in this package's own format."""
+"""`convert`: any checkpoint that can be read, written in any form that it fits."""
 
 from __future__ import annotations
 
@@ -10,16 +10,35 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ..errors import DeltaConvError
+from ..release import save_release
+from ..repository import save_repository
 from ..spec import GATES, POOLINGS
 
-HELP = "read a checkpoint of any known form and write it in DeltaConv's own format"
+HELP = "read a checkpoint of any known form and write it in another"
+FORMS = {"deltaconv": save_checkpoint, "diffusers": save_repository, "authors": save_release}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds both files, and what the input may not tell about its blocks."""
-    parser.add_argument("input", metavar="IN", help="a .safetensors checkpoint")
-    parser.add_argument("output", metavar="OUT", help="the file to write")
+    parser.add_argument("input", metavar="IN", help="a .safetensors checkpoint, or a folder with one")
+    parser.add_argument("output", metavar="OUT", help="the file or folder to write")
+    parser.add_argument(
+        "--form",
+        choices=FORMS,
+        default="deltaconv",
+        help="deltaconv: our own file. diffusers: a folder with config and model card, ready to be pushed to "
+        "the Hugging Face Hub. authors: a file as in the authors' release, where the blocks allow that "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--metadata",
+        metavar="NAME=TEXT",
+        type=_named_text,
+        action="append",
+        default=[],
+        help="a text to put into OUT, such as license=MIT, base_model=owner/name, title=... (repeatable)",
+    )
     parser.add_argument(
         "--gate", choices=GATES, help="gate of every block, if IN does not tell or tells wrong"
     )
@@ -39,7 +58,8 @@ def run(options: argparse.Namespace) -> int:
     )
     if options.dtype is not None:
         _cast(checkpoint, DTYPES[options.dtype])
-    save_checkpoint(checkpoint, options.output)
+    checkpoint.metadata |= dict(options.metadata)
+    FORMS[options.form](checkpoint, options.output)
     print(f"wrote {len(checkpoint.blocks)} blocks of {checkpoint.architecture} to {options.output}")
     return 0
 
@@ -58,6 +78,13 @@ def _check_range(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     if not tensor.to(dtype).isfinite().all():
         largest = tensor.abs().max().item()
         raise DeltaConvError(f"{name} holds {largest:g}, too much for {dtype}; choose bfloat16 or float32")
+
+
+def _named_text(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=TEXT, got {text!r}")
+    return name, value
 
 
 def _scales(text: str) -> tuple[float, ...]:

@@ -16,7 +16,7 @@ HELP = "print what a checkpoint file holds"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the file to read."""
-    parser.add_argument("file", metavar="FILE", help="a .safetensors checkpoint")
+    parser.add_argument("file", metavar="FILE", help="a .safetensors checkpoint, or a folder with one")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..diffusers.sites import Place, Sites, find_sites, network_of
 from ..errors import DeltaConvError
-from ..sites import identify, select
+from ..sites import select
 from .moments import spread
 from .result import LayerLocality
 from .statistics import LayerStatistics
@@ -55,36 +56,13 @@ def look(pipeline: Any, picture: Picture, blocks: str = "all") -> tuple[str, lis
     Raises:
         DeltaConvError: a pipeline whose attention cannot be looked at, or a selection that names no site.
     """
-    network = _network(pipeline)
-    stacks = _stacks(network)
-    sites = {id: block for stack in stacks for id, block in stack.blocks.items()}
-    if not sites:
-        raise DeltaConvError(
-            f"this pipeline ({type(pipeline).__name__}) has no self-attention that can be looked at; it "
-            "works on U-Nets with spatial self-attention (SD 1.x, SD 2.x, SDXL, ...) and PixArt"
-        )
-    channels = {id: int(block.attn1.query_dim) for id, block in sites.items()}
-    cross = (block.attn2 for block in sites.values() if block.attn2 is not None)
-    context = next((attention.cross_attention_dim for attention in cross), None)
-    statistics = {id: LayerStatistics(id, channels[id]) for id in select(blocks, channels)}
-    with _watched(network, stacks, Watch(pipeline, picture.looks, statistics)), torch.no_grad():
+    network = network_of(pipeline)
+    found = find_sites(network)
+    chosen = select(blocks, found.channels)
+    statistics = {id: LayerStatistics(id, found.channels[id]) for id in chosen}
+    with _watched(network, found, Watch(pipeline, picture.looks, statistics)), torch.no_grad():
         _draw(pipeline, picture)
-    return identify(channels, context), [one.result() for one in statistics.values()]
-
-
-@dataclass(frozen=True, eq=False)
-class Stack:
-    """Transformer blocks whose parent is told the height and width of its input.
-
-    Args:
-        module: the parent.
-        patch_size: rows and columns of the input that one token stands for.
-        blocks: site id -> transformer block.
-    """
-
-    module: nn.Module
-    patch_size: int
-    blocks: dict[str, Any]
+    return found.architecture, [one.result() for one in statistics.values()]
 
 
 @dataclass
@@ -105,10 +83,10 @@ class Watch:
         self.moment = f"{self.calls + 1}/{count}" if self.calls in at else None
         self.calls += 1
 
-    def stack_called(self, stack: Stack, args: tuple[Any, ...], call: dict[str, Any]) -> None:
+    def place_called(self, place: Place, args: tuple[Any, ...], call: dict[str, Any]) -> None:
         """Transformer2DModel and PixArtTransformer2DModel take (B, C, H, W) as their first argument."""
         states: Tensor = args[0] if args else call["hidden_states"]
-        self.grid = (states.shape[-2] // stack.patch_size, states.shape[-1] // stack.patch_size)
+        self.grid = (states.shape[-2] // place.patch_size, states.shape[-1] // place.patch_size)
 
     def attention_called(self, id: str, attention: Any, args: tuple[Any, ...], call: dict[str, Any]) -> None:
         if self.moment is None:
@@ -128,45 +106,8 @@ class Watch:
         self.statistics[id].add(q, k, self.grid, self.moment)
 
 
-def _network(pipeline: Any) -> nn.Module:
-    parts = (getattr(pipeline, name, None) for name in ("unet", "transformer"))
-    network = next((part for part in parts if isinstance(part, nn.Module)), None)
-    if network is None:
-        raise DeltaConvError(
-            f"this pipeline ({type(pipeline).__name__}) has neither a unet nor a transformer"
-        )
-    return network
-
-
-def _stacks(network: nn.Module) -> list[Stack]:
-    from diffusers import PixArtTransformer2DModel, Transformer2DModel
-
-    found, names = [], []
-    for name, module in network.named_modules():
-        if isinstance(module, (PixArtTransformer2DModel, Transformer2DModel)):
-            stack: Any = module
-            patch_size = stack.config.patch_size if isinstance(module, PixArtTransformer2DModel) else 1
-            prefix = f"{name}." if name else ""
-            blocks = {
-                f"{prefix}transformer_blocks.{i}.attn1": block
-                for i, block in enumerate(stack.transformer_blocks)
-                if not block.only_cross_attention
-            }
-            found.append(Stack(stack, int(patch_size), blocks))
-            names.append(name)
-    # Modules are listed as they were made: the middle of a U-Net after its end.
-    return [found[i] for i in sorted(range(len(found)), key=lambda i: _part(names[i]))]
-
-
-def _part(name: str) -> int:
-    """The place of a stack's part in the order of the network."""
-    parts = ("down_blocks", "mid_block", "up_blocks")
-    part = name.split(".")[0]
-    return parts.index(part) if part in parts else 0
-
-
 @contextmanager
-def _watched(network: nn.Module, stacks: list[Stack], watch: Watch) -> Iterator[None]:
+def _watched(network: nn.Module, found: Sites, watch: Watch) -> Iterator[None]:
     with ExitStack() as hooks:
 
         def put(module: nn.Module, hook: Any) -> None:
@@ -174,16 +115,15 @@ def _watched(network: nn.Module, stacks: list[Stack], watch: Watch) -> Iterator[
             hooks.callback(handle.remove)
 
         put(network, watch.network_called)
-        for stack in stacks:
-            put(stack.module, _of_stack(watch, stack))
-            for id, block in stack.blocks.items():
-                if id in watch.statistics:
-                    put(block.attn1, _of_attention(watch, id))
+        for place in found.places:
+            put(place.module, _of_place(watch, place))
+        for id in watch.statistics:
+            put(found.attentions[id], _of_attention(watch, id))
         yield
 
 
-def _of_stack(watch: Watch, stack: Stack) -> Any:
-    return lambda module, args, call: watch.stack_called(stack, args, call)
+def _of_place(watch: Watch, place: Place) -> Any:
+    return lambda module, args, call: watch.place_called(place, args, call)
 
 
 def _of_attention(watch: Watch, id: str) -> Any:

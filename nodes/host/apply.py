@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from comfy.patcher_extension import WrappersMP
 
+from ...deltaconv_core import report
 from ...deltaconv_core.errors import DeltaConvError
+from ...deltaconv_core.match import matching_sites
+from ...deltaconv_core.report import Report
 from ...deltaconv_core.switch import SamplingRange
 from .base_weights import BaseWeights
 from .conflicts import conflicts, warn_when_sampling
-from .match import matching_sites
 from .patch import KEY, DeltaConvPatch, add_patch, find_patch, without_patch
-from .report import Report
 from .sites import Sites, find_sites
 
 
@@ -45,49 +45,32 @@ def apply_checkpoint(model: Any, checkpoint: Any, settings: Settings) -> tuple[A
         DeltaConvError: the MODEL, the checkpoint and the settings do not go together; nothing was changed.
     """
     found = find_sites(model)
-    sites = matching_sites(found, checkpoint, settings.blocks)
+    chosen = matching_sites(found.architecture, found.channels, checkpoint, settings.blocks, "MODEL")
+    sites = {id: found.sites[id] for id in chosen}
     bare = without_patch(model)
-    warnings = [*assumptions(checkpoint), *conflicts(bare, sites)]
+    warnings = [*report.assumptions(checkpoint), *conflicts(bare, sites)]
     clone, patch = add_patch(bare, sites, checkpoint.blocks, settings.sampling)
     base = _base_weights(clone, patch, found, checkpoint, settings.base_strength)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, warn_when_sampling(sites, warnings))
-    lines = [_what(found, patch), *_where(settings.sampling), *base]
+    lines = [report.of_blocks(found.architecture, len(found.sites), patch.blocks)]
+    lines += [*report.of_range(settings.sampling), *base]
     if find_patch(model) is not None:
         lines.append("The ΔConv that was on this MODEL before is replaced as a whole.")
     return clone, Report(lines, warnings)
 
 
-def assumptions(checkpoint: Any) -> list[str]:
-    """What the file did not tell and was guessed when it was read."""
-    return [checkpoint.metadata["assumed"]] if "assumed" in checkpoint.metadata else []
-
-
-def _what(found: Sites, patch: DeltaConvPatch) -> str:
-    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in patch.dtypes)
-    return (
-        f"ΔConv stands in for {len(patch.sites)} of {len(found.sites)} self-attentions of "
-        f"{found.architecture} ({patch.num_parameters / 1e6:.3g} M parameters, {dtypes})."
-    )
-
-
-def _where(sampling: SamplingRange) -> Iterable[str]:
-    if not sampling.is_everything:
-        yield f"It runs from {sampling.start:.1%} to {sampling.end:.1%} of the sampling, attention outside."
-
-
 def _base_weights(
     clone: Any, patch: DeltaConvPatch, found: Sites, checkpoint: Any, strength: float | None
-) -> Iterable[str]:
-    if not checkpoint.base_weights:
+) -> list[str]:
+    count = len(checkpoint.base_weights)
+    if not count:
         return []
-    what = f"Base weights: {len(checkpoint.base_weights)} tensors of ResNet convolutions"
     try:
         base = BaseWeights(clone, found, checkpoint.base_weights)
     except DeltaConvError as error:
         if strength is not None:
             raise
-        return [f"{what}, left out; they do not fit: {error}."]
-    if strength is None:
-        return [f"{what}, left out; they are {base.difference()}."]
-    patch.base_weights = base.add_to(clone, strength)
-    return [f"{what}, applied with strength {strength:g} at every step; they are {base.difference()}."]
+        return [report.of_unfit_base_weights(count, error)]
+    if strength is not None:
+        patch.base_weights = base.add_to(clone, strength)
+    return [report.of_base_weights(count, base.difference, strength)]

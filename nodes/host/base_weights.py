@@ -6,37 +6,15 @@ before and after ΔConv.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, float64
+from torch import Tensor
 
-from ...deltaconv_core.errors import DeltaConvError
+from ...deltaconv_core.base_weights import check_fit, difference
 from .sites import Sites
 
 LEAVE_OUT = "set base_weights to 'leave out' to use the blocks alone"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far published weights lie from those of the loaded model, as |published - loaded| / |loaded|.
-
-    Args:
-        overall: over all tensors together.
-        largest: of the tensor that differs most, whose diffusers name is `where`.
-    """
-
-    overall: float
-    largest: float
-    where: str
-
-    def __str__(self) -> str:
-        if self.overall == 0:
-            return "the same as the loaded model's"
-        return (
-            f"{self.overall:.2%} away from the loaded model's (at most {self.largest:.2%}, at {self.where})"
-        )
 
 
 class BaseWeights:
@@ -53,23 +31,11 @@ class BaseWeights:
 
     def __init__(self, model: Any, found: Sites, published: Mapping[str, Tensor]) -> None:
         self.published = published
-        self.keys = {name: _host_key(found, name) for name in published}
-        self.loaded = _loaded_weights(model, self.keys.values())
-        for name, weight in published.items():
-            loaded = self.loaded[self.keys[name]]
-            if weight.shape != loaded.shape:
-                raise DeltaConvError(
-                    f"the weights hold {name} of shape {tuple(weight.shape)}, this MODEL "
-                    f"({found.architecture}) has {tuple(loaded.shape)}; {LEAVE_OUT}"
-                )
-
-    def difference(self) -> Difference:
+        self.keys = _host_keys(found, published)
+        loaded = _loaded_weights(model, self.keys)
+        check_fit(published, loaded, f"this MODEL ({found.architecture})", LEAVE_OUT)
+        self.difference = difference(published, loaded)
         """How far the published weights are from the loaded ones."""
-        squares = {name: _squares(self.published[name], self.loaded[key]) for name, key in self.keys.items()}
-        ratios = {name: _ratio(*pair) for name, pair in squares.items()}
-        where = max(ratios, key=ratios.__getitem__)
-        change, size = (sum(column) for column in zip(*squares.values(), strict=True))
-        return Difference(_ratio(change, size), ratios[where], where)
 
     def add_to(self, clone: Any, strength: float) -> dict[str, Any]:
         """Patches the weights to loaded * (1 - strength) + published * strength.
@@ -100,29 +66,18 @@ def _after_merges(patches: list[Any]) -> int:
     )
 
 
-def _host_key(found: Sites, name: str) -> str:
-    layer, _, parameter = name.rpartition(".")
-    if layer not in found.convolutions or parameter not in ("weight", "bias"):
-        raise DeltaConvError(
-            f"the weights hold {name} for the base model, but this MODEL ({found.architecture}) has no such "
-            f"weight; {LEAVE_OUT}"
-        )
-    return f"{found.convolutions[layer]}.{parameter}"
+def _host_keys(found: Sites, names: Iterable[str]) -> dict[str, str]:
+    """Name -> ComfyUI's key, of those that belong to convolutions of this MODEL."""
+    keys = {}
+    for name in names:
+        layer, _, parameter = name.rpartition(".")
+        if layer in found.convolutions and parameter in ("weight", "bias"):
+            keys[name] = f"{found.convolutions[layer]}.{parameter}"
+    return keys
 
 
-def _loaded_weights(model: Any, keys: Any) -> dict[str, Tensor]:
+def _loaded_weights(model: Any, keys: Mapping[str, str]) -> dict[str, Tensor]:
     """The MODEL's weights without any patch, on whatever device they lie."""
     own = model.get_key_patches("diffusion_model.")
-    originals = {key: own[key][0] for key in keys}
-    return {key: convert(weight) for key, (weight, convert) in originals.items()}
-
-
-def _squares(published: Tensor, loaded: Tensor) -> tuple[float, float]:
-    """(|published - loaded|², |loaded|²)"""
-    loaded = loaded.float()
-    change = published.to(loaded) - loaded
-    return change.square().sum(dtype=float64).item(), loaded.square().sum(dtype=float64).item()
-
-
-def _ratio(change: float, size: float) -> float:
-    return (change / size) ** 0.5 if size else float(change > 0)
+    originals = {name: own[key][0] for name, key in keys.items()}
+    return {name: convert(weight) for name, (weight, convert) in originals.items()}

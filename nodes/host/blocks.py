@@ -9,9 +9,7 @@ import comfy.model_patcher
 import comfy.ops
 import torch
 
-from ...deltaconv_core.block import DeltaConvBlock
-
-HALF_OR_MORE = (torch.float16, torch.bfloat16, torch.float32)
+from ...deltaconv_core.block import HALF_OR_MORE, DeltaConvBlock, shared_copy
 
 
 class DeltaConvBlocks(torch.nn.Module):
@@ -29,19 +27,8 @@ def build_blocks(trained: Mapping[str, Any], dtype: torch.dtype | None) -> dict[
         trained: site id -> DeltaConvBlock.
         dtype: of the weights; None keeps each as it is.
     """
-    # Nodes run in inference mode. Weights made there could never be part of a graph that is trained on top.
-    with torch.inference_mode(False), torch.no_grad():
-        return {id: _castable(block, dtype) for id, block in trained.items()}
-
-
-def _castable(source: Any, dtype: torch.dtype | None) -> DeltaConvBlock:
-    block = DeltaConvBlock(source.spec, device="meta", operations=comfy.ops.manual_cast)
-    weights = {
-        name: tensor.to(dtype or tensor.dtype, copy=tensor.is_inference())
-        for name, tensor in source.state_dict().items()
-    }
-    block.load_state_dict(weights, assign=True)
-    return block.requires_grad_(False).eval()
+    layers = comfy.ops.manual_cast
+    return {id: shared_copy(block, dtype=dtype, operations=layers) for id, block in trained.items()}
 
 
 def compute_dtype(model: Any) -> torch.dtype | None:

@@ -46,12 +46,8 @@ class DeltaConvPatch:
         return self
 
     @property
-    def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.patcher.model.parameters())
-
-    @property
-    def dtypes(self) -> list[torch.dtype]:
-        return sorted({p.dtype for p in self.patcher.model.parameters()}, key=str)
+    def blocks(self) -> torch.nn.ModuleList:
+        return self.patcher.model.blocks
 
 
 def add_patch(

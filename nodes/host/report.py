@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from ...deltaconv_core.report import Report
+
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was done, and what to beware of; one sentence each."""
-
-    lines: Sequence[str]
-    warnings: Sequence[str] = ()
-
-    @property
-    def text(self) -> str:
-        return "\n".join([*self.lines, *(f"Warning: {warning}." for warning in self.warnings)])
 
 
 def tell(report: Report, hidden: Any) -> str:

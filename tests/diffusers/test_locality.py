@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,13 @@ prepare_torchvision()  # diffusers imports it by way of transformers
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
+from tiny_models import make_pixart_pipeline, make_tokenizer  # noqa: E402
+
 from deltaconv_core.locality.pipelines import Picture, look  # noqa: E402
 
 CONTEXT = 16
 VAE = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "sample_size": 32}
 VAE |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-
-
-def tokenizer(folder: Path) -> Any:
-    """CLIP's, with a token for every letter."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    files = str(folder / "vocab.json"), str(folder / "merges.txt")
-    return transformers.CLIPTokenizer(*files, model_max_length=16)
 
 
 def stable_diffusion(folder: Path) -> Any:
@@ -53,7 +44,7 @@ def stable_diffusion(folder: Path) -> Any:
         unet=unet,
         vae=diffusers.AutoencoderKL(**VAE),
         text_encoder=transformers.CLIPTextModel(text),
-        tokenizer=tokenizer(folder),
+        tokenizer=make_tokenizer(folder),
         scheduler=diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1),  # more calls than steps
         safety_checker=None,
         feature_extractor=None,
@@ -61,22 +52,7 @@ def stable_diffusion(folder: Path) -> Any:
     )
 
 
-def pixart(folder: Path) -> Any:
-    text = transformers.T5Config(vocab_size=64, d_model=CONTEXT, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    transformer = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=12, cross_attention_dim=24, caption_channels=CONTEXT,
-        num_layers=3, sample_size=16, out_channels=8, use_additional_conditions=False,
-    )  # fmt: skip
-    return diffusers.PixArtSigmaPipeline(
-        tokenizer=tokenizer(folder),
-        text_encoder=transformers.T5EncoderModel(text).eval(),
-        vae=diffusers.AutoencoderKL(**VAE),
-        transformer=transformer,
-        scheduler=diffusers.DPMSolverMultistepScheduler(),
-    )
-
-
-@pytest.fixture(params=[stable_diffusion, pixart], ids=["sd", "pixart"])
+@pytest.fixture(params=[stable_diffusion, make_pixart_pipeline], ids=["sd", "pixart"])
 def pipeline(request, tmp_path):
     torch.manual_seed(0)
     made = request.param(tmp_path)
@@ -185,7 +161,7 @@ def test_other_models_are_refused():
     class Pipeline:
         transformer = torch.nn.Linear(2, 2)
 
-    with pytest.raises(DeltaConvError, match=r"\(Pipeline\) has no self-attention.*U-Nets"):
+    with pytest.raises(DeltaConvError, match=r"\(Linear\) has no self-attention.*U-Nets"):
         look(Pipeline(), Picture("a cat"))
-    with pytest.raises(DeltaConvError, match=r"\(object\) has neither a unet nor a transformer"):
+    with pytest.raises(DeltaConvError, match="a pipeline with unet or transformer; got object"):
         look(object(), Picture("a cat"))

@@ -1,0 +1,8 @@
+"""ΔConv in diffusers: `apply` puts trained blocks on a pipeline or a model, `remove` takes them off again.
+
+Needs the diffusers library: `pip install "deltaconv-core[diffusers]"`.
+"""
+
+from .apply import apply, remove
+
+__all__ = ["apply", "remove"]

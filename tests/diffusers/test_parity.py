@@ -1,0 +1,68 @@
+"""The same file gives the same network in ComfyUI and in diffusers: the benchmark's comparison in small."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+import diffusers_parity
+import parity
+
+from deltaconv_core import diffusers as adapter
+from deltaconv_core.diffusers.hooks import TellChoice
+from deltaconv_core.switch import SamplingRange
+
+
+@pytest.mark.parametrize("name", diffusers_parity.ARCHITECTURES)
+def test_both_hosts_agree(pack, name):
+    rows = list(diffusers_parity.compare(name, small=True))
+    assert [row.state for row in rows] == ["attention"] * 2 + ["ΔConv"] * 2 + ["removed"] * 2
+    assert all(row.error <= parity.LIMIT and not row.missed for row in rows), rows
+    assert all((row.change > 0.2) == (row.state == "ΔConv") for row in rows), rows
+
+
+def other_blocks(patch, model, path):
+    """One block less."""
+    return patch(model, path, blocks="-transformer_blocks.0")
+
+
+def without_base_weights(patch, model, path):
+    return patch(model, path, base_weights_strength=0.0)
+
+
+@pytest.mark.parametrize(("name", "spoil"), [("pixart_sigma", other_blocks), ("sd15", without_base_weights)])
+def test_another_network_is_noticed(pack, monkeypatch, name, spoil):
+    patch = adapter.apply
+    monkeypatch.setattr(adapter, "apply", lambda model, path: spoil(patch, model, path))
+    rows = [row for row in diffusers_parity.compare(name, small=True) if row.state == "ΔConv"]
+    assert all(row.error > 100 * parity.LIMIT and row.missed for row in rows), rows
+
+
+def test_traces_are_noticed(pack, monkeypatch):
+    monkeypatch.setattr(adapter, "remove", lambda model: None)
+    rows = list(diffusers_parity.compare("pixart_sigma", small=True))
+    assert [row.missed for row in rows] == [False] * 4 + [True] * 2
+
+
+def test_a_miss_is_told_by_the_exit_status(monkeypatch, capsys):
+    rows = [diffusers_parity.Row("sd15", (3, 5), "ΔConv", error, 0.5) for error in (1e-5, float("nan"))]
+    monkeypatch.setattr(diffusers_parity, "compare", lambda name, small: rows)
+    monkeypatch.setattr(sys, "argv", ["diffusers_parity.py", "--architecture", "sd15"])
+    assert diffusers_parity.main() == 1
+    assert "1 of 2 comparisons above 0.0001" in capsys.readouterr().out
+
+
+def test_percents_mean_the_same_noise_in_both_hosts(comfy_host):
+    import comfy.model_sampling
+
+    sampling = comfy.model_sampling.ModelSamplingDiscrete()
+    choice = TellChoice(SamplingRange(), 1000, None, None)
+    for percent in torch.linspace(0.01, 1, 34).tolist():
+        sigma = torch.tensor(sampling.percent_to_sigma(percent))
+        assert abs(sampling.timestep(sigma).item() - choice.timestep_at(percent)) <= 0.5
+    assert sampling.percent_to_sigma(0) > sampling.sigma_max and choice.timestep_at(0) > 999
