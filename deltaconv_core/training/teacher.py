@@ -80,6 +80,7 @@ def load_teacher(options: Options, dtype: torch.dtype) -> Teacher:
     Raises:
         DeltaConvError: a model that cannot be loaded, or not be learned from.
     """
+    _check_libraries()
     pipeline = _from_folder(options, dtype) if options.model.is_dir() else _from_file(options, dtype)
     pipeline.set_progress_bar_config(disable=True)
     network: Any = network_of(pipeline)
@@ -110,6 +111,25 @@ def fingerprint(*modules: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def _check_libraries() -> None:
+    """Imports what is optional, and keeps its progress bars quiet: every process would show them."""
+    try:
+        import diffusers
+        import transformers
+    except ImportError as error:
+        raise DeltaConvError(
+            f"this needs diffusers ({error}): pip install 'deltaconv-core[train]'"
+        ) from error
+    for library in (diffusers, transformers):
+        quiet: Any = library.utils.logging
+        quiet.disable_progress_bar()
+
+
+def _dtype(dtype: torch.dtype) -> dict[str, Any]:
+    """float32 is what diffusers loads unasked; newer versions warn of this name, older know no other."""
+    return {} if dtype == torch.float32 else {"torch_dtype": dtype}
+
+
 def _from_folder(options: Options, dtype: torch.dtype) -> Any:
     index = options.model / INDEX
     if not index.is_file():
@@ -127,7 +147,7 @@ def _from_folder(options: Options, dtype: torch.dtype) -> Any:
         common |= {"variant": options.variant} if options.variant else {}
         vae = classes.AutoencoderKL.from_pretrained(options.model, subfolder="vae", **common)
         return classes.DiffusionPipeline.from_pretrained(
-            options.model, vae=vae, torch_dtype=dtype, **leave_out, **common
+            options.model, vae=vae, **_dtype(dtype), **leave_out, **common
         )
     except (OSError, ValueError, AttributeError, ImportError, RuntimeError, TypeError) as error:
         raise DeltaConvError(f"diffusers cannot load {options.model}: {error}") from error
@@ -162,7 +182,7 @@ def _out_of_one_file(options: Options, folder: Path, dtype: torch.dtype, given: 
         common = {"config": str(folder), "local_files_only": True}
         vae = diffusers.AutoencoderKL.from_single_file(str(options.model), subfolder="vae", **common)
         return kind.from_single_file(
-            str(options.model), vae=vae, torch_dtype=dtype, **given, **leave_out, **common
+            str(options.model), vae=vae, **_dtype(dtype), **given, **leave_out, **common
         )
     except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, TypeError) as error:
         raise DeltaConvError(
