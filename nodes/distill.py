@@ -115,7 +115,9 @@ class Distill(io.ComfyNode):
                     default=AUTO,
                     optional=True,
                     tooltip="'auto': the authors' for models they published some for, like ones for others. "
-                    'One odd number for all blocks, or JSON by site, such as {"down": 7, "mid_block": 5}.',
+                    'One odd number for all blocks, or JSON by site, such as {"down": 7, "mid_block": 5}. Or '
+                    "the recommendation of ΔConv Attention Locality for this model, as JSON; layers that it "
+                    "skips stay attention.",
                 ),
                 io.Int.Input(
                     "batch_size",

@@ -81,8 +81,8 @@ class Distillation:
         self.job = job
         self.found: Sites = find_sites(self.model)
         chosen = select(job.blocks, self.found.sites)
-        self.sites = {id: self.found.sites[id] for id in chosen}
         self.specs: dict[str, BlockSpec] = block_specs(self.found, chosen, job.kernel_sizes)
+        self.sites = {id: self.found.sites[id] for id in self.specs}
         self.dropout = job.dropout if dataset.empty is not None else 0.0
         self.notes = {
             "teacher": _fingerprint(self.model),
@@ -125,7 +125,8 @@ class Distillation:
 
     def patched(self, checkpoint: Checkpoint) -> tuple[Any, Report]:
         """The MODEL with the blocks in place of its attention, and what to tell."""
-        return apply_checkpoint(self.model, checkpoint, PatchSettings(self.job.blocks, SamplingRange(), None))
+        settings = PatchSettings(",".join(self.specs), SamplingRange(), None)
+        return apply_checkpoint(self.model, checkpoint, settings)
 
     def _start(self, network: ComfyNetwork) -> dict[str, DeltaConvBlock]:
         """New blocks on the network's device, each set to what its attention does on average."""

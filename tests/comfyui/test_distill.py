@@ -453,7 +453,7 @@ def test_every_sample_is_seen_once_a_pass(pack, unet, output):
     shapes = [(1, 4, 8, 8)] * 5 + [(1, 4, 8, 12)] * 2
     samples = [module.Sample(torch.full(shape, float(i)), {}) for i, shape in enumerate(shapes)]
     batches = module.Batches(network, module.Dataset(samples), 2, seed=3, dropout=0.0)
-    assert batches.per_epoch == 4
+    assert batches.order.per_epoch == 4
     passes = [[batches(n)[0][:, 0, 0, 0].tolist() for n in range(4 * e, 4 * e + 4)] for e in range(3)]
     for batch in passes:
         seen = [value for values in batch for value in values]
