@@ -71,7 +71,7 @@ class BlockSpec:
             )
 
     @classmethod
-    def lean(cls, dim: int, kernel_size: int, gate: str = "simple") -> BlockSpec:
+    def lean(cls, dim: int, kernel_size: int) -> BlockSpec:
         """The block for new distillations: less than 60 % of the release's operations, and a context stage.
 
         Its stages are summed as in the paper's formula 3, and inter is the multiple of 16 nearest to
@@ -79,7 +79,7 @@ class BlockSpec:
         """
         step = 16 if dim >= 32 else 2
         inter = step * max(1, round(LEAN_RATIO * dim / step))
-        return cls(dim, kernel_size, gate=gate, merge="sum", ratio=ratio_of(inter, dim), context=True)
+        return cls(dim, kernel_size, merge="sum", ratio=ratio_of(inter, dim), context=True)
 
     @property
     def inter(self) -> int:
