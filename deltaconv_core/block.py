@@ -110,6 +110,8 @@ class DeltaConvBlock(nn.Module):
         u = ops.call_layer(self.conv_up, x)  # (B, N, inter)
         u = u.reshape(len(x), *grid, -1).permute(0, 3, 1, 2)  # (B, inter, H, W) over channels-last memory
         stages = [self._stage(g, u, s) for g, s in zip(self.stages(), self.spec.scales, strict=True)]
+        if self.spec.context:
+            stages.append(ops.context(u, self.spec.gate))
         f = ops.merge(stages, self.spec.merge).permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, merged)
         mean = ops.call_layer(self.conv_pool, x.mean(dim=1, keepdim=True))  # (B, 1, C)
         if u.dtype == torch.float16:

@@ -13,6 +13,7 @@ from .sites import ARCHITECTURES, release_specs, select
 from .spec import BlockSpec
 
 AUTO = "auto"
+LEAN, RELEASED = FORMS = ("lean", "released")
 COARSE, MIDDLE, FINE = 5, 9, 11
 TRANSFORMER = 13
 
@@ -32,7 +33,9 @@ class Shape:
     levels: int = 0
 
 
-def block_specs(shape: Shape, chosen: Iterable[str], kernel_sizes: str) -> dict[str, BlockSpec]:
+def block_specs(
+    shape: Shape, chosen: Iterable[str], kernel_sizes: str, form: str = LEAN
+) -> dict[str, BlockSpec]:
     """The specs of the blocks for the chosen sites.
 
     Args:
@@ -41,11 +44,16 @@ def block_specs(shape: Shape, chosen: Iterable[str], kernel_sizes: str) -> dict[
         kernel_sizes: "auto", one odd number for all, or a JSON object of site patterns and odd numbers, of
             which the last that fits counts; sites that none fits get "auto". Or the JSON text of a
             `locality.Recommendation`, whose `skip` sites are left out.
+        form: "lean", `BlockSpec.lean` | "released", blocks such as the authors published.
 
     Raises:
         DeltaConvError: anything else, or nothing left to be learned.
     """
+    if form not in FORMS:
+        raise DeltaConvError(f"expected the blocks' form to be one of {', '.join(FORMS)}, got {form!r}")
     specs = automatic(shape)
+    if form == LEAN:
+        specs = {id: BlockSpec.lean(spec.dim, spec.kernel_size) for id, spec in specs.items()}
     wanted = _wanted(kernel_sizes)
     chosen = tuple(chosen)
     if "kind" in wanted:

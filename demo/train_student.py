@@ -8,7 +8,7 @@ saved state. Options leave parts of ΔConv out, or take linear attention instead
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -83,14 +83,20 @@ class Teacher:
 
 
 def make_blocks(
-    teacher: Teacher, seed: int, start: str = "warm", stages: int = 2, global_branch: bool = True
+    teacher: Teacher,
+    seed: int,
+    start: str = "warm",
+    form: str = "lean",
+    stages: int = 2,
+    global_branch: bool = True,
 ) -> dict[str, DeltaConvBlock]:
-    """A ΔConvBlock for every site."""
+    """A ΔConvBlock for every site; "lean" or as the authors "released" it."""
     torch.manual_seed(seed)
+    make = BlockSpec.lean if form == "lean" else BlockSpec
     blocks = {}
     for id, site in teacher.sites.items():
-        kernel_size = KERNELS.get(id.split(".attentions")[0], COARSE_KERNEL)
-        block = DeltaConvBlock(BlockSpec(site.channels, kernel_size, scales=(1.0, 0.5)[:stages]))
+        spec = make(site.channels, KERNELS.get(id.split(".attentions")[0], COARSE_KERNEL))
+        block = DeltaConvBlock(replace(spec, scales=spec.scales[:stages]))
         if start == "warm":
             warm_start(block, teacher.network.attentions[id])
         else:
@@ -110,6 +116,7 @@ def parse() -> argparse.Namespace:
     add("--teacher", type=Path, default=teacher_file(), help="the teacher's safetensors file")
     add("--output", type=Path, required=True, help="folder for weights, log and saved state")
     add("--mixer", choices=("deltaconv", "linear"), default="deltaconv", help="what to train (default ΔConv)")
+    add("--form", choices=("lean", "released"), default="lean", help="of the blocks (default lean)")
     add("--start", choices=("warm", "random"), default="warm", help="ΔConv's start (default warm)")
     add("--no-global", action="store_true", help="ΔConv without its average-pooling branch")
     add("--no-pyramid", action="store_true", help="ΔConv with the full-size stage only")
@@ -131,7 +138,9 @@ def main() -> None:
         for mixer in mixers.values():
             mixer.requires_grad_(True)
     else:
-        mixers = make_blocks(teacher, args.seed, args.start, 2 - args.no_pyramid, not args.no_global)
+        mixers = make_blocks(
+            teacher, args.seed, args.start, args.form, 2 - args.no_pyramid, not args.no_global
+        )
     steps = args.layer_steps + args.output_steps
     if steps:
         settings = Settings(

@@ -41,8 +41,26 @@ def gate(x: Tensor, kind: str) -> Tensor:
 
     Products of two float16 halves leave float16's range, so they are formed and returned in float32.
     """
-    channels = x.shape[1]
+    return _product(*_halves(x), kind)
+
+
+def context(x: Tensor, kind: str) -> Tensor:
+    """(B, c, H, W) -> (B, c / 2, H, W): the gate, with its own mean over the image as the first half.
+
+    Linear attention with one number per channel for its state: what the first half holds where the second
+    lets it pass is averaged, and handed to each token as far as its own second half lets it pass.
+    """
+    a, b = _halves(x)
+    return _product(_product(a, b, kind).mean(dim=(2, 3), keepdim=True), b, kind)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     a, b = (x.float() if x.dtype == torch.float16 else x).chunk(2, dim=1)
+    return a, b
+
+
+def _product(a: Tensor, b: Tensor, kind: str) -> Tensor:
+    channels = 2 * b.shape[1]
     if kind == "sigmoid":
         return a * torch.sigmoid(b)
     factor = math.sqrt(channels / 2) if kind == "simple" else 1 / math.sqrt(channels)

@@ -12,7 +12,7 @@ from typing import Any
 from ..distill import Settings
 from ..distill.settings import DTYPES, FEATURES, OPTIMIZERS
 from ..errors import DeltaConvError
-from ..kernel_sizes import AUTO
+from ..kernel_sizes import AUTO, FORMS, LEAN
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -172,6 +172,15 @@ class Options:
             "side K of the blocks' kernels, odd, in tokens: auto (the authors' where they have some), a "
             'number, JSON such as {"down": 7, "mid_block": 5}, or a .json file with such or with a '
             "recommendation that `locality` wrote, whose skipped sites stay attention",
+        ),
+    )
+    form: str = field(
+        default=LEAN,
+        metadata=_about(
+            BLOCKS,
+            "what the blocks are made of: lean (fewer channels inside and a context stage) or released (as "
+            "in the weights that the authors published)",
+            choices=FORMS,
         ),
     )
     layer_steps: int = field(

@@ -165,7 +165,9 @@ def _precision(wanted: str, processes: Processes) -> str:
 def _specs(options: Options, teacher: Teacher) -> dict[str, BlockSpec]:
     channels = teacher.sites.channels
     shape = Shape(teacher.sites.architecture, channels, teacher.levels)
-    return block_specs(shape, select(options.blocks, channels), _kernel_sizes(options.kernel_sizes))
+    return block_specs(
+        shape, select(options.blocks, channels), _kernel_sizes(options.kernel_sizes), options.form
+    )
 
 
 def _kernel_sizes(text: str) -> str:

@@ -8,16 +8,18 @@ from ...deltaconv_core import kernel_sizes as core
 from ...deltaconv_core.spec import BlockSpec
 from .sites import Sites
 
-AUTO = core.AUTO
+AUTO, LEAN, FORMS = core.AUTO, core.LEAN, core.FORMS
 
 
-def block_specs(found: Sites, chosen: Iterable[str], kernel_sizes: str) -> dict[str, BlockSpec]:
+def block_specs(
+    found: Sites, chosen: Iterable[str], kernel_sizes: str, form: str = LEAN
+) -> dict[str, BlockSpec]:
     """The specs of the blocks for the chosen sites of a MODEL; see `deltaconv_core.kernel_sizes`.
 
     Raises:
         DeltaConvError: sizes that cannot be, or do not belong to this MODEL.
     """
-    return core.block_specs(_shape(found), chosen, kernel_sizes)
+    return core.block_specs(_shape(found), chosen, kernel_sizes, form)
 
 
 def automatic(found: Sites) -> dict[str, BlockSpec]:

@@ -272,6 +272,17 @@ def test_bad_kernel_sizes(pack, unet, output, kernel_sizes, message):
     assert not output.exists()
 
 
+def test_forms_of_blocks(pack, unet):
+    lean, released = (
+        {block.spec for block in distil(pack, unet, **values).args[1].blocks.values()}
+        for values in ({}, {"form": "released"})
+    )
+    assert all(spec.context and spec.merge == "sum" for spec in lean)
+    assert {(spec.ratio, spec.merge, spec.context) for spec in released} == {(0.5, "concat", False)}
+    with pytest.raises(ValueError, match="lean, released, got 'fat'"):
+        distil(pack, unet, form="fat")
+
+
 def test_automatic_kernel_sizes(pack):
     """As the authors' where they published; as the demo's where the shape is the demo's."""
     kernels, sites = in_pack(pack, "nodes.host.kernels"), in_pack(pack, "nodes.host.sites")
