@@ -90,6 +90,9 @@ def load_teacher(options: Options, dtype: torch.dtype) -> Teacher:
             "PixArt have, which cannot be learned with"
         )
     alphas, prediction = _noise(pipeline.scheduler, options.prediction)
+    network.to(dtype)  # a single file's weights come as they are stored
+    for part in (pipeline.vae, *(text_encoders(pipeline) if dtype == torch.float32 else ())):
+        part.float()
     for part in (network, pipeline.vae, *text_encoders(pipeline)):
         part.eval().requires_grad_(False)
     return Teacher(pipeline, network, kind_of(pipeline, network), find_sites(network), alphas, prediction)
@@ -149,7 +152,7 @@ def _from_folder(options: Options, dtype: torch.dtype) -> Any:
         return classes.DiffusionPipeline.from_pretrained(
             options.model, vae=vae, **_dtype(dtype), **leave_out, **common
         )
-    except (OSError, ValueError, AttributeError, ImportError, RuntimeError, TypeError) as error:
+    except Exception as error:  # diffusers raises many kinds
         raise DeltaConvError(f"diffusers cannot load {options.model}: {error}") from error
 
 
@@ -184,7 +187,7 @@ def _out_of_one_file(options: Options, folder: Path, dtype: torch.dtype, given: 
         return kind.from_single_file(
             str(options.model), vae=vae, **_dtype(dtype), **given, **leave_out, **common
         )
-    except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, TypeError) as error:
+    except Exception as error:  # diffusers raises many kinds
         raise DeltaConvError(
             f"diffusers cannot load {options.model} with the configuration in {folder}: {error}"
         ) from error

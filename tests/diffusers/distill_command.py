@@ -22,6 +22,8 @@ from PIL import Image
 from safetensors import safe_open
 from tiny_models import make, make_pipeline, make_pixart_pipeline, make_tokenizer
 
+import comfy_host
+import deltaconv_core
 from deltaconv_core.cli import main
 
 QUICK = {"layer_steps": 2, "output_steps": 2, "resolution": 32, "batch_size": 2, "warmup": 0}
@@ -90,6 +92,25 @@ def arguments(**options: Any) -> list[str]:
 def distil(**options: Any) -> int:
     """The command in this process; its exit status."""
     return main(arguments(**QUICK | options))
+
+
+def start() -> list[str]:
+    """A command that starts the program, to be followed by `arguments`."""
+    code = "from comfy_host import prepare_torchvision; prepare_torchvision(); import runpy; "
+    code += "runpy.run_module('deltaconv_core', run_name='__main__', alter_sys=True)"
+    return [sys.executable, "-c", code]
+
+
+def environment() -> dict[str, str]:
+    """Of a program that finds what this process has found."""
+    paths = [Path(comfy_host.__file__).parent, Path(deltaconv_core.__file__).parents[1]]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+
+
+def last_error(capsys: Any) -> str:
+    """The last line on stderr, after any bars."""
+    line: str = capsys.readouterr().err.strip().split("\n")[-1].split("\r")[-1]
+    return line
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

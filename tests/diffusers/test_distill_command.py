@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from distill_command import QUICK, arguments, distil, draw, same, save_pipeline, weights
+from distill_command import (
+    QUICK,
+    arguments,
+    distil,
+    draw,
+    environment,
+    last_error,
+    same,
+    save_pipeline,
+    start,
+    weights,
+)
 from tiny_models import CONTEXT_DIM
 
 import deltaconv_core
@@ -40,10 +48,6 @@ def run(files, tmp_path):
         return distil(**where | {"output": tmp_path / output} | options)
 
     return go
-
-
-def last_error(capsys):
-    return capsys.readouterr().err.strip().split("\n")[-1].split("\r")[-1]
 
 
 # ---- runs ----
@@ -165,18 +169,8 @@ def test_as_a_program(files, tmp_path):
     """A process of its own, told by a YAML file and the command line."""
     config = tmp_path / "options.yaml"
     config.write_text(f"model: {files['sd']}\ndata: {files['data']}\nlearning_rate: 1e-3\nseed: 5\n")
-    start = "from comfy_host import prepare_torchvision; prepare_torchvision(); import runpy; "
-    start += "runpy.run_module('deltaconv_core', run_name='__main__', alter_sys=True)"
-    root = Path(__file__).resolve().parents[2]
-    paths = [str(root / "scripts"), str(Path(deltaconv_core.__file__).parents[1])]
-    done = subprocess.run(
-        [sys.executable, "-c", start, *arguments(**QUICK | {"output": tmp_path / "run"}), "--config", config],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-    )
+    words = arguments(**QUICK | {"output": tmp_path / "run", "config": config})
+    done = subprocess.run([*start(), *words], env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "7 blocks" in done.stdout and "learn from 6 pictures" in done.stdout
     saved = json.loads((tmp_path / "run/config.json").read_text())
