@@ -146,7 +146,7 @@ def _from_folder(options: Options, dtype: torch.dtype) -> Any:
     common: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
     try:
         parts = json.loads(index.read_text(encoding="utf-8"))
-        leave_out = {name: None for name in NOT_NEEDED if name in parts}
+        leave_out = _left_out(parts)
         common |= {"variant": options.variant} if options.variant else {}
         vae = classes.AutoencoderKL.from_pretrained(options.model, subfolder="vae", **common)
         return classes.DiffusionPipeline.from_pretrained(
@@ -175,13 +175,19 @@ def _from_file(options: Options, dtype: torch.dtype) -> Any:
         return _out_of_one_file(options, folder, dtype, tokenizers)
 
 
+def _left_out(parts: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a pipeline by which it is loaded without what training does not need."""
+    without: dict[str, Any] = {name: None for name in NOT_NEEDED if name in parts}
+    return without | ({"requires_safety_checker": False} if "safety_checker" in parts else {})
+
+
 def _out_of_one_file(options: Options, folder: Path, dtype: torch.dtype, given: dict[str, Any]) -> Any:
     import diffusers
 
     try:
         parts = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         kind: Any = getattr(diffusers, parts["_class_name"])
-        leave_out = {name: None for name in NOT_NEEDED if name in parts}
+        leave_out = _left_out(parts)
         common = {"config": str(folder), "local_files_only": True}
         vae = diffusers.AutoencoderKL.from_single_file(str(options.model), subfolder="vae", **common)
         return kind.from_single_file(

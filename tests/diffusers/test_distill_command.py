@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -119,6 +120,34 @@ def test_a_stopped_run_goes_on_bit_by_bit(run, tmp_path, monkeypatch, capsys):
     assert run(output="stopped", **options) == 0
     assert same(tmp_path / "whole", tmp_path / "stopped")
     assert (tmp_path / "whole/log.csv").read_text() == (tmp_path / "stopped/log.csv").read_text()
+
+
+def test_signals(monkeypatch):
+    """Those that come together count once; a later one ends the process, here by Python's own handler."""
+    from deltaconv_core.training import progress
+
+    stop = progress.Stop()
+    before = signal.getsignal(signal.SIGINT)
+    with stop.listening():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+            assert stop.asked
+        monkeypatch.setattr(progress, "SAME", -1.0)
+        monkeypatch.setattr(signal, "SIG_DFL", signal.default_int_handler)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_stopping_before_the_training(run, tmp_path, monkeypatch, capsys):
+    from deltaconv_core.training import samples
+
+    def stop(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(samples, "open_picture", stop)
+    assert run(cache=tmp_path / "cache") == 130
+    assert last_error(capsys).startswith("stopped before the training")
 
 
 def test_the_file_of_options_makes_the_same_run(run, files, tmp_path):
