@@ -8,6 +8,8 @@ import signal
 import pytest
 from distill_command import distil, draw, same, save_pipeline, together, weights
 
+pytestmark = pytest.mark.slow  # each of them starts processes
+
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
