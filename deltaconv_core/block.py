@@ -116,6 +116,7 @@ class DeltaConvBlock(nn.Module):
             return self._mix_by_layers(u, everywhere)
         backend = ops.backend_for(u)
         stages = [self._stage(backend, g, u, s) for g, s in zip(self.stages(), self.spec.scales, strict=True)]
+        del u  # its memory may serve the output
 
         def project(weight: Tensor, bias: Tensor | None) -> Tensor:
             if (

@@ -42,8 +42,7 @@ def enlarge(x: Tensor, grid: Size) -> Tensor:
 def gate(x: Tensor, kind: str) -> Tensor:
     """(B, c, h, w) -> (B, c / 2, h, w): the first half of the channels times a function of the second.
 
-    Where autograd is off, x's memory may be used for the result. Products of two float16 halves leave
-    float16's range, so they are formed and returned in float32.
+    Products of two float16 halves leave float16's range, so they are formed and returned in float32.
     """
     channels = x.shape[1]
     if x.dtype == torch.float16:
@@ -54,7 +53,7 @@ def gate(x: Tensor, kind: str) -> Tensor:
     factor = math.sqrt(channels / 2) if kind == "simple" else 1 / math.sqrt(channels)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return a * (b * factor)
-    return torch.addcmul(x.new_zeros(()), a, b, value=factor, out=a)
+    return torch.addcmul(x.new_zeros(()), a, b, value=factor)  # in one pass
 
 
 def merge(stages: Sequence[Tensor], kind: str) -> Tensor:

@@ -13,8 +13,8 @@ on how busy a machine was, a measurement counts only where it cannot do harm:
 
 A kind is: device, number of threads on a CPU, torch version, operator, dtype, what the operator adds (kernel
 size, channels, ...), and the number of tokens rounded to a power of two and cut off at MOST_TOKENS: above it
-a trial runs on the first rows. Every candidate runs at most ROUNDS times, a hopeless one once, and no round
-after the second starts after BUDGET seconds.
+a trial runs on the first rows. Every candidate runs at most ROUNDS times, a hopeless one twice, and no round
+after the third starts after BUDGET seconds.
 
 Environment: DELTACONV_TUNE=0 turns measuring off; DELTACONV_TUNE_CACHE names the file, empty for none.
 """
@@ -42,15 +42,14 @@ from torch.utils import _python_dispatch
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-BUDGET = 0.03  # seconds for one kind, after the second round
-ROUNDS = 5
-HOPELESS = 3.0  # times the fastest: who takes longer runs only once
+BUDGET = 0.05  # seconds for one kind, after the third round
+ROUNDS = 9
+HOPELESS = 3.0  # times the fastest: who takes longer runs only twice
 MARGIN = 0.95  # the default stays unless another takes at most this share of its time
-MOST_TOKENS = {"cpu": 2048}
+MOST_TOKENS = {"cpu": 1024}
 MOST_TOKENS_ELSEWHERE = 16384
 VERSION = 1  # of the file
 
-_enabled = os.environ.get("DELTACONV_TUNE", "1") != "0"
 _choices: dict[str, str] = {}
 _fixed: dict[str, str] = {}
 _read: set[Path] = set()
@@ -121,7 +120,7 @@ def _may_choose(like: Tensor) -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
-        or not _enabled
+        or os.environ.get("DELTACONV_TUNE") == "0"
         or like.device.type == "meta"
         or torch.are_deterministic_algorithms_enabled()
         or _python_dispatch._get_current_dispatch_mode() is not None
@@ -202,8 +201,9 @@ def _time(
                 del left[name]
                 continue
             times[name] = min(times[name], time.perf_counter() - begun)
-        left = {name: c for name, c in left.items() if times[name] <= HOPELESS * min(times.values())}
-        if turn and time.perf_counter() - start > BUDGET:
+        if turn:  # a first run may have compiled something
+            left = {name: c for name, c in left.items() if times[name] <= HOPELESS * min(times.values())}
+        if turn >= 2 and time.perf_counter() - start > BUDGET:
             break
     return {name: times[name] for name in left}
 
