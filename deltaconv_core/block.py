@@ -115,7 +115,7 @@ class DeltaConvBlock(nn.Module):
         if not all(map(ops.gives_weights, (self.conv_out, *(s.conv_spatial for s in self.stages())))):
             return self._mix_by_layers(u, everywhere)
         backend = ops.backend_for(u)
-        stages = [self._stage(backend, g, u, s) for g, s in zip(self.stages(), self.spec.scales, strict=True)]
+        stages = self._all_stages(backend, u)
         del u  # its memory may serve the output
 
         def project(weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -127,6 +127,9 @@ class DeltaConvBlock(nn.Module):
             return backend.project(stages, weight, everywhere + bias, grid, self.spec.merge)
 
         return ops.with_weights(self.conv_out, x, project)
+
+    def _all_stages(self, backend: ops.Backend, u: Tensor) -> list[Tensor]:
+        return [self._stage(backend, g, u, s) for g, s in zip(self.stages(), self.spec.scales, strict=True)]
 
     def _stage(self, backend: ops.Backend, stage: Stage, u: Tensor, scale: float) -> Tensor:
         z = u if scale == 1 else backend.shrink(u, scale, self.spec.pooling)

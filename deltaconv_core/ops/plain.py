@@ -98,7 +98,7 @@ class PlainBackend:
         part = u[:1, : tune.trial_rows(u.device, _size(u))]
         convolve = tune.fastest(
             "convolution",
-            {name: CONVOLUTIONS[name] for name in _worth_trying(u.dtype, kernel_size)},
+            {name: CONVOLUTIONS[name] for name in offered(u.dtype, kernel_size)},
             default="channels_last",
             like=u,
             details=f"K {kernel_size}, {channels} channels",
@@ -126,7 +126,8 @@ class PlainBackend:
         return form(stages, weight, bias, grid, merge)
 
 
-def _worth_trying(dtype: torch.dtype, kernel_size: int) -> list[str]:
+def offered(dtype: torch.dtype, kernel_size: int) -> list[str]:
+    """The names of the convolutions that may be the fastest for a dtype and a kernel size."""
     names = ["channels_last", "channels_first"]
     if WIDE - 4 <= kernel_size < WIDE:
         names.append("wide_kernel")
