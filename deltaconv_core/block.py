@@ -129,7 +129,11 @@ class DeltaConvBlock(nn.Module):
         return ops.with_weights(self.conv_out, x, project)
 
     def _all_stages(self, backend: ops.Backend, u: Tensor) -> list[Tensor]:
-        return [self._stage(backend, g, u, s) for g, s in zip(self.stages(), self.spec.scales, strict=True)]
+        # Smaller stages first: the memory that they leave behind serves the largest one.
+        pairs = list(zip(self.stages(), self.spec.scales, strict=True))
+        order = sorted(range(len(pairs)), key=self.spec.scales.__getitem__)
+        made = {i: self._stage(backend, pairs[i][0], u, pairs[i][1]) for i in order}
+        return [made[i] for i in range(len(pairs))]
 
     def _stage(self, backend: ops.Backend, stage: Stage, u: Tensor, scale: float) -> Tensor:
         z = u if scale == 1 else backend.shrink(u, scale, self.spec.pooling)
