@@ -119,8 +119,9 @@ def test_other_files_are_no_logs(tmp_path, text, message):
 
 
 @pytest.mark.slow
-def test_operations_grow_with_the_square_of_the_pixels_for_attention_only():
+def test_operations_grow_with_the_square_of_the_pixels_for_attention_only(pack):
     models = Models(teacher_file(), {"ΔConv": student_file()})
+    models.pack = pack.__name__
     prompts = held_out_prompts(2, 0)
     small, large = (
         {
