@@ -119,9 +119,8 @@ class DeltaConvBlock(nn.Module):
         del u  # its memory may serve the output
 
         def project(weight: Tensor, bias: Tensor | None) -> Tensor:
-            if (
-                bias is None or torch.is_grad_enabled()
-            ):  # a sum image by image would round bias's gradient twice
+            # A sum image by image would round the gradient of the bias twice.
+            if bias is None or torch.is_grad_enabled():
                 y = backend.project(stages, weight, everywhere, grid, self.spec.merge)
                 return y if bias is None else y + bias
             return backend.project(stages, weight, everywhere + bias, grid, self.spec.merge)
@@ -129,11 +128,16 @@ class DeltaConvBlock(nn.Module):
         return ops.with_weights(self.conv_out, x, project)
 
     def _all_stages(self, backend: ops.Backend, u: Tensor) -> list[Tensor]:
-        # Smaller stages first: the memory that they leave behind serves the largest one.
         pairs = list(zip(self.stages(), self.spec.scales, strict=True))
-        order = sorted(range(len(pairs)), key=self.spec.scales.__getitem__)
+        order = list(range(len(pairs)))
+        if not torch.is_grad_enabled():
+            # Smaller stages first: the memory that they leave behind serves the largest one.
+            order.sort(key=self.spec.scales.__getitem__)
         made = {i: self._stage(backend, pairs[i][0], u, pairs[i][1]) for i in order}
-        return [made[i] for i in range(len(pairs))]
+        stages = [made[i] for i in sorted(order)]
+        if self.spec.context:
+            stages.append(ops.context(u.permute(0, 3, 1, 2), self.spec.gate).permute(0, 2, 3, 1))
+        return stages
 
     def _stage(self, backend: ops.Backend, stage: Stage, u: Tensor, scale: float) -> Tensor:
         z = u if scale == 1 else backend.shrink(u, scale, self.spec.pooling)
@@ -152,6 +156,8 @@ class DeltaConvBlock(nn.Module):
             z = u if scale == 1 else ops.shrink(u, scale, spec.pooling)
             g = ops.gate(ops.call_layer(stage.conv_spatial, z), spec.gate)
             stages.append(g if scale == 1 else ops.enlarge(g, grid))
+        if spec.context:
+            stages.append(ops.context(u, spec.gate))
         f = ops.merge(stages, spec.merge).permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, merged)
         if u.dtype == torch.float16:
             return ops.project_half(self.conv_out, f, everywhere)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -45,6 +47,17 @@ def backend_for(x: Tensor) -> Backend:
         return _loaded["triton"]
     _tell(f"{x.device.type}, {x.dtype}: plain PyTorch, because {reason}")
     return _plain
+
+
+@contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Takes this backend, whatever the environment says: for tests and benchmarks."""
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import subprocess
+import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -141,12 +144,6 @@ def test_shrinking(scale, grid, pooling):
 
 
 @pytest.fixture
-def force(monkeypatch):
-    """Sets what DELTACONV_BACKEND was when the process began."""
-    return lambda name: monkeypatch.setattr(select, "_forced", name)
-
-
-@pytest.fixture
 def triton(monkeypatch):
     """Puts a module, or what importing it raises, where the Triton backend is."""
     monkeypatch.setattr(select, "_loaded", {k: v for k, v in select._loaded.items() if k != "triton"})
@@ -183,12 +180,12 @@ class Other(SlowBackend):
     [BlockSpec(16, 5), BlockSpec(24, 3, (1.0, 0.5, 1 / 3), "scaled", "sum", "bilinear", True)],
     ids=str,
 )
-def test_the_reference_as_a_backend(force, spec, dtype):
+def test_the_reference_as_a_backend(spec, dtype):
     torch.manual_seed(0)
     block, x = DeltaConvBlock(spec, dtype=dtype), torch.randn(2, 35, spec.dim).to(dtype)
-    expected = block(x, (7, 5))
-    force("reference")
-    assert error(block(x, (7, 5)), expected) < 4 * torch.finfo(dtype).eps
+    with select.forced("reference"):
+        slow = block(x, (7, 5))
+    assert error(block(x, (7, 5)), slow) < 4 * torch.finfo(dtype).eps
 
 
 def on_gpu(dtype=torch.float16):
@@ -233,20 +230,19 @@ def test_a_gpu_without_triton_says_so_once(triton, module, reason, caplog):
         ("triton", SimpleNamespace(BACKEND=Other("x is on a CPU")), "but x is on a CPU; unset it"),
     ],
 )
-def test_a_forced_backend_that_cannot_run(force, triton, name, module, message):
-    force(name)
+def test_a_forced_backend_that_cannot_run(triton, name, module, message):
     triton(module)
-    with pytest.raises(DeltaConvError, match=message):
+    with select.forced(name), pytest.raises(DeltaConvError, match=message):
         DeltaConvBlock(BlockSpec(8, 3))(torch.zeros(1, 6, 8), (2, 3))
 
 
-def test_a_forced_backend_runs_wherever_it_can(force, triton):
-    force("triton")
+def test_a_forced_backend_runs_wherever_it_can(triton):
     other = Other()
     triton(SimpleNamespace(BACKEND=other))
-    assert ops.backend_for(torch.zeros(1)) is other
-    force("torch")
-    assert ops.backend_for(on_gpu()).name == "torch"
+    with select.forced("triton"):
+        assert ops.backend_for(torch.zeros(1)) is other
+    with select.forced("torch"):
+        assert ops.backend_for(on_gpu()).name == "torch"
 
 
 class Lending(nn.Linear):
@@ -310,13 +306,22 @@ def test_compiles_to_one_graph(spec, backend, grad):
             torch.testing.assert_close(compiled(x, size), block(x, size))
 
 
-def test_triton_is_asked_at_the_time_of_compiling(force, triton):
+def test_triton_is_asked_at_the_time_of_compiling(triton):
     torch._dynamo.reset()
     triton(SimpleNamespace(BACKEND=Other()))
-    force("triton")
     block, x = DeltaConvBlock(BlockSpec(8, 3)), torch.randn(2, 35, 8)
     compiled = torch.compile(block, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, (7, 5)), block(x, (7, 5)))
+    with select.forced("triton"):
+        torch.testing.assert_close(compiled(x, (7, 5)), block(x, (7, 5)))
+
+
+def test_the_variable_of_the_environment():
+    code = (
+        "from deltaconv_core.ops import select; import torch; print(select.backend_for(torch.zeros(1)).name)"
+    )
+    environment = {**os.environ, "DELTACONV_BACKEND": "reference"}
+    output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    assert output.stdout.split() == [b"reference"]
 
 
 def test_no_host_synchronization():
