@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
+import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from comfy.ldm.pixart.pixartms import PixArtMS
@@ -46,9 +47,9 @@ def random_input(model: Any, batch: int, size: tuple[int, int]) -> Given:
     """
     device, base = model.load_device, model.model
     latent = torch.randn(batch, base.latent_format.latent_channels, *size, device=device)
-    condition = {"pooled_output": torch.zeros(1, POOLED)}
-    if width := _text_width(model):
-        condition["cross_attn"] = torch.randn(1, TEXT, width)
+    width = _text_width(model)
+    text = torch.randn(1, TEXT, width) if width else None
+    (condition,) = comfy.sampler_helpers.convert_cond([[text, {"pooled_output": torch.zeros(1, POOLED)}]])
     conditions = comfy.samplers.cond_cat([encode(base, condition, latent, device)])
     if base.adm_channels:
         conditions["y"] = torch.randn(batch, base.adm_channels, device=device)
