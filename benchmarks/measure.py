@@ -58,9 +58,10 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", plain.lower()).strip("_")
 
 
-def default_json(kind: str, device: torch.device, dtype: torch.dtype) -> Path:
-    """The file of a machine's figures in the repository."""
-    return RESULTS / f"{kind}_{slug(bench.device_name(device))}_{str(dtype).removeprefix('torch.')}.json"
+def result_file(folder: Path, kind: str, device: torch.device, dtype: torch.dtype) -> Path:
+    """Where a machine's figures go; all kinds that begin with the same word share a file."""
+    name = str(dtype).removeprefix("torch.")
+    return folder / f"{kind.split()[0]}_{slug(bench.device_name(device))}_{name}.json"
 
 
 class Results:
