@@ -120,7 +120,8 @@ def main() -> int:
             }
             row = results.find(**key)
             if row is None:
-                measured = measure(layer, args, device, dtype, rates)
+                case = Case(layer, args.batch, args.backward, device, dtype)
+                measured = measure(case, args.only, args.repeats, args.patience, rates)
                 row = results.add(key | {"bandwidth": rates[0], "rate": rates[1], "methods": measured})
             print(f"\n{title(row)}\n\n{table(row['methods'])}", flush=True)
     return 0
@@ -156,101 +157,97 @@ def distinct(layers: list[Layer]) -> list[Layer]:
     return [layer for layer in layers if layer in alike.values()]
 
 
+@dataclass(frozen=True)
+class Case:
+    """A layer, and how it is run."""
+
+    layer: Layer
+    batch: int
+    backward: bool
+    device: torch.device
+    dtype: torch.dtype
+
+    def tokens(self) -> Tensor:
+        height, width = self.layer.grid
+        return torch.randn(self.batch, height * width, self.layer.spec.dim, device=self.device).to(self.dtype)
+
+    def module(self, method: Method) -> nn.Module:
+        return method.make(self.layer, self.device, self.dtype)
+
+    def runner(self, method: Method, module: nn.Module) -> Callable[[], None]:
+        """One pass of the layer."""
+        x, grid = self.tokens().requires_grad_(self.backward), self.layer.grid
+
+        def forward() -> None:
+            with torch.inference_mode(), method.context():
+                module(x, grid)
+
+        def both() -> None:
+            x.grad = None
+            module.zero_grad(set_to_none=True)
+            with method.context():
+                y = module(x, grid)
+                y.backward(torch.ones_like(y))
+
+        return both if self.backward else forward
+
+    def flops(self, method: Method) -> int:
+        """Backward is twice forward for all that counts; the counter errs about depth-wise convolutions."""
+        counted = replace(self, device=torch.device("meta"), backward=False)
+        run = counted.runner(replace(method, context=nullcontext), counted.module(method))
+        return bench.count_flops(run) * (3 if self.backward else 1)
+
+    def least_bytes(self, module: nn.Module) -> int:
+        """What any method must move: tokens in and out, weights; and backward the gradients of all."""
+        weights = list(module.parameters())
+        height, width = self.layer.grid
+        numbers = 2 * self.batch * height * width * self.layer.spec.dim + sum(w.numel() for w in weights)
+        return numbers * weights[0].element_size() * (3 if self.backward else 1)
+
+    def refusal(self, name: str, seconds: float, patience: float) -> str | None:
+        """Why a method is not run, if it is not; the seconds are those of its operations at full rate."""
+        if seconds > patience:
+            return f"would take about {seconds:,.0f} s"
+        height, width = self.layer.grid
+        scores = 8 * self.batch * self.layer.heads * (height * width) ** 2 * (2 if self.backward else 1)
+        if name == "attention, math" and scores > 0.5 * available(self.device):
+            return f"would take {scores / 2**30:,.0f} GiB"
+        few = replace(self, layer=replace(self.layer, grid=(16, 16)))
+        try:
+            few.runner(METHODS[name], few.module(METHODS[name]))()
+        except RuntimeError:  # what PyTorch says names other kernels, and not why this one is out
+            if name.startswith("attention"):
+                return "not on this device"
+            raise
+        return None
+
+
 def measure(
-    layer: Layer, args: Any, device: torch.device, dtype: torch.dtype, rates: tuple[float, float]
+    case: Case, names: list[str], repeats: int, patience: float, rates: tuple[float, float]
 ) -> dict[str, Any]:
-    """Method -> its figures, or why there are none."""
+    """Method -> its figures, or why there are none; where runs are long, there are fewer of them."""
     figures: dict[str, dict[str, Any]] = {}
     runs: dict[str, Callable[[], None]] = {}
-    for name in args.only:
-        method = METHODS[name]
-        flops = bench.count_flops(counted(method, layer, args, dtype)) * (3 if args.backward else 1)
+    for name in names:
+        flops = case.flops(METHODS[name])
         figures[name] = {"flops": flops}
-        reason = refusal(method, name, layer, args, device, dtype, flops / rates[1])
-        if reason is None:
-            try:
-                module = method.make(layer, device, dtype)
-                runs[name] = runner(method, module, layer, args, device, dtype)
-                figures[name] |= {
-                    "memory": peak(runs[name], device),
-                    "bytes": least_bytes(module, layer, args),
-                }
-            except torch.OutOfMemoryError:
-                reason = "out of memory"
-                runs.pop(name, None)
-        if reason is not None:
+        if reason := case.refusal(name, flops / rates[1], patience):
             figures[name]["skipped"] = reason
-    for name, seconds in bench.alternate(runs, device, args.repeats).items():
-        one, known = statistics.median(seconds), figures[name]
-        known |= {"seconds": one, "of_bandwidth": known["bytes"] / one / rates[0]}
-        known["of_products"] = known["flops"] / one / rates[1]
+            continue
+        try:
+            module = case.module(METHODS[name])
+            runs[name] = case.runner(METHODS[name], module)
+            figures[name] |= {"memory": peak(runs[name], case.device), "bytes": case.least_bytes(module)}
+        except torch.OutOfMemoryError:
+            runs.pop(name, None)
+            figures[name]["skipped"] = "out of memory"
+    longest = max((figures[name]["flops"] / rates[1] for name in runs), default=1.0)
+    turns = max(1, min(repeats, int(patience / longest)))
+    for name, taken in bench.alternate(runs, case.device, turns).items():
+        seconds, known = statistics.median(taken), figures[name]
+        known |= {"seconds": seconds, "of_bandwidth": known["bytes"] / seconds / rates[0]}
+        known["of_products"] = known["flops"] / seconds / rates[1]
     return figures
-
-
-def runner(
-    method: Method, module: nn.Module, layer: Layer, args: Any, device: torch.device, dtype: torch.dtype
-) -> Callable[[], None]:
-    """One pass of the layer."""
-    tokens = layer.grid[0] * layer.grid[1]
-    x = torch.randn(args.batch, tokens, layer.spec.dim, device=device).to(dtype)
-    x.requires_grad_(args.backward)
-
-    def forward() -> None:
-        with torch.inference_mode(), method.context():
-            module(x, layer.grid)
-
-    def both() -> None:
-        x.grad = None
-        module.zero_grad(set_to_none=True)
-        with method.context():
-            y = module(x, layer.grid)
-            y.backward(torch.ones_like(y))
-
-    return both if args.backward else forward
-
-
-def counted(method: Method, layer: Layer, args: Any, dtype: torch.dtype) -> Callable[[], object]:
-    """A forward pass on tensors without values.
-
-    Backward is twice forward for all that counts; the counter itself is wrong about depth-wise convolutions.
-    """
-    meta, module = torch.device("meta"), method.make(layer, torch.device("meta"), dtype)
-    x = torch.empty(args.batch, layer.grid[0] * layer.grid[1], layer.spec.dim, device=meta, dtype=dtype)
-    return lambda: module(x, layer.grid)
-
-
-def least_bytes(module: nn.Module, layer: Layer, args: Any) -> int:
-    """What any method must read and write: tokens in and out, weights; and backward the gradients of all."""
-    weights = list(module.parameters())
-    tokens = 2 * args.batch * layer.grid[0] * layer.grid[1] * layer.spec.dim
-    once = sum(weight.numel() for weight in weights) + tokens
-    return once * weights[0].element_size() * (3 if args.backward else 1)
-
-
-def refusal(
-    method: Method,
-    name: str,
-    layer: Layer,
-    args: Any,
-    device: torch.device,
-    dtype: torch.dtype,
-    seconds: float,
-) -> str | None:
-    """Why this method is not run here, if it is not."""
-    if seconds > args.patience:
-        return f"would take about {seconds:,.0f} s"
-    tokens = layer.grid[0] * layer.grid[1]
-    scores = 8 * args.batch * layer.heads * tokens**2 * (2 if args.backward else 1)
-    if name == "attention, math" and scores > 0.8 * available(device):
-        return f"would take {scores / 2**30:,.0f} GiB"
-    few = replace(layer, grid=(4, 4))
-    try:
-        runner(method, method.make(few, device, dtype), few, args, device, dtype)()
-    except RuntimeError:  # what PyTorch says names other kernels, and not why this one is out
-        if name.startswith("attention"):
-            return "not on this device"
-        raise
-    return None
 
 
 def title(row: dict[str, Any]) -> str:

@@ -22,8 +22,9 @@ from deltaconv_core import bench
 HERE = Path(__file__).parent
 MODELS = ("sd15-1024", "sdxl-1024", "pixart_sigma-1024")
 ON_CPU = {
-    "network": "--repeats 3",
-    "block": "--preset sd15-512 sd15-768",
+    "network": "--architecture sd15 --size 512 768",
+    "network of others": "--architecture sdxl pixart_sigma --size 512",
+    "block": "--preset sd15-512 sd15-768 sd15-1024 --repeats 5",
     "paper": "--patience 30",
 }
 ON_GPU = {
@@ -34,6 +35,7 @@ ON_GPU = {
 }
 SCRIPTS = {
     "network": "network.py",
+    "network of others": "network.py",
     "block": "block.py",
     "block backward": "block.py",
     "paper": "paper_tables.py",
