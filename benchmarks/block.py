@@ -3,9 +3,9 @@
     python benchmarks/block.py [--preset sd15-512 ...] [--backward] [--json FILE]
 
 Whole layers with their projections, random weights and tokens, alternating runs, medians. Prints for each
-method its time, that in units of ΔConv's fastest, the peak of memory above what was there before, floating
-point operations as PyTorch's counter counts them (attention in its plain form; backward as twice forward),
-and
+method its time, that in units of ΔConv's fastest backend's, the peak of memory above what was there before,
+floating point operations as PyTorch's counter counts them (attention in its plain form; backward as twice
+forward), and
 
 - of bandwidth: the bytes that any method must move (tokens in, tokens out, weights) per second, as a part of
   what a large copy reaches on this device;
@@ -36,6 +36,7 @@ from deltaconv_core.bench import Layer
 from deltaconv_core.linear_attention import LinearAttention
 from deltaconv_core.markdown import markdown
 from deltaconv_core.neighborhood import neighborhood_attention
+from deltaconv_core.ops import select
 
 KERNELS = {
     "math": SDPBackend.MATH,
@@ -86,7 +87,8 @@ def deltaconv(layer: Layer, device: torch.device, dtype: torch.dtype) -> nn.Modu
 METHODS = {
     **{f"attention, {n}": Method(attention, partial(sdpa_kernel, kind)) for n, kind in KERNELS.items()},
     "LinFusion": Method(linear),
-    "ΔConv": Method(deltaconv),
+    "ΔConv, torch": Method(deltaconv, partial(select.forced, "torch")),
+    "ΔConv, triton": Method(deltaconv, partial(select.forced, "triton")),
     "neighborhood attention": Method(Neighborhood),
 }
 
@@ -193,9 +195,10 @@ class Case:
 
     def flops(self, method: Method) -> int:
         """Backward is twice forward for all that counts; the counter errs about depth-wise convolutions."""
-        counted = replace(self, device=torch.device("meta"), backward=False)
-        run = counted.runner(replace(method, context=nullcontext), counted.module(method))
-        return bench.count_flops(run) * (3 if self.backward else 1)
+        counted = replace(self, device=torch.device("meta"))
+        module, x = counted.module(method), counted.tokens()
+        with torch.inference_mode(not self.backward), select.forced("torch"):
+            return bench.count_flops(lambda: module(x, self.layer.grid)) * (3 if self.backward else 1)
 
     def least_bytes(self, module: nn.Module) -> int:
         """What any method must move: tokens in and out, weights; and backward the gradients of all."""
@@ -213,6 +216,9 @@ class Case:
         if name == "attention, math" and scores > 0.5 * available(self.device):
             return f"would take {scores / 2**30:,.0f} GiB"
         few = replace(self, layer=replace(self.layer, grid=(16, 16)))
+        if name == "ΔConv, triton":
+            triton = select.triton_backend()
+            return triton if isinstance(triton, str) else triton.why_not(few.tokens())
         try:
             few.runner(METHODS[name], few.module(METHODS[name]))()
         except RuntimeError:  # what PyTorch says names other kernels, and not why this one is out
@@ -260,16 +266,18 @@ def title(row: dict[str, Any]) -> str:
 
 
 def table(methods: dict[str, Any]) -> str:
-    """A line for each method."""
+    """A line for each method, and why some were not run."""
     own = [k["seconds"] for name, k in methods.items() if name.startswith("ΔConv") and "seconds" in k]
     fastest = min(own, default=None)
-    return "\n".join(markdown([dict(cells(name, known, fastest)) for name, known in methods.items()]))
+    lines = markdown([dict(cells(name, known, fastest)) for name, known in methods.items()])
+    skipped = [f"{name}: {known['skipped']}" for name, known in methods.items() if "skipped" in known]
+    return "\n".join([*lines, "", *skipped])
 
 
 def cells(name: str, known: dict[str, Any], own: float | None) -> Iterator[tuple[str, str]]:
     seconds, memory = known.get("seconds"), known.get("memory")
     yield "method", name
-    yield "ms", f"{1000 * seconds:,.2f}" if seconds else known["skipped"]
+    yield "ms", f"{1000 * seconds:,.2f}" if seconds else "–"
     yield "times ΔConv", f"{seconds / own:.2f}" if seconds and own else ""
     yield "MiB", "" if memory is None else f"{memory / 2**20:,.0f}"
     yield "GFLOP", f"{known['flops'] / 1e9:,.2f}"

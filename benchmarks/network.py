@@ -279,11 +279,12 @@ def table(row: dict[str, Any]) -> str:
     lines = []
     for name, known in variants.items():
         seconds, memory = known.get("seconds"), known.get("memory")
-        line = {"variant": name, "s": f"{seconds:.3f}" if seconds else known["skipped"]}
+        line = {"variant": name, "s": f"{seconds:.3f}" if seconds else "–"}
         for other, own in of.items():
             line[f"of {other}"] = f"{seconds / own:.3f}" if seconds and own else ""
         lines.append(line | {"GiB": "" if memory is None else f"{memory / 2**30:.2f}"})
-    return "\n".join([f"{head}; ComfyUI picks {row['picked']}", "", *markdown(lines)])
+    skipped = [f"{name}: {known['skipped']}" for name, known in variants.items() if "skipped" in known]
+    return "\n".join([f"{head}; ComfyUI picks {row['picked']}", "", *markdown(lines), "", *skipped])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -59,6 +61,17 @@ def triton_backend() -> Backend | str:
         except Exception as error:  # whatever a broken installation raises is no reason to stop
             _loaded["triton"] = f"Triton cannot be used here ({type(error).__name__}: {error})"
     return _loaded["triton"]
+
+
+@contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Takes this backend, whatever the environment says: for tests and benchmarks."""
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 def _forced_backend(x: Tensor) -> Backend:
