@@ -95,6 +95,7 @@ class Results:
         self.rows.append(json.loads(json.dumps(row)))
         if self.path is not None:
             text = json.dumps(self.described | {"rows": self.rows}, indent=1) + "\n"
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             part = self.path.with_name(f"{self.path.name}.part")
             part.write_text(text, encoding="utf-8")
             os.replace(part, self.path)
