@@ -116,12 +116,13 @@ class DeltaConvBlock(nn.Module):
             return self._mix_by_layers(u, everywhere)
         backend = ops.backend_for(u)
         stages = [self._stage(backend, g, u, s) for g, s in zip(self.stages(), self.spec.scales, strict=True)]
+        if self.spec.context:
+            stages.append(ops.context(u.permute(0, 3, 1, 2), self.spec.gate).permute(0, 2, 3, 1))
         del u  # its memory may serve the output
 
         def project(weight: Tensor, bias: Tensor | None) -> Tensor:
-            if (
-                bias is None or torch.is_grad_enabled()
-            ):  # a sum image by image would round bias's gradient twice
+            # A sum image by image would round the gradient of the bias twice.
+            if bias is None or torch.is_grad_enabled():
                 y = backend.project(stages, weight, everywhere, grid, self.spec.merge)
                 return y if bias is None else y + bias
             return backend.project(stages, weight, everywhere + bias, grid, self.spec.merge)
@@ -145,6 +146,8 @@ class DeltaConvBlock(nn.Module):
             z = u if scale == 1 else ops.shrink(u, scale, spec.pooling)
             g = ops.gate(ops.call_layer(stage.conv_spatial, z), spec.gate)
             stages.append(g if scale == 1 else ops.enlarge(g, grid))
+        if spec.context:
+            stages.append(ops.context(u, spec.gate))
         f = ops.merge(stages, spec.merge).permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, merged)
         if u.dtype == torch.float16:
             return ops.project_half(self.conv_out, f, everywhere)

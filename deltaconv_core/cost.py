@@ -28,7 +28,7 @@ def block_flops(spec: BlockSpec, grid: tuple[int, int], early: bool = False) -> 
     sizes = [max(1, int(height * s)) * max(1, int(width * s)) for s in spec.scales]
     convolutions = sum(sizes) * spec.inter * spec.kernel_size**2
     if early and spec.merge == "concat":
-        enter = sum(sizes) * spec.inter // 2
+        enter = (sum(sizes) + spec.context * height * width) * spec.inter // 2
     else:
         enter = height * width * spec.merged
     projections = spec.dim * (height * width * spec.inter + enter + spec.dim)

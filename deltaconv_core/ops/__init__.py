@@ -3,7 +3,7 @@
 from .backends import Backend
 from .half import compute_dtype, project_half
 from .layers import call_layer, gives_weights, with_weights
-from .pyramid import enlarge, gate, merge, shrink, stage_size
+from .pyramid import context, enlarge, gate, merge, shrink, stage_size
 from .select import backend_for
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "backend_for",
     "call_layer",
     "compute_dtype",
+    "context",
     "enlarge",
     "gate",
     "gives_weights",

@@ -161,8 +161,8 @@ def _remembered(kind: str, candidates: Mapping[str, T]) -> str | None:
     path = cache_file()
     if kind not in _choices and path is not None and path not in _read:
         _read.add(path)
-        for known, name in _load(path).items():
-            _choices.setdefault(known, name)
+        for known, choice in _load(path).items():
+            _choices.setdefault(known, choice)
     name = _choices.get(kind)
     return name if name in candidates else None
 
