@@ -12,6 +12,7 @@ forward), and
 - of products: operations per second, as a part of what a large matrix product reaches in this dtype.
 
 What would take longer than --patience at that rate, or more memory than there is, is left out, and says so.
+ΔConv is the authors' block by each backend, lean ΔConv that of new distillations by the backend chosen here.
 Presets hold the self-attention layers of a model at a size of picture, each distinct one once; "paper" is the
 layer of the paper's table 1, "kernel" those that a GPU's kernels are judged by.
 """
@@ -31,7 +32,7 @@ from measure import Results, add_machine, available, circumstances, parser, peak
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from deltaconv_core import BlockSpec, DeltaConvBlock, bench
+from deltaconv_core import BlockSpec, DeltaConvBlock, DeltaConvError, bench
 from deltaconv_core.bench import Layer
 from deltaconv_core.linear_attention import LinearAttention
 from deltaconv_core.markdown import markdown
@@ -84,11 +85,16 @@ def deltaconv(layer: Layer, device: torch.device, dtype: torch.dtype) -> nn.Modu
     return DeltaConvBlock(layer.spec, device, dtype)
 
 
+def lean(layer: Layer, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    return DeltaConvBlock(BlockSpec.lean(layer.spec.dim, layer.spec.kernel_size), device, dtype)
+
+
 METHODS = {
     **{f"attention, {n}": Method(attention, partial(sdpa_kernel, kind)) for n, kind in KERNELS.items()},
     "LinFusion": Method(linear),
     "ΔConv, torch": Method(deltaconv, partial(select.forced, "torch")),
     "ΔConv, triton": Method(deltaconv, partial(select.forced, "triton")),
+    "lean ΔConv": Method(lean),
     "neighborhood attention": Method(Neighborhood),
 }
 
@@ -216,11 +222,10 @@ class Case:
         if name == "attention, math" and scores > 0.5 * available(self.device):
             return f"would take {scores / 2**30:,.0f} GiB"
         few = replace(self, layer=replace(self.layer, grid=(16, 16)))
-        if name == "ΔConv, triton":
-            triton = select.triton_backend()
-            return triton if isinstance(triton, str) else triton.why_not(few.tokens())
         try:
             few.runner(METHODS[name], few.module(METHODS[name]))()
+        except DeltaConvError as error:  # a backend of ΔConv: "... is forced, but <reason>; <advice>"
+            return str(error).partition(" but ")[2].partition(";")[0]
         except RuntimeError:  # what PyTorch says names other kernels, and not why this one is out
             if name.startswith("attention"):
                 return "not on this device"

@@ -9,6 +9,7 @@ Random weights and input, one forward pass of a real MODEL, alternating runs, me
 - HyperTile, ToMe: ComfyUI's own nodes, as they come; they act on U-Nets only;
 - LinFusion: its linear attention in place of every self-attention;
 - ΔConv: the authors' blocks in place of every self-attention, by way of ΔConv Patch Model;
+- lean ΔConv: likewise the blocks of new distillations;
 - no self-attention: it costs nothing, and hands on what comes in. Nothing that replaces it can be faster.
 
 Prints for each the time of a pass, that as a part of PyTorch attention's and in units of no self-attention's,
@@ -38,8 +39,8 @@ from deltaconv_core import bench
 from deltaconv_core.markdown import markdown
 
 COMFYUI, PYTORCH, HYPERTILE, TOME = "ComfyUI's attention", "PyTorch attention", "HyperTile", "ToMe"
-LINFUSION, DELTACONV, NOTHING = "LinFusion", "ΔConv", "no self-attention"
-VARIANTS = (COMFYUI, PYTORCH, HYPERTILE, TOME, LINFUSION, DELTACONV, NOTHING)
+LINFUSION, DELTACONV, LEAN, NOTHING = "LinFusion", "ΔConv", "lean ΔConv", "no self-attention"
+VARIANTS = (COMFYUI, PYTORCH, HYPERTILE, TOME, LINFUSION, DELTACONV, LEAN, NOTHING)
 QUADRATIC = (COMFYUI, PYTORCH, HYPERTILE, TOME)
 SIZES = {"cpu": ("512", "768")}
 SIZES_ELSEWHERE = ("512", "1024", "2048", "4096", "15360x8640")
@@ -210,15 +211,17 @@ class Host:
             HYPERTILE: lambda: from_node("nodes_hypertile", "HyperTile", self.model, 256, 2, 0, False),
             TOME: lambda: from_node("nodes_tomesd", "TomePatchModel", self.model, 0.3),
             LINFUSION: self.linear,
-            DELTACONV: self.deltaconv,
+            DELTACONV: lambda: self.deltaconv("released"),
+            LEAN: lambda: self.deltaconv("lean"),
             NOTHING: lambda: self.passes.without_attention(self.model, self.found.sites.values()),
         }
         return makers[name]() if name in makers else self.model.clone()
 
-    def deltaconv(self) -> Any:
-        """The authors' blocks with random weights, put on as ΔConv Patch Model puts them."""
+    def deltaconv(self, form: str) -> Any:
+        """Blocks with random weights, put on as ΔConv Patch Model puts them."""
         core, host = self.module("deltaconv_core"), self.module("nodes.host.apply")
-        specs = self.module("nodes.host.kernels").automatic(self.found)
+        kernels = self.module("nodes.host.kernels")
+        specs = kernels.block_specs(self.found, self.found.sites, kernels.AUTO, form)
         with torch.inference_mode(False):
             blocks = {id: core.DeltaConvBlock(spec) for id, spec in specs.items()}
         whole = self.module("deltaconv_core.switch").SamplingRange()

@@ -1,6 +1,6 @@
 """The paper's tables 1 and 2, with our figures beside theirs.
 
-    python benchmarks/paper_tables.py [--table 1 2] [--leaner JSON] [--json FILE]
+    python benchmarks/paper_tables.py [--table 1 2] [--json FILE]
 
 Table 1: floating point operations of one self-attention layer with 640 channels at every latent position of a
 picture; ΔConv with K 9. Nothing is run, so any machine will do. Lines, after the paper's own:
@@ -12,7 +12,7 @@ picture; ΔConv with K 9. Nothing is run, so any machine will do. Lines, after t
 - step by step: the authors' block as its description says, each step done as written;
 - ΔConv: the authors' block as this package computes it by default, which is exactly the same function: what
   is at half size is projected before it is enlarged (where that is slower, it may choose the former);
-- leaner: the same for the block that --leaner describes.
+- lean: the same for the leaner block that new distillations take unless told otherwise.
 
 Table 2: how long one layer of PixArt takes (1152 channels, 16 heads, tokens of 2 x 2 latent positions; ΔConv
 with K 13), beside the paper's, whose GPU is not known; so compare ratios. A size whose attention would take
@@ -21,7 +21,6 @@ longer than --patience is left out.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +37,7 @@ from deltaconv_core.markdown import markdown
 
 META = torch.device("meta")
 PAPER = BlockSpec(640, 9)
+LEAN = BlockSpec.lean(640, 9)
 PIXART = BlockSpec(1152, 13, gate="sigmoid")
 
 # picture -> (width, height) in pixels, and the paper's GFLOP of attention, LinFusion (at 1024 x 1024 from its
@@ -53,7 +53,7 @@ RATIOS = (
     ("attention, paper", "step by step"),
     ("attention, paper", "ΔConv"),
     ("counted", "ΔConv"),
-    ("attention, paper", "leaner"),
+    ("attention, paper", "lean"),
     ("LinFusion, paper", "ΔConv, paper"),
     ("LinFusion, paper", "ΔConv"),
     ("LinFusion", "ΔConv"),
@@ -65,7 +65,6 @@ TABLE_2 = {"1024": ((1024, 1024), 5.91, 5.82, 3.53), "4K": ((4096, 2160), 1077.9
 def main() -> int:
     command = parser(__doc__)
     command.add_argument("--table", nargs="+", type=int, choices=(1, 2), default=[1, 2])
-    command.add_argument("--leaner", metavar="JSON", help="""such as '{"ratio": 0.25, "merge": "sum"}'""")
     command.add_argument("--patience", type=float, default=60, help="seconds for a run (%(default)s)")
     add_machine(command, repeats=7)
     args = command.parse_args()
@@ -73,13 +72,9 @@ def main() -> int:
     dtype = bench.pick_dtype(args.dtype, device)
     results = Results(args.json, circumstances(device, dtype, args.small))
     if 1 in args.table:
-        leaner = leaner_spec(args.leaner)
-        settings = leaner and leaner.to_dict()
         rows = [
-            results.find(table=1, picture=picture, leaner_spec=settings)
-            or results.add(
-                {"table": 1, "picture": picture, "leaner_spec": settings} | operations(picture, leaner)
-            )
+            results.find(table=1, picture=picture)
+            or results.add({"table": 1, "picture": picture} | operations(picture))
             for picture in TABLE_1
         ]
         print(f"Table 1: GFLOP of one layer, 640 channels, K 9\n\n{table_1(rows)}\n", flush=True)
@@ -96,17 +91,7 @@ def main() -> int:
     return 0
 
 
-def leaner_spec(text: str | None) -> BlockSpec | None:
-    """The block that the option describes: what it does not say is as in the authors' block."""
-    if text is None:
-        return None
-    try:
-        return BlockSpec.from_dict(PAPER.to_dict() | json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise SystemExit(f"expected --leaner to be block settings as JSON: {error}") from error
-
-
-def operations(picture: str, leaner: BlockSpec | None) -> dict[str, Any]:
+def operations(picture: str) -> dict[str, Any]:
     """Floating point operations of one layer, by column."""
     width, height = TABLE_1[picture][0]
     grid = bench.latent_of((width, height))
@@ -117,7 +102,7 @@ def operations(picture: str, leaner: BlockSpec | None) -> dict[str, Any]:
         "LinFusion": counted(LinearAttention(c, c // 64).to(META), PAPER.dim, grid),
         "step by step": block_flops(PAPER, grid),
         "ΔConv": counted(DeltaConvBlock(PAPER, META), PAPER.dim, grid),
-        "leaner": leaner and counted(DeltaConvBlock(leaner, META), leaner.dim, grid),
+        "lean": counted(DeltaConvBlock(LEAN, META), LEAN.dim, grid),
     }
 
 
@@ -135,8 +120,8 @@ def table_1(rows: Sequence[Mapping[str, Any]]) -> str:
         "LinFusion, paper": [TABLE_1[row["picture"]][2] for row in rows],
         "ΔConv, paper": [TABLE_1[row["picture"]][3] for row in rows],
     }
-    for name in ("attention", "counted", "LinFusion", "step by step", "ΔConv", "leaner"):
-        lines[name] = [row[name] and row[name] / 1e9 for row in rows]
+    for name in ("attention", "counted", "LinFusion", "step by step", "ΔConv", "lean"):
+        lines[name] = [row[name] / 1e9 for row in rows]
     for one, other in RATIOS:
         pairs = zip(lines[one], lines[other], strict=True)
         lines[f"{one} / {other}"] = [a / b if a and b else None for a, b in pairs]

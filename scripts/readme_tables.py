@@ -21,7 +21,15 @@ from deltaconv_core.markdown import markdown
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- speed: begin, by scripts/readme_tables.py -->", "<!-- speed: end -->"
 TITLES = {"sd15": "SD 1.5", "sdxl": "SDXL", "pixart_sigma": "PixArt-Σ"}
-VARIANTS = ("ComfyUI's attention", "PyTorch attention", "HyperTile", "ToMe", "LinFusion", "ΔConv")
+VARIANTS = (
+    "ComfyUI's attention",
+    "PyTorch attention",
+    "HyperTile",
+    "ToMe",
+    "LinFusion",
+    "ΔConv",
+    "lean ΔConv",
+)
 BOUND = "no self-attention"
 WIDTH = 125  # of the README's lines
 Json = dict[str, Any]
@@ -102,12 +110,14 @@ def operations(rows: Iterable[Json]) -> list[str]:
             "attention": f"{row['attention'] / 1e9:,.0f}",
             "ΔConv": f"{row['ΔConv'] / 1e9:,.1f}",
             "fewer": f"{row['attention'] / row['ΔConv']:,.0f}×",
+            "lean ΔConv": f"{row['lean'] / 1e9:,.1f}",
+            "fewer than attention": f"{row['attention'] / row['lean']:,.0f}×",
         }
         for row in rows
     ]
     head = (
-        "`python benchmarks/paper_tables.py`: GFLOP of one layer with 640 channels, K 9, the authors' block; "
-        "attention as in the paper's table 1, ΔConv as PyTorch counts it."
+        "`python benchmarks/paper_tables.py`: GFLOP of one layer with 640 channels, K 9; attention as in the "
+        "paper's table 1; the authors' block and the leaner one of new distillations as PyTorch counts them."
     )
     return [textwrap.fill(head, WIDTH), "", *markdown(lines)]
 

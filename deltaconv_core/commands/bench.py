@@ -14,7 +14,8 @@ from .. import bench
 from ..checkpoint import load_checkpoint
 from ..cli import printable
 from ..errors import DeltaConvError
-from ..sites import ARCHITECTURES
+from ..kernel_sizes import FORMS, LEAN, RELEASED
+from ..sites import ARCHITECTURES, release_specs
 from ..spec import BlockSpec
 
 HELP = "measure what self-attention and ΔConv cost on this machine"
@@ -32,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--architecture", choices=ARCHITECTURES, default="sd15", help="without a FILE (%(default)s)"
+    )
+    parser.add_argument(
+        "--form",
+        choices=FORMS,
+        default=RELEASED,
+        help="of the blocks without a FILE: as the authors published, or lean, as new ones are (%(default)s)",
     )
     parser.add_argument(
         "--size", metavar="WxH", help="of the picture, such as 768 or 1024x576 (512 on a CPU, else 1024)"
@@ -71,10 +78,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _model(options: argparse.Namespace) -> tuple[str, Mapping[str, BlockSpec] | None]:
-    """The architecture, and the blocks of the file where one is named."""
+def _model(options: argparse.Namespace) -> tuple[str, Mapping[str, BlockSpec]]:
+    """The architecture, and its blocks by site: those of the file where one is named."""
     if options.file is None:
-        return options.architecture, None
+        specs = release_specs(options.architecture)
+        if options.form == LEAN:
+            specs = {site: BlockSpec.lean(spec.dim, spec.kernel_size) for site, spec in specs.items()}
+        return options.architecture, specs
     checkpoint = load_checkpoint(options.file)
     return checkpoint.architecture, {site: block.spec for site, block in checkpoint.blocks.items()}
 

@@ -111,7 +111,7 @@ def _blocks(model: Any, found: Sites, checkpoint: Any) -> tuple[dict[str, Any], 
         return dict(zip(patch.sites, patch.blocks, strict=True)), "the blocks on this MODEL"
     with torch.inference_mode(False):
         blocks = {id: DeltaConvBlock(spec) for id, spec in automatic(found).items()}
-    return blocks, "untrained blocks, which take the same time as trained ones"
+    return blocks, "untrained blocks of the released form, which take the same time as trained ones"
 
 
 def _alternate(models: Mapping[str, Any], given: Given, settings: Settings) -> dict[str, float]:

@@ -130,7 +130,7 @@ def test_presets_hold_each_layer_once():
 
 def test_the_papers_own_figures_come_out_of_its_formula():
     for picture, (_, attention, _, _) in paper_tables.TABLE_1.items():
-        counted = paper_tables.operations(picture, None)
+        counted = paper_tables.operations(picture)
         assert counted["attention"] / 1e9 == pytest.approx(attention, abs=0.01)
         assert counted["ΔConv"] <= counted["step by step"]
         assert counted["counted"] > counted["attention"]
@@ -138,25 +138,18 @@ def test_the_papers_own_figures_come_out_of_its_formula():
 
 def test_tables(tmp_path, monkeypatch, capsys):
     path = tmp_path / "paper.json"
-    leaner = '{"ratio": 0.25, "merge": "sum"}'
-    run(paper_tables, monkeypatch, "--small", "--repeats", "1", "--leaner", leaner, "--json", path)
+    run(paper_tables, monkeypatch, "--small", "--repeats", "1", "--json", path)
     out = capsys.readouterr().out
     assert "| attention, paper / ΔConv, paper | " in out and "6,929.04" in out
     rows = json.loads(path.read_text())["rows"]
     assert [row["table"] for row in rows] == [1, 1, 1, 1, 2, 2]
-    assert all(row["leaner"] < row["ΔConv"] for row in rows[:4])
+    assert all(row["lean"] < row["ΔConv"] for row in rows[:4])
     assert all(set(row["seconds"]) == {"attention", "LinFusion", "ΔConv"} for row in rows[4:])
 
 
 def test_attention_that_takes_too_long_is_left_out(monkeypatch, capsys):
     run(paper_tables, monkeypatch, "--small", "--table", "2", "--repeats", "1", "--patience", "0")
     assert "- (1,077.98)" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"ratio": -1}', '{"colour": 1}'])
-def test_a_leaner_block_that_is_none(text):
-    with pytest.raises(SystemExit, match="--leaner"):
-        paper_tables.leaner_spec(text)
 
 
 # ---- all of them ----
@@ -213,7 +206,7 @@ def test_the_table_says_what_the_results_say(results):
     text = "\n".join(readme_tables.tables(results))
     (line,) = [line for line in text.splitlines() if line.startswith("| SD 1.5")]
     assert [cell.strip() for cell in line.split("|")[1:-1]] == [
-        "SD 1.5", "1024×576", "–", "3.00×", "–", "–", "–", "1.02×",
+        "SD 1.5", "1024×576", "–", "3.00×", "–", "–", "–", "1.02×", "–",
     ]  # fmt: skip
     assert "A card" in text and "SDXL" not in text
 
@@ -240,7 +233,7 @@ def test_the_counted_operations_are_those_of_today():
     for file in (REPOSITORY / "benchmarks" / "results").glob("paper_*.json"):
         for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
             if row["table"] == 1:
-                now = paper_tables.operations(row["picture"], None)
-                assert {name: row[name] for name in now if name != "leaner"} == {
-                    name: value for name, value in now.items() if name != "leaner"
-                }, f"delete the rows of table 1 in {file.name} and run python benchmarks/paper_tables.py"
+                now = paper_tables.operations(row["picture"])
+                assert {name: row[name] for name in now} == now, (
+                    f"delete the rows of table 1 in {file.name} and run python benchmarks/paper_tables.py"
+                )
