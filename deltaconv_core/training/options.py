@@ -14,7 +14,6 @@ from ..distill.settings import DTYPES, FEATURES, OPTIMIZERS
 from ..errors import DeltaConvError
 from ..kernel_sizes import AUTO, FORMS, LEAN
 
-FILE = "config.json"
 PREDICTIONS = ("epsilon", "v_prediction")
 
 

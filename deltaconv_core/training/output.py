@@ -1,4 +1,4 @@
-"""The folder of a run: the state to go on from, and the result as it is so far."""
+"""The folder of a run: the state to go on from, the result as it is so far, and the options."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..distill import Row, RunFolder
 from ..distill.run_folder import State
 from ..spec import BlockSpec
 
-RESULT = "deltaconv.safetensors"
+RESULT, OPTIONS = "deltaconv.safetensors", "config.json"
 
 
 class Output(RunFolder):
-    """A run folder that also has the averaged weights of each save, as a checkpoint.
+    """A run folder that also has the averaged weights of the last save, as a checkpoint, and the options.
 
     Args:
         path: of the folder.
@@ -24,6 +24,7 @@ class Output(RunFolder):
         architecture: of the teacher.
         specs: of the blocks, by site id.
         metadata: of the checkpoint.
+        options: text of a file for `--config`; written with the first save, when nothing was refused.
     """
 
     def __init__(
@@ -33,11 +34,13 @@ class Output(RunFolder):
         architecture: str,
         specs: Mapping[str, BlockSpec],
         metadata: Mapping[str, str],
+        options: str,
     ) -> None:
         super().__init__(path, writes)
         self.architecture = architecture
         self.specs = specs
         self.metadata = metadata
+        self.options = options
 
     @property
     def result(self) -> Path:
@@ -45,9 +48,10 @@ class Output(RunFolder):
         return self.path / RESULT
 
     def save(self, state: State, rows: list[Row]) -> None:
-        """Writes the state, and the checkpoint that goes with it."""
+        """Writes the state, and what goes with it."""
         super().save(state, rows)
         if self.writes:
+            (self.path / OPTIONS).write_text(self.options, encoding="utf-8")
             weights = _part(state.tensors, "average.") or _part(state.tensors, "weights.")
             blocks = assemble_blocks(
                 str(self.result), self.specs, {name: w.detach().clone() for name, w in weights.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from ..errors import DeltaConvError
 from .processes import Processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME = 2.0
+"""Seconds within which signals count as one."""
 
 
 class Stopped(Exception):
@@ -23,11 +26,13 @@ class Stopped(Exception):
 class Stop:
     """Waits for Ctrl+C or a request to end, so that the step that is being made can be finished and saved.
 
-    A second one ends the process at once.
+    Another one ends the process at once, unless it comes right after: launchers pass on what the terminal
+    has sent already.
     """
 
     def __init__(self) -> None:
         self.asked = False
+        self.since = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -40,9 +45,12 @@ class Stop:
                 signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        for one in SIGNALS:
-            signal.signal(one, signal.SIG_DFL)
+        now = time.monotonic()
+        if not self.asked:
+            self.asked, self.since = True, now
+        elif now - self.since > SAME:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
 
 class Progress:

@@ -20,7 +20,7 @@ from ..spec import BlockSpec
 from .batches import Batches
 from .cache import Cache
 from .network import DiffusersNetwork
-from .options import FILE, Options
+from .options import Options
 from .output import Output
 from .pictures import find_pictures
 from .processes import Processes
@@ -56,11 +56,11 @@ def train(options: Options) -> int:
         "blocks": json.dumps({site: spec.to_dict() for site, spec in specs.items()}),
     }
     metadata = _metadata(options, settings, samples, notes)
-    output = Output(options.output, processes.is_main, teacher.sites.architecture, specs, metadata)
+    output = Output(
+        options.output, processes.is_main, teacher.sites.architecture, specs, metadata, options.to_json()
+    )
     network = _network(teacher, specs, processes)
     batches = Batches(network, samples, options.batch_size, options.seed, options.caption_dropout, processes)
-    if processes.is_main:
-        _write_options(options)
     run = _Run(options, settings, processes, network, specs)
     return run(batches, output, notes)
 
@@ -200,13 +200,3 @@ def _metadata(
         "source": "distilled with python -m deltaconv_core distill",
     }
     return metadata | ({"license": options.license} if options.license else {})
-
-
-def _write_options(options: Options) -> None:
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / FILE).write_text(options.to_json(), encoding="utf-8")
-    except OSError as error:
-        raise DeltaConvError(
-            f"cannot write the folder {options.output} of the run ({error}); choose another with --output"
-        ) from error

@@ -7,6 +7,7 @@ for CLIP's tokenizer.
 
 from __future__ import annotations
 
+import inspect
 import json
 import tempfile
 from collections.abc import Iterator
@@ -145,6 +146,8 @@ def configuration(width: int) -> Iterator[Path]:
     }
     if xl:
         index["tokenizer_2"] = index["tokenizer"]
+    else:
+        index["requires_safety_checker"] = False
     for name, config in parts.items():
         library = "diffusers" if "_class_name" in config else "transformers"
         index[name] = [library, config.get("_class_name") or config["architectures"][0]]
@@ -153,8 +156,7 @@ def configuration(width: int) -> Iterator[Path]:
         _write(folder / "model_index.json", index)
         _write(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
         for name, config in parts.items():
-            kind = {} if "_class_name" in config else {"model_type": "clip_text_model"}
-            _write(folder / name / "config.json", config | kind)
+            _write(folder / name / "config.json", _whole(config))
         yield folder
 
 
@@ -195,6 +197,16 @@ def _of_comfyui() -> Path | None:
     """The tokenizer of the ComfyUI in whose custom_nodes the repository lies."""
     folder = REPOSITORY.parents[1] / "comfy" / "sd1_tokenizer"
     return folder if REPOSITORY.parent.name == "custom_nodes" and folder.is_dir() else None
+
+
+def _whole(config: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of its class, which diffusers' converters look up in the file."""
+    if "_class_name" not in config:
+        return config | {"model_type": "clip_text_model"}
+    import diffusers
+
+    known = inspect.signature(getattr(diffusers, config["_class_name"]).__init__).parameters.values()
+    return {one.name: one.default for one in known if one.default is not one.empty} | config
 
 
 def _write(file: Path, values: dict[str, Any]) -> None:

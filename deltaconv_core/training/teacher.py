@@ -80,6 +80,7 @@ def load_teacher(options: Options, dtype: torch.dtype) -> Teacher:
     Raises:
         DeltaConvError: a model that cannot be loaded, or not be learned from.
     """
+    _check_libraries()
     pipeline = _from_folder(options, dtype) if options.model.is_dir() else _from_file(options, dtype)
     pipeline.set_progress_bar_config(disable=True)
     network: Any = network_of(pipeline)
@@ -89,6 +90,9 @@ def load_teacher(options: Options, dtype: torch.dtype) -> Teacher:
             "PixArt have, which cannot be learned with"
         )
     alphas, prediction = _noise(pipeline.scheduler, options.prediction)
+    network.to(dtype)  # a single file's weights come as they are stored
+    for part in (pipeline.vae, *(text_encoders(pipeline) if dtype == torch.float32 else ())):
+        part.float()
     for part in (network, pipeline.vae, *text_encoders(pipeline)):
         part.eval().requires_grad_(False)
     return Teacher(pipeline, network, kind_of(pipeline, network), find_sites(network), alphas, prediction)
@@ -110,6 +114,25 @@ def fingerprint(*modules: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def _check_libraries() -> None:
+    """Imports what is optional, and keeps its progress bars quiet: every process would show them."""
+    try:
+        import diffusers
+        import transformers
+    except ImportError as error:
+        raise DeltaConvError(
+            f"this needs diffusers ({error}): pip install 'deltaconv-core[train]'"
+        ) from error
+    for library in (diffusers, transformers):
+        quiet: Any = library.utils.logging
+        quiet.disable_progress_bar()
+
+
+def _dtype(dtype: torch.dtype) -> dict[str, Any]:
+    """float32 is what diffusers loads unasked; newer versions warn of this name, older know no other."""
+    return {} if dtype == torch.float32 else {"torch_dtype": dtype}
+
+
 def _from_folder(options: Options, dtype: torch.dtype) -> Any:
     index = options.model / INDEX
     if not index.is_file():
@@ -123,13 +146,13 @@ def _from_folder(options: Options, dtype: torch.dtype) -> Any:
     common: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
     try:
         parts = json.loads(index.read_text(encoding="utf-8"))
-        leave_out = {name: None for name in NOT_NEEDED if name in parts}
+        leave_out = _left_out(parts)
         common |= {"variant": options.variant} if options.variant else {}
         vae = classes.AutoencoderKL.from_pretrained(options.model, subfolder="vae", **common)
         return classes.DiffusionPipeline.from_pretrained(
-            options.model, vae=vae, torch_dtype=dtype, **leave_out, **common
+            options.model, vae=vae, **_dtype(dtype), **leave_out, **common
         )
-    except (OSError, ValueError, AttributeError, ImportError, RuntimeError, TypeError) as error:
+    except Exception as error:  # diffusers raises many kinds
         raise DeltaConvError(f"diffusers cannot load {options.model}: {error}") from error
 
 
@@ -152,19 +175,25 @@ def _from_file(options: Options, dtype: torch.dtype) -> Any:
         return _out_of_one_file(options, folder, dtype, tokenizers)
 
 
+def _left_out(parts: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a pipeline by which it is loaded without what training does not need."""
+    without: dict[str, Any] = {name: None for name in NOT_NEEDED if name in parts}
+    return without | ({"requires_safety_checker": False} if "safety_checker" in parts else {})
+
+
 def _out_of_one_file(options: Options, folder: Path, dtype: torch.dtype, given: dict[str, Any]) -> Any:
     import diffusers
 
     try:
         parts = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         kind: Any = getattr(diffusers, parts["_class_name"])
-        leave_out = {name: None for name in NOT_NEEDED if name in parts}
+        leave_out = _left_out(parts)
         common = {"config": str(folder), "local_files_only": True}
         vae = diffusers.AutoencoderKL.from_single_file(str(options.model), subfolder="vae", **common)
         return kind.from_single_file(
-            str(options.model), vae=vae, torch_dtype=dtype, **given, **leave_out, **common
+            str(options.model), vae=vae, **_dtype(dtype), **given, **leave_out, **common
         )
-    except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, TypeError) as error:
+    except Exception as error:  # diffusers raises many kinds
         raise DeltaConvError(
             f"diffusers cannot load {options.model} with the configuration in {folder}: {error}"
         ) from error

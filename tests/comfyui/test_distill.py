@@ -283,6 +283,49 @@ def test_forms_of_blocks(pack, unet):
         distil(pack, unet, form="fat")
 
 
+def recommendation(**changes):
+    """For `unet`, whose middle block and last level it leaves alone."""
+    first, second, middle, _, last = (f"{place}.transformer_blocks.0.attn1" for place in PLACES)
+    values = {
+        "kind": "deltaconv-recommendation", "version": 1, "architecture": "unet-32x2-64x3",
+        "kernel_sizes": {first: 3, second: 7}, "skip": [middle, last],
+    }  # fmt: skip
+    return json.dumps(values | changes)
+
+
+PLACES = (
+    "down_blocks.0.attentions.0", "down_blocks.1.attentions.0", "mid_block.attentions.0",
+    "up_blocks.0.attentions.1", "up_blocks.1.attentions.1",
+)  # fmt: skip
+
+
+def test_a_recommendation(pack, unet):
+    """Its sizes are taken, what it skips stays attention, and what it does not know is as ever."""
+    patched, checkpoint, *_ = distil(pack, unet, kernel_sizes=recommendation()).args
+    sizes = {id.split(".transformer")[0]: b.spec.kernel_size for id, b in checkpoint.blocks.items()}
+    assert sizes == {PLACES[0]: 3, PLACES[1]: 7, PLACES[3]: 5}
+    assert sample(patched).isfinite().all()
+    only = distil(pack, unet, blocks="down", kernel_sizes=recommendation()).args[1]
+    assert len(only.blocks) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "blocks", "message"),
+    [
+        ({"architecture": "sd15"}, "all", "for sd15, but this model is unet-32x2-64x3"),
+        ({"skip": ["nowhere.attn1"]}, "all", "1 sites that this model does not, first nowhere.attn1"),
+        ({"version": 2}, "all", "version 2"),
+        ({"kind": "other"}, "all", "recommendation of the kind"),
+        ({"kernel_sizes": {f"{PLACES[0]}.transformer_blocks.0.attn1": 4}}, "all", "odd kernel_size"),
+        ({}, "mid", "leaves all 1 chosen sites alone"),
+    ],
+)
+def test_bad_recommendations(pack, unet, output, changes, blocks, message):
+    with pytest.raises(ValueError, match=message):
+        distil(pack, unet, blocks=blocks, kernel_sizes=recommendation(**changes))
+    assert not output.exists()
+
+
 def test_automatic_kernel_sizes(pack):
     """As the authors' where they published; as the demo's where the shape is the demo's."""
     kernels, sites = in_pack(pack, "nodes.host.kernels"), in_pack(pack, "nodes.host.sites")
