@@ -109,9 +109,9 @@ def operations(rows: Iterable[Json]) -> list[str]:
             "picture": row["picture"],
             "attention": f"{row['attention'] / 1e9:,.0f}",
             "ΔConv": f"{row['ΔConv'] / 1e9:,.1f}",
-            "fewer": f"{row['attention'] / row['ΔConv']:,.0f}×",
+            "attention / ΔConv": f"{row['attention'] / row['ΔConv']:,.0f}×",
             "lean ΔConv": f"{row['lean'] / 1e9:,.1f}",
-            "fewer than attention": f"{row['attention'] / row['lean']:,.0f}×",
+            "attention / lean": f"{row['attention'] / row['lean']:,.0f}×",
         }
         for row in rows
     ]
