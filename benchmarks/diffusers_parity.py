@@ -30,6 +30,7 @@ from typing import Any
 import parity
 import torch
 from authors_block import random_weights, scaled_noise
+from measure import circumstances
 from parity_models import ARCHITECTURES, Architecture, attentions, build, convolutions, make_inputs
 from safetensors.torch import save_file
 from torch import Tensor
@@ -83,7 +84,8 @@ def main() -> int:
     if arguments.json:
         import diffusers
 
-        figures = parity.circumstances(arguments.small) | {"diffusers": diffusers.__version__}
+        figures = circumstances(small=arguments.small) | {"limit": parity.LIMIT}
+        figures |= {"diffusers": diffusers.__version__}
         arguments.json.write_text(
             json.dumps(figures | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n"
         )

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import json
 import statistics
 import sys
@@ -32,10 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parity import circumstances
+from measure import circumstances, highest, resident
 from parity_models import ARCHITECTURES, build
-
-sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
 WAYS = ("layer-wise", "end to end", "two models")
 
@@ -104,7 +101,7 @@ def measure(
         "seconds": other,
         "forward_seconds": one,
     }
-    return row, circumstances(small)
+    return row, circumstances(small=small)
 
 
 def prepare(pack: str, architecture: str, latent: int, small: bool, stack: ExitStack) -> Any:
@@ -188,25 +185,6 @@ def with_second_model(pack: str, student: Any, mixers: Any, taps: Any, stack: Ex
             return (student if mixing else teacher)(batch)
 
     return Two(), Both
-
-
-def resident() -> int:
-    """Bytes that the process holds now."""
-    return status("VmRSS")
-
-
-def highest(run: Callable[[], None]) -> int:
-    """The most bytes that the process held while something ran."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest value so far
-    run()
-    return status("VmHWM")
-
-
-def status(name: str) -> int:
-    """A value of /proc/self/status in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 if __name__ == "__main__":

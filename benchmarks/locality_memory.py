@@ -17,14 +17,11 @@ import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
-from distill_cost import highest, resident
+from measure import highest, resident
 from parity_models import ARCHITECTURES, build, make_inputs
-
-sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
 LIMIT = 4 * 2**30
 GIB = 2**30

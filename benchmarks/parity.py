@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -33,6 +31,7 @@ from typing import Any
 import authors_block
 import torch
 from authors_block import Form, Weights, random_weights, scaled_noise
+from measure import circumstances
 from parity_models import (
     ARCHITECTURES,
     Place,
@@ -44,8 +43,6 @@ from parity_models import (
 )
 from safetensors.torch import save_file
 from torch import Tensor
-
-sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
 LIMIT = 1e-4
 
@@ -84,7 +81,8 @@ def main() -> int:
             print(row, flush=True)
             rows.append(row)
     if arguments.json:
-        figures = circumstances(arguments.small) | {"rows": [asdict(row) for row in rows]}
+        figures = circumstances(small=arguments.small) | {"limit": LIMIT}
+        figures |= {"rows": [asdict(row) for row in rows]}
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
     misses = sum(not row.error <= LIMIT for row in rows)
     print(f"{misses} of {len(rows)} comparisons above {LIMIT:g}")
@@ -207,28 +205,6 @@ def timed(function: Any, *arguments: Any) -> tuple[Any, float]:
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Largest difference as a part of the largest expected value; nan where something is not finite."""
     return float((actual - expected).abs().max() / expected.abs().max())
-
-
-def circumstances(small: bool) -> dict[str, Any]:
-    """Where the figures were taken."""
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "comfyui": import_module("comfyui_version").__version__,
-        "dtype": "float32",
-        "small": small,
-        "limit": LIMIT,
-    }
-
-
-def cpu_name() -> str:
-    """The processor's own name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -151,14 +151,14 @@ class Place:
         return -(-latent[0] >> self.level), -(-latent[1] >> self.level)
 
 
-def build(architecture: Architecture, small: bool) -> Any:
-    """A ModelPatcher in float32, its weights such that activations neither explode nor vanish."""
+def build(architecture: Architecture, small: bool, dtype: torch.dtype = torch.float32) -> Any:
+    """A ModelPatcher, its weights such that activations neither explode nor vanish."""
     import comfy.model_management
     import comfy.model_patcher
     import comfy.supported_models
 
     config = getattr(comfy.supported_models, architecture.host_class)(architecture.sized(small))
-    config.set_inference_dtype(torch.float32, None)
+    config.set_inference_dtype(dtype, None)
     model = config.get_model({}, "", device=torch.device("cpu"))
     for name, parameter in model.diffusion_model.named_parameters():
         if parameter.ndim == 1:

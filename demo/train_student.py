@@ -26,10 +26,6 @@ from .files import teacher_file
 from .mixers import linear_mixers, save_linear
 from .train_teacher import FULL, SMALL
 
-#: Kernel size by U-Net level, wide where the grid is fine, as in the authors' SD1.5 weights.
-KERNELS = {"down_blocks.0": 11, "down_blocks.1": 9, "up_blocks.1": 9, "up_blocks.2": 11}
-COARSE_KERNEL = 5
-
 
 @dataclass
 class DemoNetwork:
@@ -54,12 +50,13 @@ class Teacher:
     """The demo model, opened for distillation."""
 
     def __init__(self, path: Path) -> None:
-        pack = import_pack()
-        demo_unet = import_module(".nodes.host.demo_unet", pack.__name__)
+        self.pack = import_pack().__name__
+        demo_unet = import_module(".nodes.host.demo_unet", self.pack)
         self.model = demo_unet.load_demo_model(str(path))
         self.words = demo_unet.load_words(str(path))
-        found = import_module(".nodes.host.sites", pack.__name__).find_sites(self.model)
-        self.sites, self.architecture = found.sites, found.architecture
+        self.found = import_module(".nodes.host.sites", self.pack).find_sites(self.model)
+        self.sites, self.architecture = self.found.sites, self.found.architecture
+        self.block_specs = import_module(".nodes.host.kernels", self.pack).block_specs
         whole = self.model.model.requires_grad_(False).eval()
         modules = {id: whole.get_submodule(site.path) for id, site in self.sites.items()}
         after = {
@@ -87,15 +84,15 @@ def make_blocks(
     seed: int,
     start: str = "warm",
     form: str = "lean",
+    kernel_sizes: str = "auto",
     stages: int = 2,
     global_branch: bool = True,
 ) -> dict[str, DeltaConvBlock]:
-    """A ΔConvBlock for every site; "lean" or as the authors "released" it."""
+    """The ΔConvBlocks; `kernel_sizes` and `form` as the node ΔConv Distill takes them."""
     torch.manual_seed(seed)
-    make = BlockSpec.lean if form == "lean" else BlockSpec
     blocks = {}
-    for id, site in teacher.sites.items():
-        spec = make(site.channels, KERNELS.get(id.split(".attentions")[0], COARSE_KERNEL))
+    for id, told in teacher.block_specs(teacher.found, teacher.sites, kernel_sizes, form).items():
+        spec = BlockSpec.from_dict(told.to_dict())  # the pack's own class is another one
         block = DeltaConvBlock(replace(spec, scales=spec.scales[:stages]))
         if start == "warm":
             warm_start(block, teacher.network.attentions[id])
@@ -117,6 +114,7 @@ def parse() -> argparse.Namespace:
     add("--output", type=Path, required=True, help="folder for weights, log and saved state")
     add("--mixer", choices=("deltaconv", "linear"), default="deltaconv", help="what to train (default ΔConv)")
     add("--form", choices=("lean", "released"), default="lean", help="of the blocks (default lean)")
+    add("--kernel-sizes", default="auto", help="auto, one odd number, or JSON (default auto)")
     add("--start", choices=("warm", "random"), default="warm", help="ΔConv's start (default warm)")
     add("--no-global", action="store_true", help="ΔConv without its average-pooling branch")
     add("--no-pyramid", action="store_true", help="ΔConv with the full-size stage only")
@@ -139,7 +137,13 @@ def main() -> None:
             mixer.requires_grad_(True)
     else:
         mixers = make_blocks(
-            teacher, args.seed, args.start, args.form, 2 - args.no_pyramid, not args.no_global
+            teacher,
+            args.seed,
+            args.start,
+            args.form,
+            args.kernel_sizes,
+            2 - args.no_pyramid,
+            not args.no_global,
         )
     steps = args.layer_steps + args.output_steps
     if steps:

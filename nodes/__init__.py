@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .benchmark import Benchmark
 from .demo_model import DemoLatent, DemoModel
 from .demo_prompt import DemoPrompt
 from .distill import Distill
@@ -28,6 +29,7 @@ class DeltaConvExtension(ComfyExtension):
             SaveWeights,
             AttentionLocality,
             NeighborhoodAttention,
+            Benchmark,
             DemoModel,
             DemoPrompt,
             DemoLatent,

@@ -17,6 +17,9 @@ from types import ModuleType
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+# What ComfyUI is told, as on its command line; to be changed before `import_comfy`.
+ARGUMENTS = {"cpu": True, "use_pytorch_cross_attention": True}
+
 # The name the repository has under custom_nodes, as in a user's installation.
 PACK_NAME = "ComfyUI-DeltaConv"
 
@@ -85,7 +88,7 @@ def prepare_torchvision() -> None:
 
 @functools.cache
 def import_comfy() -> Path:
-    """Make `import comfy`, `nodes`, `folder_paths` … work in this process, on the CPU.
+    """Make `import comfy`, `nodes`, `folder_paths` … work in this process, with `ARGUMENTS`.
 
     ComfyUI reads its settings once, at import, so this has to run before anything else imports it. Model,
     input and output folders live in a temporary base directory, as in `ComfyServer`.
@@ -101,8 +104,7 @@ def import_comfy() -> Path:
     args = importlib.import_module("comfy.cli_args").args
     base = tempfile.TemporaryDirectory(prefix="deltaconv-comfy-")
     args.base_directory = base.name
-    args.cpu = True
-    args.use_pytorch_cross_attention = True
+    vars(args).update(ARGUMENTS)
     importlib.import_module("folder_paths").deltaconv_base = base  # removed when the process ends
     importlib.import_module("nodes")
     return host

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..cost import attention_flops, block_flops
+from ..markdown import markdown
 from ..spec import BlockSpec
 from .names import short_name
 from .recommend import Recommendation
@@ -33,12 +34,7 @@ def text(layers: Sequence[LayerLocality], advice: Recommendation) -> str:
     table = [{"layer": short_name(row.pop("site")), **row} for row in rows(layers, advice)]
     if not any(layer.outside for layer in layers):
         table = [{name: cell for name, cell in row.items() if name != "other"} for row in table]
-    lines = [list(table[0]), *(list(row.values()) for row in table)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
-    grid = [f"| {' | '.join(line)} |" for line in aligned]
-    return "\n".join([*grid, "", *_totals(layers, advice), *_accuracy(layers), "", LEGEND])
+    return "\n".join([*markdown(table), "", *_totals(layers, advice), *_accuracy(layers), "", LEGEND])
 
 
 def write_csv(layers: Sequence[LayerLocality], advice: Recommendation, folder: Path) -> None:

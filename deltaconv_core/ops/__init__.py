@@ -1,17 +1,24 @@
-"""Operators of the block: plain PyTorch functions, free of weights."""
+"""Operators of the block, free of weights: backends, the choice among them, and the steps that they share."""
 
-from .half import compute_dtype, project_half
-from .layers import call_layer
+from .backends import Backend
+from .half import compute_dtype, half_product, project_half
+from .layers import call_layer, gives_weights, with_weights
 from .pyramid import context, enlarge, gate, merge, shrink, stage_size
+from .select import backend_for
 
 __all__ = [
+    "Backend",
+    "backend_for",
     "call_layer",
     "compute_dtype",
     "context",
     "enlarge",
     "gate",
+    "gives_weights",
+    "half_product",
     "merge",
     "project_half",
     "shrink",
     "stage_size",
+    "with_weights",
 ]

@@ -23,7 +23,10 @@ def shrink(x: Tensor, scale: float, pooling: str) -> Tensor:
     Bilinear samples at (i + 1/2) / scale - 1/2, as the authors' earlier block does: on odd sizes the step is
     1 / scale and not the ratio of the sizes.
     """
-    size = stage_size((x.shape[2], x.shape[3]), scale)
+    height, width = x.shape[2:]
+    size = stage_size((height, width), scale)
+    if pooling == "average" and (height, width) == (2 * size[0], 2 * size[1]):
+        return F.avg_pool2d(x, 2)  # the same windows, without working them out
     if pooling == "average":
         return F.adaptive_avg_pool2d(x, size)
     # F.interpolate computes the size from the scale itself and refuses 0; the operator below takes both.
@@ -41,30 +44,31 @@ def gate(x: Tensor, kind: str) -> Tensor:
 
     Products of two float16 halves leave float16's range, so they are formed and returned in float32.
     """
-    return _product(*_halves(x), kind)
+    x = x.float() if x.dtype == torch.float16 else x
+    if kind == "sigmoid":
+        return F.glu(x, dim=1)
+    a, b = x.chunk(2, dim=1)
+    return _gated(a, b, kind)
 
 
 def context(x: Tensor, kind: str) -> Tensor:
     """(B, c, H, W) -> (B, c / 2, H, W): the gate, with its own mean over the image as the first half.
 
     Linear attention with one number per channel for its state: what the first half holds where the second
-    lets it pass is averaged, and handed to each token as far as its own second half lets it pass.
+    lets it pass is averaged, and handed to each token as far as its own second half lets it pass. float32
+    for float16, as `gate`.
     """
-    a, b = _halves(x)
-    return _product(_product(a, b, kind).mean(dim=(2, 3), keepdim=True), b, kind)
+    x = x.float() if x.dtype == torch.float16 else x
+    mean, b = gate(x, kind).mean(dim=(2, 3), keepdim=True), x.chunk(2, dim=1)[1]
+    return mean * torch.sigmoid(b) if kind == "sigmoid" else _gated(mean, b, kind)
 
 
-def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    a, b = (x.float() if x.dtype == torch.float16 else x).chunk(2, dim=1)
-    return a, b
-
-
-def _product(a: Tensor, b: Tensor, kind: str) -> Tensor:
+def _gated(a: Tensor, b: Tensor, kind: str) -> Tensor:
     channels = 2 * b.shape[1]
-    if kind == "sigmoid":
-        return a * torch.sigmoid(b)
     factor = math.sqrt(channels / 2) if kind == "simple" else 1 / math.sqrt(channels)
-    return a * (b * factor)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return a * (b * factor)
+    return torch.addcmul(b.new_zeros(()), a, b, value=factor)  # in one pass
 
 
 def merge(stages: Sequence[Tensor], kind: str) -> Tensor:

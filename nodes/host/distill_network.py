@@ -13,25 +13,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import comfy.model_management
-import comfy.model_patcher
 import comfy.model_sampling
-import comfy.patcher_extension
 import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock, attention_pytorch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...deltaconv_core.distill import Batch
 from ...deltaconv_core.errors import DeltaConvError
+from .calls import encode, sampler_options
 from .conflicts import replacements
 from .sites import Site
-
-COMPILED = "torch.compile"
-"""ComfyUI's key of the wrapper that runs compiled code, which would not see the blocks."""
 
 
 class ComfyNetwork:
@@ -99,20 +94,7 @@ class ComfyNetwork:
 
     def encode(self, condition: dict[str, Any], latent: Tensor) -> dict[str, Any]:
         """What the model makes of a condition for a latent (1, C, H, W); `join` makes a call's of several."""
-        noise = torch.zeros_like(latent)
-        (encoded,) = comfy.samplers.encode_model_conds(
-            self.base.extra_conds,
-            [condition],
-            noise,
-            self.device,
-            "positive",
-            latent_image=latent,
-            denoise_mask=None,
-            seed=None,
-            latent_shapes=[latent.shape],
-        )
-        parts = encoded["model_conds"]
-        return {name: part.process_cond(batch_size=len(latent), area=None) for name, part in parts.items()}
+        return encode(self.base, condition, latent, self.device)
 
     @staticmethod
     def fit(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
@@ -139,15 +121,8 @@ def _stream(base: torch.nn.Module, site: Site) -> torch.nn.Module:
 
 def _sampler_options(model: Any) -> dict[str, Any]:
     """The MODEL's options as a sampler would use them, but for code that gradients cannot pass."""
-    options = comfy.model_patcher.create_model_options_clone(model.model_options)
-    transformer = options.setdefault("transformer_options", {})
-    for kind, own in (("wrappers", model.wrappers), ("callbacks", model.callbacks)):
-        merged = comfy.patcher_extension.merge_nested_dicts(
-            transformer.setdefault(kind, {}), own, copy_dict1=False
-        )
-        transformer[kind] = merged
-    transformer["wrappers"].get(WrappersMP.APPLY_MODEL, {}).pop(COMPILED, None)
-    transformer["optimized_attention_override"] = _differentiable_attention
+    options = sampler_options(model)
+    options["transformer_options"]["optimized_attention_override"] = _differentiable_attention
     return options
 
 

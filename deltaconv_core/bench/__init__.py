@@ -1,0 +1,44 @@
+"""Measuring: what self-attention costs on this machine, and what ΔConv costs in its place."""
+
+from .counting import count_flops
+from .layers import (
+    Layer,
+    SelfAttention,
+    StageCost,
+    heads_of,
+    layers_of,
+    measure_stages,
+    stage_cost,
+    stage_of,
+)
+from .machine import DTYPES, copy_bandwidth, describe, device_name, matmul_rate, pick_device, pick_dtype
+from .sizes import LATENT, latent_of, parse_size
+from .table import stage_table, sums
+from .timing import Span, alternate, synchronize
+
+__all__ = [
+    "DTYPES",
+    "LATENT",
+    "Layer",
+    "SelfAttention",
+    "Span",
+    "StageCost",
+    "alternate",
+    "copy_bandwidth",
+    "count_flops",
+    "describe",
+    "device_name",
+    "heads_of",
+    "latent_of",
+    "layers_of",
+    "matmul_rate",
+    "measure_stages",
+    "parse_size",
+    "pick_device",
+    "pick_dtype",
+    "stage_cost",
+    "stage_of",
+    "stage_table",
+    "sums",
+    "synchronize",
+]

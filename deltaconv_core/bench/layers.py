@@ -1,0 +1,226 @@
+"""The self-attention layers of a known model, and what they cost with attention and with ΔConv."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..block import DeltaConvBlock
+from ..errors import DeltaConvError
+from ..sites import ARCHITECTURES, Transformer, release_specs
+from ..spec import BlockSpec
+from .counting import count_flops
+from .timing import alternate
+
+ATTENTION, DELTACONV = "attention", "ΔConv"
+HEADS = {"sd15": 8, "pixart_sigma": 16}
+HEAD_CHANNELS = 64  # of the other known models
+PATCH_LEVEL = 1  # PixArt's tokens are 2 x 2 latent positions
+
+
+class SelfAttention(nn.Module):
+    """Plain self-attention with its projections, as U-Nets have it; PyTorch chooses how it is computed.
+
+    Args:
+        dim: channels C of the tokens.
+        heads: that share them.
+        device, dtype: of the weights.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (
+            nn.Linear(dim, dim, bias=False, device=device, dtype=dtype) for _ in range(3)
+        )
+        self.to_out = nn.Linear(dim, dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, H * W, C) -> (B, H * W, C)."""
+        q, k, v = (
+            layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        y: Tensor = self.to_out(self.attend(q, k, v, grid).transpose(1, 2).flatten(2))
+        return y
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The attention itself: (B, heads, N, d) each -> (B, heads, N, d)."""
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Equal self-attentions of one stage.
+
+    Args:
+        stage: of the network, such as "down_blocks.1".
+        spec: the block that can stand in for each.
+        heads: of each.
+        grid: (H, W) of the tokens.
+        sites: how many there are.
+    """
+
+    stage: str
+    spec: BlockSpec
+    heads: int
+    grid: tuple[int, int]
+    sites: int = 1
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What equal self-attentions of one stage cost together.
+
+    Args:
+        stage, sites, grid: as in `Layer`.
+        channels, kernel_size: of the blocks.
+        attention_seconds, block_seconds: one forward pass of all sites.
+        attention_flops, block_flops: likewise, two for each multiply-add.
+    """
+
+    stage: str
+    sites: int
+    grid: tuple[int, int]
+    channels: int
+    kernel_size: int
+    attention_seconds: float
+    block_seconds: float
+    attention_flops: int
+    block_flops: int
+
+
+def heads_of(architecture: str, channels: int) -> int:
+    """Heads of a self-attention in a known architecture."""
+    return HEADS.get(architecture, channels // HEAD_CHANNELS)
+
+
+def layers_of(
+    architecture: str, latent: tuple[int, int], specs: Mapping[str, BlockSpec] | None = None
+) -> list[Layer]:
+    """The layers of a known architecture in the order of the network.
+
+    Args:
+        architecture: its name.
+        latent: (rows, columns).
+        specs: site id -> block, of those sites that count; None: those of the authors' release.
+
+    Raises:
+        DeltaConvError: an unknown architecture.
+    """
+    if architecture not in ARCHITECTURES:
+        raise DeltaConvError(
+            f"the shape of {architecture!r} is not known here; known are {', '.join(ARCHITECTURES)}. In "
+            "ComfyUI, the node ΔConv Benchmark measures any model that ΔConv works on"
+        )
+    found: Counter[Layer] = Counter()
+    for site, spec in (release_specs(architecture) if specs is None else specs).items():
+        height, width = (-(-side >> _level(architecture, site)) for side in latent)
+        found[Layer(stage_of(site), spec, heads_of(architecture, spec.dim), (height, width))] += 1
+    return [replace(layer, sites=count) for layer, count in found.items()]
+
+
+def stage_of(site: str) -> str:
+    """The stage that a site id begins with: "down_blocks.1", "mid_block", "transformer_blocks"."""
+    first, second, *_ = site.split(".")
+    return f"{first}.{second}" if first in ("down_blocks", "up_blocks") else first
+
+
+def _level(architecture: str, site: str) -> int:
+    """How often the latent is halved on the way to a site."""
+    shape = ARCHITECTURES[architecture]
+    if isinstance(shape, Transformer):
+        return PATCH_LEVEL
+    last = len(shape.down) - 1
+    side, _, number = stage_of(site).partition(".")
+    if side == "mid_block":
+        return last
+    return int(number) if side == "down_blocks" else last - int(number)
+
+
+def measure_stages(
+    layers: Iterable[Layer],
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int,
+    check: Callable[[], object] = lambda: None,
+) -> Iterator[StageCost]:
+    """Times attention and ΔConv by turns on random tokens; equal layers of different stages once.
+
+    Args:
+        layers: what to measure.
+        batch: samples in the forward pass.
+        device, dtype: to compute on and in.
+        repeats: of each; the median counts.
+        check: called before each run; raises to stop.
+    """
+    known: dict[Layer, StageCost] = {}
+    for layer in layers:
+        one = replace(layer, stage="", sites=1)
+        if one not in known:
+            known[one] = _measure(one, batch, device, dtype, repeats, check)
+        cost = known[one]
+        yield replace(
+            cost,
+            stage=layer.stage,
+            sites=layer.sites,
+            attention_seconds=cost.attention_seconds * layer.sites,
+            block_seconds=cost.block_seconds * layer.sites,
+            attention_flops=cost.attention_flops * layer.sites,
+            block_flops=cost.block_flops * layer.sites,
+        )
+
+
+def _measure(
+    layer: Layer,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int,
+    check: Callable[[], object],
+) -> StageCost:
+    with torch.inference_mode():
+        times = alternate(_both(layer, batch, device, dtype), device, repeats, check)
+    seconds = {name: statistics.median(taken) for name, taken in times.items()}
+    return stage_cost(layer, batch, seconds[ATTENTION], seconds[DELTACONV])
+
+
+def stage_cost(layer: Layer, batch: int, attention_seconds: float, block_seconds: float) -> StageCost:
+    """What equal layers cost together: the seconds that all of them take, and operations, counted here."""
+    counted = _both(layer, batch, torch.device("meta"), torch.float32)
+    with torch.inference_mode():
+        flops = {name: layer.sites * count_flops(run) for name, run in counted.items()}
+    return StageCost(
+        layer.stage,
+        layer.sites,
+        layer.grid,
+        layer.spec.dim,
+        layer.spec.kernel_size,
+        attention_seconds,
+        block_seconds,
+        flops[ATTENTION],
+        flops[DELTACONV],
+    )
+
+
+def _both(
+    layer: Layer, batch: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Callable[[], Tensor]]:
+    spec, grid = layer.spec, layer.grid
+    attention = SelfAttention(spec.dim, layer.heads, device, dtype)
+    block = DeltaConvBlock(spec, device, dtype)
+    x = torch.randn(batch, grid[0] * grid[1], spec.dim, device=device).to(dtype)
+    return {ATTENTION: lambda: attention(x, grid), DELTACONV: lambda: block(x, grid)}
