@@ -1,7 +1,22 @@
-"""Operators of the block: plain PyTorch functions, free of weights."""
+"""Operators of the block, free of weights: backends, the choice among them, and the steps that they share."""
 
+from .backends import Backend
 from .half import compute_dtype, project_half
-from .layers import call_layer
+from .layers import call_layer, gives_weights, with_weights
 from .pyramid import enlarge, gate, merge, shrink, stage_size
+from .select import backend_for
 
-__all__ = ["call_layer", "compute_dtype", "enlarge", "gate", "merge", "project_half", "shrink", "stage_size"]
+__all__ = [
+    "Backend",
+    "backend_for",
+    "call_layer",
+    "compute_dtype",
+    "enlarge",
+    "gate",
+    "gives_weights",
+    "merge",
+    "project_half",
+    "shrink",
+    "stage_size",
+    "with_weights",
+]

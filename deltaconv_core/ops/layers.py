@@ -1,8 +1,13 @@
-"""Calling a layer in the dtype of its input, whoever made the layer."""
+"""A layer's weights in the dtype of its input, whoever made the layer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def call_layer(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
@@ -21,3 +26,27 @@ def call_layer(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
         y = nn.functional.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
         return y
     return nn.functional.linear(x, weight, bias)
+
+
+def gives_weights(layer: nn.Module) -> bool:
+    """Whether `with_weights` works on it: a layer of plain PyTorch without hooks, or one that offers it.
+
+    Whatever else stands where a layer was (adapters, quantized layers, a host's castable layers without that
+    method) means something by being called, so it has to be called.
+    """
+    if hasattr(layer, "with_weights"):
+        return True
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
+    return type(layer) in (nn.Linear, nn.Conv2d) and not hooked
+
+
+def with_weights(layer: Any, x: Tensor, function: Callable[[Tensor, Tensor | None], T]) -> T:
+    """function(weight, bias) with the layer's weights in x's dtype, for layers that `gives_weights`.
+
+    A host's layer may have a method of this name, called as method(x, function), which moves, casts and
+    patches its weights for x and takes them back when the function returns.
+    """
+    give = getattr(layer, "with_weights", None)
+    if give is not None:
+        return give(x, function)  # type: ignore[no-any-return]
+    return function(layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))

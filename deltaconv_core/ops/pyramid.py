@@ -23,7 +23,10 @@ def shrink(x: Tensor, scale: float, pooling: str) -> Tensor:
     Bilinear samples at (i + 1/2) / scale - 1/2, as the authors' earlier block does: on odd sizes the step is
     1 / scale and not the ratio of the sizes.
     """
-    size = stage_size((x.shape[2], x.shape[3]), scale)
+    height, width = x.shape[2:]
+    size = stage_size((height, width), scale)
+    if pooling == "average" and (height, width) == (2 * size[0], 2 * size[1]):
+        return F.avg_pool2d(x, 2)  # the same windows, without working them out
     if pooling == "average":
         return F.adaptive_avg_pool2d(x, size)
     # F.interpolate computes the size from the scale itself and refuses 0; the operator below takes both.
@@ -39,14 +42,19 @@ def enlarge(x: Tensor, grid: Size) -> Tensor:
 def gate(x: Tensor, kind: str) -> Tensor:
     """(B, c, h, w) -> (B, c / 2, h, w): the first half of the channels times a function of the second.
 
-    Products of two float16 halves leave float16's range, so they are formed and returned in float32.
+    Where autograd is off, x's memory may be used for the result. Products of two float16 halves leave
+    float16's range, so they are formed and returned in float32.
     """
     channels = x.shape[1]
-    a, b = (x.float() if x.dtype == torch.float16 else x).chunk(2, dim=1)
+    if x.dtype == torch.float16:
+        x = x.float()
     if kind == "sigmoid":
-        return a * torch.sigmoid(b)
+        return F.glu(x, dim=1)
+    a, b = x.chunk(2, dim=1)
     factor = math.sqrt(channels / 2) if kind == "simple" else 1 / math.sqrt(channels)
-    return a * (b * factor)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return a * (b * factor)
+    return torch.addcmul(x.new_zeros(()), a, b, value=factor, out=a)
 
 
 def merge(stages: Sequence[Tensor], kind: str) -> Tensor:
