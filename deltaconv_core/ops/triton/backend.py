@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -18,7 +16,6 @@ from ..pyramid import Size
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST_TRITON = 3
 OLDEST_GPU = (8, 0)  # compute capability; triton supports no older one
-KERNELS = ("pool", "depthwise_gate", "project")
 
 
 class TritonBackend:
@@ -36,26 +33,24 @@ class TritonBackend:
     def shrink(self, u: Tensor, scale: float, pooling: str) -> Tensor:
         """(B, H, W, c) -> (B, *stage_size, c); bilinear interpolation is PyTorch's."""
         if pooling == "average":
-            size = pyramid.stage_size((u.shape[1], u.shape[2]), scale)
-            result: Tensor = _kernels("pool").average(u, size)
-            return result
+            from .pool import average
+
+            return average(u, pyramid.stage_size((u.shape[1], u.shape[2]), scale))
         return pyramid.shrink(u.permute(0, 3, 1, 2), scale, pooling).permute(0, 2, 3, 1).contiguous()
 
     def depthwise_gate(self, u: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
         """(B, H, W, c) -> (B, H, W, c / 2); float32 for float16."""
-        result: Tensor = _kernels("depthwise_gate").depthwise_gate(u, weight, bias, kind)
-        return result
+        from . import depthwise_gate as kernels
+
+        return kernels.depthwise_gate(u, weight, bias, kind)
 
     def project(
         self, stages: Sequence[Tensor], weight: Tensor, bias: Tensor, grid: Size, merge: str
     ) -> Tensor:
         """Stages (B, h, w, c / 2) -> (B, H * W, C) in weight's dtype."""
-        result: Tensor = _kernels("project").project(stages, weight, bias, grid, merge)
-        return result
+        from . import project as kernels
 
-
-def _kernels(name: str) -> ModuleType:
-    return importlib.import_module(f".{name}", __package__)
+        return kernels.project(stages, weight, bias, grid, merge)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -75,10 +70,10 @@ def _tried(kind: str, index: int | None) -> str | None:
 
         if int(triton.__version__.partition(".")[0]) < OLDEST_TRITON:
             return f"triton is {triton.__version__} and the kernels need {OLDEST_TRITON}.0"
-        nothing, interpreted = _kernels("tuning").nothing, _kernels("tuning").INTERPRETED
-        for name in KERNELS:
-            _kernels(name)
-        if interpreted:
+        from . import depthwise_gate, pool, project  # noqa: F401
+        from .tuning import INTERPRETED, nothing
+
+        if INTERPRETED:
             return None
         if kind != "cuda":
             return f"x is on a {kind.upper()}, and TRITON_INTERPRET was set after triton had been imported"

@@ -44,9 +44,6 @@ def _depthwise(
     image = tl.program_id(2).to(tl.int64) * H * W
     a = tl.zeros([ROWS, COLS, CHANNELS], dtype=tl.float32)
     b = tl.zeros([ROWS, COLS, CHANNELS], dtype=tl.float32)
-    if HAS_BIAS:
-        a += tl.load(bias + channel, mask=channel < HALF, other=0.0).to(tl.float32)
-        b += tl.load(bias + HALF + channel, mask=channel < HALF, other=0.0).to(tl.float32)
 
     for y in range(tl.maximum(top - K // 2, 0), tl.minimum(top + ROWS + K // 2, H)):
         line = u + (image + y * W) * (2 * HALF) + channel
@@ -62,6 +59,9 @@ def _depthwise(
             u_b = tl.load(here + HALF, mask=seen, other=0.0).to(tl.float32)
             a += u_a * tl.load(tap, mask=used, other=0.0).to(tl.float32)
             b += u_b * tl.load(tap + HALF, mask=used, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        a += tl.load(bias + channel, mask=channel < HALF, other=0.0).to(tl.float32)
+        b += tl.load(bias + HALF + channel, mask=channel < HALF, other=0.0).to(tl.float32)
 
     inside = (top + row < H) & (col < W) & (channel < HALF)
     place = image + (top + row) * W + col
