@@ -12,8 +12,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-triton = pytest.importorskip("triton")
-
 from deltaconv_core import BlockSpec, DeltaConvBlock
 from deltaconv_core import reference as slow
 from deltaconv_core.ops import select
@@ -70,7 +68,6 @@ def check(fast, plain, exact, tensors, names):
     rounding = torch.finfo(tensors[-1].dtype).eps / 2
     for name, a, b, c in zip(["result", *names], got, expected, truth, strict=True):
         assert a.shape == c.shape and a.isfinite().all(), name
-        print(name, relative_error(a, c), relative_error(b, c))
         assert relative_error(a, c) <= max(2 * relative_error(b, c), rounding), name
 
 
@@ -156,7 +153,13 @@ def check_pooling(pooling, size, scale, dtype):
         return select._plain.shrink(u, scale, pooling)
 
     x = torch.randn(2, *size, 3).to(dtype)
-    check(lambda u: BACKEND.shrink(u, scale, pooling), plain, lambda u: slow.shrunk(u, scale, pooling), [x], ["u"])
+    check(
+        lambda u: BACKEND.shrink(u, scale, pooling),
+        plain,
+        lambda u: slow.shrunk(u, scale, pooling),
+        [x],
+        ["u"],
+    )
 
 
 def plain_project(grid, merge):
@@ -286,7 +289,7 @@ def test_operators_as_pytorch_wants_them():
         (operators.enlarge_adjoint.default, (u, 1, 2)),
         (operators.depthwise_gate.default, (u, weight, None, "simple")),
         (operators.depthwise_gate_gradients.default, (g, u, weight, None, "simple", [True, True, False])),
-        (operators.project.default, ([g], torch.randn(5, 2, device=DEVICE), u.new_zeros(1, 1, 5), 2, 3, True)),
+        (operators.project.default, ([g], u.new_ones(5, 2), u.new_zeros(1, 1, 5), 2, 3, True)),
     ]  # fmt: skip
     for operator, arguments in calls:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -2,7 +2,7 @@
 
 | file | what is in it |
 |---|---|
-| `backend.py` | `TritonBackend`, what `ops.backends` sees; the only file that can be imported without triton |
+| `backend.py` | `TritonBackend`, what `ops.backends` describes; needs no triton to be imported |
 | `depthwise_gate.py` | depth-wise convolution and gate in one kernel, and both gradients |
 | `project.py` | output projection; its kernel adds the bias and the enlarged smaller stages as it writes |
 | `enlarge.py` | bilinear interpolation as a device function, and the kernel of its adjoint |

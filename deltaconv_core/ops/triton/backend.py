@@ -53,7 +53,7 @@ class TritonBackend:
         return kernels.project(stages, weight, bias, grid, merge)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _why_not_on(kind: str, index: int | None) -> str | None:
     if kind != "cuda" and not os.environ.get("TRITON_INTERPRET"):
         return f"x is on a {kind.upper()} and triton needs a CUDA or ROCm GPU"

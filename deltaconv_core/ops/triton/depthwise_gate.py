@@ -1,12 +1,12 @@
 """Depth-wise K x K convolution and gate as one kernel over (B, H, W, c), and its gradients.
 
-A program computes ROWS x COLS positions of CHANNELS channels of the first half and of the same channels of the
-second half, which the gate multiplies. It goes through the rows of the input that these positions see; each
-value that it reads serves all ROWS sums at once, so that reading does not cost more than multiplying.
+A program computes ROWS x COLS positions of CHANNELS channels of the first half and of the same channels of
+the second half, which the gate multiplies. It goes through the rows of the input that these positions see;
+each value that it reads serves all ROWS sums at once, so that reading does not cost more than multiplying.
 
-The backward pass keeps only u: one kernel computes both halves again and passes the gradient through the gate,
-the same kernel correlates that with the flipped weights, and a third one sums the weights' gradient, which is
-written in parts and added up in a fixed order.
+The backward pass keeps only u: one launch computes both halves again and passes the gradient through the
+gate, a second one correlates that with the flipped weights, and another kernel sums the weights' gradient,
+which is written in parts and added up in a fixed order.
 """
 
 import math
@@ -24,17 +24,18 @@ FORWARD, GRADIENT, PLAIN = 0, 1, 2  # what becomes of the two sums; kernels see 
 PROGRAMS = 2048  # of the kernel of the weights' gradient: enough for any GPU, few parts to add up
 
 
-@tuned(
-    DEPTHWISE, {"ROWS": 16, "COLS": 16, "CHANNELS": 64, "VECTOR": 2}, key=["K", "HALF", "SIZE", "STEP"]
-)
+@tuned(DEPTHWISE, {"ROWS": 16, "COLS": 16, "CHANNELS": 64, "VECTOR": 2}, key=["K", "HALF", "SIZE", "STEP"])
 @triton.jit(do_not_specialize=["H", "W", "SIZE"])
 def _depthwise(
-    u, weight, bias, upstream, out, H, W, HALF, factor, SIZE,
-    K: tl.constexpr, STEP: tl.constexpr, SIGMOID: tl.constexpr, HAS_BIAS: tl.constexpr,
+    u, weight, bias, upstream, out, H, W, factor, SIZE,
+    HALF: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr, SIGMOID: tl.constexpr, HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """u (B, H, W, 2 HALF), weight (K * K, 2 HALF); STEP 0 writes the gate of the two sums (B, H, W, HALF), 1 the
-    gradients of the sums (B, H, W, 2 HALF) from that of the gate, 2 the sums themselves."""
+    """u (B, H, W, 2 HALF), weight (K * K, 2 HALF).
+
+    STEP 0 writes the gate of the two sums (B, H, W, HALF), 1 the gradients of the sums (B, H, W, 2 HALF) from
+    that of the gate, 2 the sums themselves.
+    """
     tiles = tl.cdiv(W, COLS)
     top = tl.program_id(0) // tiles * ROWS
     row = tl.arange(0, ROWS)[:, None, None]
@@ -46,15 +47,19 @@ def _depthwise(
     b = tl.zeros([ROWS, COLS, CHANNELS], dtype=tl.float32)
 
     for y in range(tl.maximum(top - K // 2, 0), tl.minimum(top + ROWS + K // 2, H)):
-        line = u + (image + y * W) * (2 * HALF) + channel
+        # Pointers that differ from one tap to the next by constants only.
+        line = u + (image + y * W) * (2 * HALF) + col * (2 * HALF) + channel
         dy = y - top + K // 2 - row  # the row of the window in which each row of the tile sees this one
-        used = (dy >= 0) & (dy < K) & (channel < HALF)
         taps = weight + dy * (K * 2 * HALF) + channel
+        used = (dy >= 0) & (dy < K)
+        if HALF % CHANNELS:
+            used = used & (channel < HALF)
         for dx in tl.static_range(K):
-            x = col + (dx - K // 2)
-            seen = ((x >= 0) & (x < W)) & (channel < HALF)
-            here = line + x * (2 * HALF)
+            here = line + (dx - K // 2) * (2 * HALF)
             tap = taps + dx * (2 * HALF)
+            seen = (col + (dx - K // 2) >= 0) & (col + (dx - K // 2) < W)
+            if HALF % CHANNELS:
+                seen = seen & (channel < HALF)
             u_a = tl.load(here, mask=seen, other=0.0).to(tl.float32)
             u_b = tl.load(here + HALF, mask=seen, other=0.0).to(tl.float32)
             a += u_a * tl.load(tap, mask=used, other=0.0).to(tl.float32)
@@ -108,15 +113,15 @@ def _weight_gradient(
     image = (part // parts) * H * line
     first = part % parts * rows
     total = tl.zeros([KERNEL_COLS, COLS, CHANNELS], dtype=tl.float32)
-    for y in range(
-        tl.maximum(first, K // 2 - dy), tl.minimum(tl.minimum(first + rows, H), H + K // 2 - dy)
-    ):
+    for y in range(tl.maximum(first, K // 2 - dy), tl.minimum(tl.minimum(first + rows, H), H + K // 2 - dy)):
         from_row = gradient + image + y * line
         to_row = u + image + (y + dy - K // 2) * line
         for start in range(0, W, COLS):
             col = start + lane
             x = col + dx - K // 2
-            g = tl.load(from_row + col * C + channel, mask=(col < W) & (channel < C), other=0.0).to(tl.float32)
+            g = tl.load(from_row + col * C + channel, mask=(col < W) & (channel < C), other=0.0).to(
+                tl.float32
+            )
             seen = (x >= 0) & (x < W) & (dx < K) & (channel < C)
             total += g * tl.load(to_row + x * C + channel, mask=seen, other=0.0).to(tl.float32)
     taps = tl.arange(0, KERNEL_COLS)[:, None]
@@ -140,8 +145,8 @@ def _sums(
             batch,
         )](
             u, taps, taps if bias is None else bias, u if upstream is None else upstream, out,
-            H, W, half, factor, bucket(batch * H * W),
-            K=K, STEP=step, SIGMOID=kind == "sigmoid", HAS_BIAS=bias is not None,
+            H, W, factor, bucket(batch * H * W),
+            HALF=half, K=K, STEP=step, SIGMOID=kind == "sigmoid", HAS_BIAS=bias is not None,
         )  # fmt: skip
     return out
 
@@ -193,7 +198,8 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
 
 @operator(
     "depthwise_gate_gradients",
-    "(Tensor upstream, Tensor u, Tensor weight, Tensor? bias, str kind, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    "(Tensor upstream, Tensor u, Tensor weight, Tensor? bias, str kind, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor)",
     _empty_gradients,
 )
 def _gradients(
@@ -203,14 +209,20 @@ def _gradients(
     u = u.contiguous()
     sums = _sums(GRADIENT, u, weight, bias, upstream.contiguous(), torch.empty_like(u), kind)
     return (
-        _sums(PLAIN, sums, weight.flip(2, 3), None, None, torch.empty_like(u), kind) if of_u else u.new_empty(0),
+        _sums(PLAIN, sums, weight.flip(2, 3), None, None, torch.empty_like(u), kind)
+        if of_u
+        else u.new_empty(0),
         _sum_weight_gradient(u, sums, weight) if of_weight else u.new_empty(0),
         sums.sum((0, 1, 2), dtype=torch.float32).to(weight.dtype) if of_bias else u.new_empty(0),
     )
 
 
 @operator(
-    "depthwise_gate", "(Tensor u, Tensor weight, Tensor? bias, str kind) -> Tensor", _empty, _backward, _remember
+    "depthwise_gate",
+    "(Tensor u, Tensor weight, Tensor? bias, str kind) -> Tensor",
+    _empty,
+    _backward,
+    _remember,
 )
 def _gate(u: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     return _sums(FORWARD, u.contiguous(), weight, bias, None, _empty(u, weight, bias, kind), kind)

@@ -42,7 +42,7 @@ def _adjoint(
         low, high, share = taps(y, row_ratio, h)
         row_weight = tl.where(low == p, 1 - share, 0.0) + tl.where(high == p, share, 0.0)
         line = source + (image * H + y) * W * C
-        for k in range(0, window):
+        for k in range(window):
             x = first_col + k
             low_col, high_col, col_share = taps(x, col_ratio, w)
             weight = tl.where(low_col == q, 1 - col_share, 0.0) + tl.where(high_col == q, col_share, 0.0)
@@ -69,6 +69,6 @@ def _enlarge_adjoint(y: Tensor, height: int, width: int) -> Tensor:
 
 
 def enlarge_adjoint(y: Tensor, size: Size) -> Tensor:
-    """The gradient (B, *size, C) of what bilinear interpolation enlarged, from that of the result (B, H, W, C)."""
+    """The gradient (B, *size, C) of what interpolation enlarged, from that of the result (B, H, W, C)."""
     result: Tensor = _enlarge_adjoint(y, *size)
     return result

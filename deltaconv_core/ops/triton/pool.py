@@ -20,7 +20,7 @@ def _pool(
     """Entry i of `out` sums the entries floor(i H / out_H) to ceil((i + 1) H / out_H) - 1 of `source`.
 
     In pooling they are divided by their number. In the adjoint, where `source` is the smaller one, the same
-    formula gives the windows that an entry of `out` lies in, and each is divided by its own number of entries.
+    formula gives the windows that an entry of `out` lies in, and each is divided by its number of entries.
     """
     tiles = tl.cdiv(out_W, COLS)
     i = tl.program_id(0) // tiles
@@ -36,7 +36,7 @@ def _pool(
     for y in range(row, end_row):
         line = source + (image * H + y) * W * C
         y_count = ((y + 1) * out_H + H - 1) // H - y * out_H // H
-        for k in range(0, window):
+        for k in range(window):
             x = col + k
             value = tl.load(line + x * C + channel, mask=inside & (x < end_col), other=0.0).to(tl.float32)
             if ADJOINT:
@@ -45,7 +45,9 @@ def _pool(
             total += value
     if not ADJOINT:
         total = total / ((end_row - row) * (end_col - col)).to(tl.float32)
-    tl.store(out + ((image * out_H + i) * out_W + j) * C + channel, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + ((image * out_H + i) * out_W + j) * C + channel, total.to(out.dtype.element_ty), mask=inside
+    )
 
 
 def _empty(x: Tensor, height: int, width: int, adjoint: bool) -> Tensor:
@@ -61,7 +63,9 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
     return _resize(upstream, *ctx.size, not ctx.adjoint), None, None, None
 
 
-@operator("pool", "(Tensor x, SymInt height, SymInt width, bool adjoint) -> Tensor", _empty, _backward, _remember)
+@operator(
+    "pool", "(Tensor x, SymInt height, SymInt width, bool adjoint) -> Tensor", _empty, _backward, _remember
+)
 def _resize(x: Tensor, height: int, width: int, adjoint: bool) -> Tensor:
     x = x.contiguous()
     out = _empty(x, height, width, adjoint)
@@ -70,7 +74,9 @@ def _resize(x: Tensor, height: int, width: int, adjoint: bool) -> Tensor:
     with on_device(x):
         _pool[lambda tile: (
             height * triton.cdiv(width, tile["COLS"]), triton.cdiv(C, tile["CHANNELS"]), batch
-        )](x, out, H, W, height, width, window, C, bucket(batch * height * width), ADJOINT=adjoint)  # fmt: skip
+        )](
+            x, out, H, W, height, width, window, C, bucket(batch * height * width), ADJOINT=adjoint
+        )  # fmt: skip
     return out
 
 

@@ -46,19 +46,18 @@ def _enlarged(source, image, y, x, h, w, row_ratio, col_ratio, channel, C, mask)
 
 
 @tuned(PROJECT, {"ROWS": 128, "COLUMNS": 128, "DEPTH": 32}, key=["C", "CHANNELS", "SIZE", "SMALLER"])
-@triton.jit(
-    do_not_specialize=["N", "W", "first_h", "first_w", "second_h", "second_w", "SIZE"]
-)
+@triton.jit(do_not_specialize=["N", "W", "first_h", "first_w", "second_h", "second_w", "SIZE"])
 def _project(
     stage, weight, bias, first, second, out, N, W, C, CHANNELS, weight_stride,
     first_h, first_w, first_rows, first_cols, second_h, second_w, second_rows, second_cols, SIZE,
     HAS_STAGE: tl.constexpr, HAS_BIAS: tl.constexpr, SMALLER: tl.constexpr, HALF: tl.constexpr,
-    WIDE: tl.constexpr, FLOAT32: tl.constexpr,
+    LARGEST: tl.constexpr, WIDE: tl.constexpr, FLOAT32: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """out (B, N, C) = stage (B, N, CHANNELS) times weight (C, CHANNELS) + bias (B, C) + SMALLER enlarged ones.
+    """out (B, N, C) = stage (B, N, CHANNELS) @ weight (C, CHANNELS).T + bias (B, C) + SMALLER enlarged ones.
 
-    HALF: float16 product of a float32 stage. WIDE: operands become float32 first.
+    HALF: float16 product of a float32 stage. WIDE: operands become float32 first (the interpreter cannot
+    multiply bfloat16).
     """
     tiles = tl.cdiv(C, COLUMNS)
     position = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
@@ -79,7 +78,7 @@ def _project(
             )  # fmt: skip
             if HALF:
                 a = a.to(tl.float32)
-                needed = tl.exp2(tl.ceil(tl.log2(tl.max(tl.abs(a), axis=1) * (1.0 / 32768.0))))
+                needed = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(a), axis=1) / LARGEST, 1.0))))
                 larger = tl.maximum(scale, needed)
                 total = total * (scale / larger)[:, None]
                 a = (a / larger[:, None]).to(tl.float16)
@@ -92,20 +91,22 @@ def _project(
             total = total * scale[:, None]
     if HAS_BIAS:
         total += tl.load(bias + image * C + column, mask=column < C, other=0.0).to(tl.float32)[None, :]
+    y, x = position // W, position % W
     if SMALLER > 0:
-        total += _enlarged(
-            first, image, position // W, position % W, first_h, first_w, first_rows, first_cols, column, C, mask
-        )
+        total += _enlarged(first, image, y, x, first_h, first_w, first_rows, first_cols, column, C, mask)
     if SMALLER > 1:
-        total += _enlarged(
-            second, image, position // W, position % W, second_h, second_w, second_rows, second_cols, column, C, mask
-        )
+        total += _enlarged(second, image, y, x, second_h, second_w, second_rows, second_cols, column, C, mask)
     place = (image * N + position)[:, None] * C + column[None, :]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
 
 
 def _multiply(
-    stage: Tensor | None, weight: Tensor, bias: Tensor | None, smaller: Sequence[Tensor], out: Tensor, size: Size
+    stage: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    smaller: Sequence[Tensor],
+    out: Tensor,
+    size: Size,
 ) -> Tensor:
     """Launches `_project`: out (B, size[0] * size[1], C), smaller (B, h, w, C) each."""
     batch, positions, C = out.shape
@@ -121,8 +122,8 @@ def _multiply(
             positions, width, C, 1 if stage is None else stage.shape[3], weight.stride(0),
             *first[1:], *second[1:], bucket(batch * positions),
             HAS_STAGE=stage is not None, HAS_BIAS=bias is not None, SMALLER=len(smaller),
-            HALF=weight.dtype == torch.float16, WIDE=INTERPRETED and weight.dtype == torch.bfloat16,
-            FLOAT32=_float32_products(),
+            HALF=weight.dtype == torch.float16, LARGEST=LARGEST,
+            WIDE=INTERPRETED and weight.dtype == torch.bfloat16, FLOAT32=_float32_products(),
         )  # fmt: skip
     return out
 
@@ -165,13 +166,13 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         stage_gradients.append((y @ part).to(stage.dtype) if wanted else None)
         if of_weight:
             weight_gradients.append(_outer(y.flatten(0, 2), stage.flatten(0, 2)))
-    of_bias_result = upstream.sum(1, keepdim=True, dtype=torch.float32).to(ctx.bias_dtype) if of_bias else None
-    of_weight_result = _joined(weight_gradients, ctx.concat).to(weight.dtype) if of_weight else None
-    return stage_gradients, of_weight_result, of_bias_result, None, None, None
+    joined = _joined(weight_gradients, ctx.concat).to(weight.dtype) if of_weight else None
+    total = upstream.sum(1, keepdim=True, dtype=torch.float32).to(ctx.bias_dtype) if of_bias else None
+    return stage_gradients, joined, total, None, None, None
 
 
 def _outer(y: Tensor, stage: Tensor) -> Tensor:
-    """(N, C), (N, c / 2) -> (C, c / 2), the sum over N; a float32 stage beside float16 is scaled into its range."""
+    """(N, C), (N, c / 2) -> (C, c / 2), the sum over N; float32 beside float16 is scaled into its range."""
     if stage.dtype == y.dtype:
         return y.t() @ stage
     scale = torch.exp2(torch.log2(stage.abs().amax() / LARGEST).ceil().clamp(min=0))
@@ -192,18 +193,18 @@ def _joined(gradients: list[Tensor], concat: bool) -> Tensor:
 def _project_stages(
     stages: list[Tensor], weight: Tensor, bias: Tensor, height: int, width: int, concat: bool
 ) -> Tensor:
-    full = None
+    first: Tensor | None = None
+    first_part = weight
     smaller = []
     for stage, part in zip(stages, _parts(weight, stages, concat), strict=True):
         size = stage.shape[1], stage.shape[2]
-        if full is None and size == (height, width):
-            full = stage.contiguous(), part
+        if first is None and size == (height, width):
+            first, first_part = stage.contiguous(), part
             continue
         out = stage.new_empty(len(stage), size[0] * size[1], len(part))
         smaller.append(_multiply(stage.contiguous(), part, None, (), out, size).unflatten(1, size))
-    stage, part = full or (None, weight)
     out = _empty(stages, weight, bias, height, width, concat)
-    _multiply(stage, part, bias.flatten(1).contiguous(), smaller[:AT_ONCE], out, (height, width))
+    _multiply(first, first_part, bias.flatten(1).contiguous(), smaller[:AT_ONCE], out, (height, width))
     for product in smaller[AT_ONCE:]:
         out += enlarge(product.permute(0, 3, 1, 2), (height, width)).flatten(2).transpose(1, 2)
     return out

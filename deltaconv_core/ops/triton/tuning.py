@@ -1,9 +1,9 @@
 """Tile sizes: the few that may be chosen from, and how the choice is made and kept.
 
-A kernel is timed with each of its configurations when it first meets a new (dtype, K, channels, bucket), where
-the bucket is the number of positions rounded up to a power of two: so a new image size costs nothing as long
-as one of about the same size has been seen. Where triton can (3.4 and later), the choice is kept on disk.
-Compiled kernels always are; sizes are not compiled into them.
+A kernel is timed with each of its configurations when it first meets a new (dtype, K, channels, bucket),
+where the bucket is the number of positions rounded up to a power of two: so a new image size costs nothing as
+long as one of about the same size has been seen. Where triton's autotuner can keep results on disk, it does.
+Compiled kernels always stay there; image sizes are not compiled into them.
 """
 
 import functools
@@ -16,18 +16,17 @@ import triton.testing
 
 Config = tuple[dict[str, int], int]  # tile sizes, and the number of warps (32 threads each)
 
-# A depth-wise tile holds 2 * ROWS * COLS * CHANNELS float32 sums in registers: at most 64 in each thread (of
-# 255 registers, or 128 with 16 warps). A thread has VECTOR neighboring channels of COLS * CHANNELS / (32 *
-# warps * VECTOR) columns and of all ROWS rows. For each multiply-add it reads 2 / ROWS bytes of pixels and 2 /
-# columns bytes of weights (16 bit) from the L1 cache, which gives about one: both want to be 4. 64 channels of
-# 16 bits are one cache line. Shared memory: none where ROWS * CHANNELS is below the number of threads (each
-# thread loads the weights that it needs itself), else the weights of one tap pass through it, 2 KiB at most.
+# A depth-wise tile holds 2 * ROWS * COLS * CHANNELS float32 sums in registers: at most 64 in each thread,
+# with which the unrolled row of K taps fills 255 registers without spilling (128 sums spill). A thread has
+# VECTOR neighboring channels of COLS * CHANNELS / (32 * warps * VECTOR) columns and of all ROWS rows. For a
+# multiply-add it reads 2 / ROWS bytes of pixels and 2 / columns bytes of weights (16 bit) from the L1 cache,
+# which gives about one, so both want to be 4. Shared memory: none where ROWS * CHANNELS is below the number
+# of threads (each thread loads the weights that it needs itself); otherwise 32 KiB, for the weights of a tap.
 DEPTHWISE: Sequence[Config] = (
-    ({"ROWS": 4, "COLS": 64, "CHANNELS": 64, "VECTOR": 2}, 16),
-    ({"ROWS": 4, "COLS": 32, "CHANNELS": 64, "VECTOR": 2}, 8),
     ({"ROWS": 4, "COLS": 64, "CHANNELS": 32, "VECTOR": 2}, 8),
+    ({"ROWS": 4, "COLS": 32, "CHANNELS": 32, "VECTOR": 2}, 8),
+    ({"ROWS": 4, "COLS": 32, "CHANNELS": 64, "VECTOR": 2}, 8),
     ({"ROWS": 4, "COLS": 16, "CHANNELS": 32, "VECTOR": 2}, 8),
-    ({"ROWS": 2, "COLS": 32, "CHANNELS": 64, "VECTOR": 2}, 8),
 )
 # KERNEL_COLS (K rounded up to a power of two, at most 32) * COLS * CHANNELS sums: at most 64 in each thread.
 DEPTHWISE_WEIGHT: Sequence[Config] = (
