@@ -115,17 +115,29 @@ class DeltaConvBlock(nn.Module):
         if not all(map(ops.gives_weights, (self.conv_out, *(s.conv_spatial for s in self.stages())))):
             return self._mix_by_layers(u, everywhere)
         backend = ops.backend_for(u)
-        stages = [self._stage(backend, g, u, s) for g, s in zip(self.stages(), self.spec.scales, strict=True)]
+        stages = self._all_stages(backend, u)
+        del u  # its memory may serve the output
 
         def project(weight: Tensor, bias: Tensor | None) -> Tensor:
-            if (
-                bias is None or torch.is_grad_enabled()
-            ):  # a sum image by image would round bias's gradient twice
+            # A sum image by image would round the gradient of the bias twice.
+            if bias is None or torch.is_grad_enabled():
                 y = backend.project(stages, weight, everywhere, grid, self.spec.merge)
                 return y if bias is None else y + bias
             return backend.project(stages, weight, everywhere + bias, grid, self.spec.merge)
 
         return ops.with_weights(self.conv_out, x, project)
+
+    def _all_stages(self, backend: ops.Backend, u: Tensor) -> list[Tensor]:
+        pairs = list(zip(self.stages(), self.spec.scales, strict=True))
+        order = list(range(len(pairs)))
+        if not torch.is_grad_enabled():
+            # Smaller stages first: the memory that they leave behind serves the largest one.
+            order.sort(key=self.spec.scales.__getitem__)
+        made = {i: self._stage(backend, pairs[i][0], u, pairs[i][1]) for i in order}
+        stages = [made[i] for i in sorted(order)]
+        if self.spec.context:
+            stages.append(ops.context(u.permute(0, 3, 1, 2), self.spec.gate).permute(0, 2, 3, 1))
+        return stages
 
     def _stage(self, backend: ops.Backend, stage: Stage, u: Tensor, scale: float) -> Tensor:
         z = u if scale == 1 else backend.shrink(u, scale, self.spec.pooling)
@@ -144,6 +156,8 @@ class DeltaConvBlock(nn.Module):
             z = u if scale == 1 else ops.shrink(u, scale, spec.pooling)
             g = ops.gate(ops.call_layer(stage.conv_spatial, z), spec.gate)
             stages.append(g if scale == 1 else ops.enlarge(g, grid))
+        if spec.context:
+            stages.append(ops.context(u, spec.gate))
         f = ops.merge(stages, spec.merge).permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, merged)
         if u.dtype == torch.float16:
             return ops.project_half(self.conv_out, f, everywhere)

@@ -9,7 +9,7 @@ from importlib import import_module
 
 from .errors import DeltaConvError
 
-COMMANDS = ("fetch", "inspect", "convert", "locality")
+COMMANDS = ("fetch", "inspect", "convert", "locality", "distill")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,12 +13,23 @@ def attention_flops(tokens: int, channels: int) -> int:
     return 8 * tokens * channels**2 + 4 * tokens**2 * channels
 
 
-def block_flops(spec: BlockSpec, grid: tuple[int, int]) -> int:
-    """One ΔConvBlock, each step done as written: projections, depth-wise convolutions, and the global branch.
+def block_flops(spec: BlockSpec, grid: tuple[int, int], early: bool = False) -> int:
+    """One ΔConvBlock: projections, depth-wise convolutions, and the global branch.
 
     Pooling, gates and interpolation are left out.
+
+    Args:
+        spec: what the block is made of.
+        grid: (H, W) of the tokens.
+        early: whether smaller stages are projected before they are enlarged, as `ops.plain` does in
+            inference; otherwise each step is counted as written. Both are exact.
     """
     height, width = grid
-    stages = sum(max(1, int(height * s)) * max(1, int(width * s)) for s in spec.scales)
-    projections = height * width * spec.dim * (spec.inter + spec.merged) + spec.dim**2
-    return 2 * (projections + stages * spec.inter * spec.kernel_size**2)
+    sizes = [max(1, int(height * s)) * max(1, int(width * s)) for s in spec.scales]
+    convolutions = sum(sizes) * spec.inter * spec.kernel_size**2
+    if early and spec.merge == "concat":
+        enter = (sum(sizes) + spec.context * height * width) * spec.inter // 2
+    else:
+        enter = height * width * spec.merged
+    projections = spec.dim * (height * width * spec.inter + enter + spec.dim)
+    return 2 * (projections + convolutions)

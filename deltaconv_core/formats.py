@@ -24,7 +24,7 @@ from torch import Tensor
 from .errors import CheckpointError, DeltaConvError
 from .manifest import Form
 from .sites import ARCHITECTURES, identify, site_channels
-from .spec import BlockSpec
+from .spec import BlockSpec, ratio_of
 
 PREFIXES = ("denoiser.", "unet.", "base:", "base_ema:")
 BLOCK_KEY = re.compile(
@@ -195,7 +195,7 @@ def _spec(path: str, site: str, own: Mapping[str, Tensor], stages: int, form: Fo
             dim=dim,
             kernel_size=kernel.shape[-1],
             depthwise_bias=any(name.endswith("conv_spatial.bias") for name in own),
-            ratio=_ratio(inter, dim),
+            ratio=ratio_of(inter, dim),
             **{key: value for key, value in asdict(form).items() if value is not None},
         )
     except DeltaConvError as error:
@@ -230,12 +230,6 @@ def _kernel(path: str, site: str, name: str, tensor: Tensor, channels: int) -> T
         f"{path}: {name} of the block at {site} has shape {shape}, "
         f"expected (K, K, {channels}) or ({channels}, 1, K, K)"
     )
-
-
-def _ratio(inter: int, dim: int) -> float:
-    """A ratio with int(dim * ratio) == inter, as plain as possible."""
-    ratios = (0.5, inter / max(dim, 1), (inter + 0.5) / max(dim, 1))
-    return next((ratio for ratio in ratios if int(dim * ratio) == inter), 0.5)
 
 
 def _architecture(path: str, specs: Mapping[str, BlockSpec]) -> str:

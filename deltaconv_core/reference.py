@@ -41,6 +41,10 @@ def reference_block(
         f = depthwise(f, w[f"gates.{i}.conv_spatial.weight"], w.get(f"gates.{i}.conv_spatial.bias"))
         f = gated(f, spec.gate)
         stages.append(f if scale == 1 else stretched(f, height, width))
+    if spec.context:
+        a, b = gated(z, spec.gate), z[..., spec.inter // 2 :]
+        mean = a.sum(dim=(1, 2), keepdim=True) / (height * width)
+        stages.append(gated(torch.cat([mean.expand_as(b), b], dim=3), spec.gate))  # not in the paper
     if spec.merge == "sum":
         merged = stages[0]
         for stage in stages[1:]:  # formula 3

@@ -20,7 +20,7 @@ from .sites import identify
 from .spec import BlockSpec
 
 SITE = re.compile(r"((?:.+\.)?transformer_blocks\.\d+)\.attn1")
-FIXED = {"merge": "concat", "pooling": "average", "depthwise_bias": False}
+FIXED = {"merge": "concat", "pooling": "average", "depthwise_bias": False, "context": False}
 GATES = ("simple", "sigmoid")
 
 

@@ -1,8 +1,9 @@
 """Warm start against random start: ``python -m demo.compare_starts --output runs/starts``.
 
-Layer-wise distillation of the demo teacher from both starts, on the same batches. Prints, for each seed,
-the feature loss that the random start has at the end, and the step at which the warm start has reached it;
-writes every step's loss to ``starts.csv``. Losses are means over the last steps, because batches differ.
+Layer-wise distillation of the demo teacher from both starts, on the same batches, at each learning rate.
+Every EVERY steps the feature loss is measured on pictures that training never sees. Prints, for each seed,
+the loss that the random start has at the end, and the step at which the warm start has reached it; writes
+all losses to ``starts.csv``.
 """
 
 from __future__ import annotations
@@ -11,33 +12,61 @@ import argparse
 import csv
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from deltaconv_core.distill import Settings, distill
+from deltaconv_core import DeltaConvBlock
+from deltaconv_core.distill import Row, Settings, distill, tapped
+from deltaconv_core.distill.losses import mean_square
 
 from .files import teacher_file
 from .train_student import Teacher, make_blocks
 
-WINDOW = 50
+EVERY = 25
+HELD_OUT_SEED, HELD_OUT_BATCHES, HELD_OUT_SIZE = 1000, 8, 16
 
 
-def run(teacher: Teacher, start: str, seed: int, args: argparse.Namespace) -> list[float]:
-    """The feature loss of every step."""
+class HeldOut:
+    """Inputs and outputs of the teacher's attention for batches that no training draws."""
+
+    def __init__(self, teacher: Teacher, blocks: dict[str, DeltaConvBlock]) -> None:
+        self.calls: list[tuple[str, torch.Tensor, tuple[int, int], torch.Tensor]] = []
+        batches = teacher.batches(HELD_OUT_SIZE, HELD_OUT_SEED)
+        network = teacher.network
+        with (
+            torch.no_grad(),
+            tapped(network.attentions, blocks, network.grids) as taps,
+            taps.mode(mixing=False, observe=lambda *call: self.calls.append(call)),
+        ):
+            for number in range(HELD_OUT_BATCHES):
+                network(batches(number))
+
+    @torch.no_grad()
+    def loss(self, blocks: dict[str, DeltaConvBlock]) -> float:
+        """The feature loss: mean squared errors, summed over the sites."""
+        errors = [mean_square(blocks[site](x, grid=grid), y) for site, x, grid, y in self.calls]
+        return float(sum(errors)) / HELD_OUT_BATCHES
+
+
+def run(
+    teacher: Teacher, start: str, seed: int, learning_rate: float, args: argparse.Namespace
+) -> dict[int, float]:
+    """Step -> the loss on the held-out batches."""
     blocks = make_blocks(teacher, seed, start)
+    held_out = HeldOut(teacher, blocks)
+    losses = {0: held_out.loss(blocks)}
     settings = Settings(
-        layer_steps=args.steps, output_steps=0, learning_rate=args.lr, decay=0, ema=0, seed=seed
+        layer_steps=args.steps, output_steps=0, learning_rate=learning_rate, decay=0, ema=0, seed=seed
     )
-    with tqdm(total=args.steps, desc=f"{start} start, seed {seed}", mininterval=10) as bar:
-        batches = teacher.batches(args.batch_size, seed)
-        result = distill(
-            teacher.network, blocks, batches, settings, on_step=lambda row: bar.update() and None
-        )
-    return [row.losses["feature"] for row in result.rows]
+    with tqdm(total=args.steps, desc=f"{start}, seed {seed}, {learning_rate}", mininterval=10) as bar:
 
+        def on_step(row: Row) -> None:
+            bar.update()
+            if row.step % EVERY == 0:
+                losses[row.step] = held_out.loss(blocks)
 
-def smooth(losses: list[float]) -> list[float]:
-    """Each the mean of the WINDOW losses up to there, from the first full window on."""
-    return [sum(losses[i - WINDOW : i]) / WINDOW for i in range(WINDOW, len(losses) + 1)]
+        distill(teacher.network, blocks, teacher.batches(args.batch_size, seed), settings, on_step=on_step)
+    return losses
 
 
 def main() -> None:
@@ -48,25 +77,31 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for starts.csv")
     parser.add_argument("--steps", type=int, default=1000, help="steps from each start (default 1000)")
     parser.add_argument("--batch-size", type=int, default=4, help="pictures per step (default 4)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW (default 2e-3)")
+    parser.add_argument(
+        "--lr", type=float, nargs="+", default=[3e-4, 1e-3, 2e-3], help="of AdamW (default 3e-4 1e-3 2e-3)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
     args = parser.parse_args()
     teacher = Teacher(args.teacher)
     args.output.mkdir(parents=True, exist_ok=True)
     with (args.output / "starts.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["seed", "start", "step", "feature"])
-        print(f"| seed | random after {args.steps} steps | warm reaches it after | warm after {args.steps} |")
-        print("|---|---|---|---|")
-        for seed in args.seeds:
-            losses = {start: run(teacher, start, seed, args) for start in ("warm", "random")}
-            for start, values in losses.items():
-                writer.writerows([seed, start, step, value] for step, value in enumerate(values, 1))
-            file.flush()
-            warm, random = smooth(losses["warm"]), smooth(losses["random"])
-            reached = [step for step, value in enumerate(warm, WINDOW) if value <= random[-1]]
-            first = f"{reached[0]} steps" if reached else "not reached"
-            print(f"| {seed} | {random[-1]:.4f} | {first} | {warm[-1]:.4f} |", flush=True)
+        writer.writerow(["learning rate", "seed", "start", "step", "feature"])
+        print(
+            f"| rate | seed | random after {args.steps} | warm reaches it after | warm after {args.steps} |"
+        )
+        print("|---|---|---|---|---|")
+        for rate in args.lr:
+            for seed in args.seeds:
+                losses = {start: run(teacher, start, seed, rate, args) for start in ("warm", "random")}
+                for start, values in losses.items():
+                    writer.writerows([rate, seed, start, *item] for item in values.items())
+                file.flush()
+                warm, goal = losses["warm"], losses["random"][args.steps]
+                reached = next(
+                    (f"{step} steps" for step, value in warm.items() if value <= goal), "not reached"
+                )
+                print(f"| {rate} | {seed} | {goal:.4f} | {reached} | {warm[args.steps]:.4f} |", flush=True)
 
 
 if __name__ == "__main__":

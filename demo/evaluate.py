@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from deltaconv_core import DeltaConvError
@@ -114,6 +116,19 @@ def sample(
         )
         pictures.append(((latent.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
     return np.concatenate(pictures)
+
+
+def count_gflop(model: Any, words: torch.Tensor, prompts: list[Prompt], size: Size) -> float:
+    """Floating point operations of the whole network for one picture and pass, in units of 1e9.
+
+    Counted by PyTorch: two for each multiply-add of convolutions and matrix products, nothing else.
+    """
+    passes = 2  # with guidance
+    once = Settings((), 3.0, seed=0, batch=1, reference=0, teacher="", classifier="")
+    # PyTorch does not count its fused attention on a CPU.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        sample(model, words, prompts[:1], size._replace(steps=1), once)
+    return counter.get_total_flops() / passes / 1e9
 
 
 class Folder:
@@ -246,6 +261,9 @@ def run(args: argparse.Namespace) -> None:
             pictures = folder.pictures(name, size, model_hash, make)
             tables[name][str(size.side)] = measure(pictures, prompts, classifier, reference, teacher)
             teacher = pictures if name == TEACHER else teacher
+            if name != DRAWN:
+                gflop = count_gflop(models[name], models.words, prompts, size)
+                tables[name][str(size.side)]["gflop"] = gflop
     for name, table in tables.items():
         counted = {"weights": weights[name]} if name in weights else {}
         folder.keep(name, {"sha256": hashes[name], **counted, "sizes": table})

@@ -123,5 +123,6 @@ def put_student(model: Any, path: Path, pack: str) -> Any:
         return put_linear(model, load_linear(path), pack)
     apply = import_module(".nodes.host.apply", pack)
     switch = import_module(".deltaconv_core.switch", pack)
-    settings = apply.Settings("all", switch.SamplingRange(), None)
-    return apply.apply_checkpoint(model, load_checkpoint(path), settings)[0]
+    checkpoint = load_checkpoint(path)
+    settings = apply.Settings(",".join(checkpoint.blocks), switch.SamplingRange(), None)
+    return apply.apply_checkpoint(model, checkpoint, settings)[0]

@@ -19,6 +19,7 @@ COLUMNS = {
     "of attention's": "{frechet_ratio:.2f}×",
     "PSNR": "{psnr:.1f} dB",
     "weights": "{weights:,}",
+    "GFLOP": "{gflop:.3f}",
 }
 
 

@@ -8,7 +8,7 @@ saved state. Options leave parts of ΔConv out, or take linear attention instead
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,6 @@ from .diffusion import DrawnBatches, alpha_sigma
 from .files import teacher_file
 from .mixers import linear_mixers, save_linear
 from .train_teacher import FULL, SMALL
-
-#: Kernel size by U-Net level, wide where the grid is fine, as in the authors' SD1.5 weights.
-KERNELS = {"down_blocks.0": 11, "down_blocks.1": 9, "up_blocks.1": 9, "up_blocks.2": 11}
-COARSE_KERNEL = 5
 
 
 @dataclass
@@ -54,12 +50,13 @@ class Teacher:
     """The demo model, opened for distillation."""
 
     def __init__(self, path: Path) -> None:
-        pack = import_pack()
-        demo_unet = import_module(".nodes.host.demo_unet", pack.__name__)
+        self.pack = import_pack().__name__
+        demo_unet = import_module(".nodes.host.demo_unet", self.pack)
         self.model = demo_unet.load_demo_model(str(path))
         self.words = demo_unet.load_words(str(path))
-        found = import_module(".nodes.host.sites", pack.__name__).find_sites(self.model)
-        self.sites, self.architecture = found.sites, found.architecture
+        self.found = import_module(".nodes.host.sites", self.pack).find_sites(self.model)
+        self.sites, self.architecture = self.found.sites, self.found.architecture
+        self.block_specs = import_module(".nodes.host.kernels", self.pack).block_specs
         whole = self.model.model.requires_grad_(False).eval()
         modules = {id: whole.get_submodule(site.path) for id, site in self.sites.items()}
         after = {
@@ -83,14 +80,20 @@ class Teacher:
 
 
 def make_blocks(
-    teacher: Teacher, seed: int, start: str = "warm", stages: int = 2, global_branch: bool = True
+    teacher: Teacher,
+    seed: int,
+    start: str = "warm",
+    form: str = "lean",
+    kernel_sizes: str = "auto",
+    stages: int = 2,
+    global_branch: bool = True,
 ) -> dict[str, DeltaConvBlock]:
-    """A ΔConvBlock for every site."""
+    """The ΔConvBlocks; `kernel_sizes` and `form` as the node ΔConv Distill takes them."""
     torch.manual_seed(seed)
     blocks = {}
-    for id, site in teacher.sites.items():
-        kernel_size = KERNELS.get(id.split(".attentions")[0], COARSE_KERNEL)
-        block = DeltaConvBlock(BlockSpec(site.channels, kernel_size, scales=(1.0, 0.5)[:stages]))
+    for id, told in teacher.block_specs(teacher.found, teacher.sites, kernel_sizes, form).items():
+        spec = BlockSpec.from_dict(told.to_dict())  # the pack's own class is another one
+        block = DeltaConvBlock(replace(spec, scales=spec.scales[:stages]))
         if start == "warm":
             warm_start(block, teacher.network.attentions[id])
         else:
@@ -110,6 +113,8 @@ def parse() -> argparse.Namespace:
     add("--teacher", type=Path, default=teacher_file(), help="the teacher's safetensors file")
     add("--output", type=Path, required=True, help="folder for weights, log and saved state")
     add("--mixer", choices=("deltaconv", "linear"), default="deltaconv", help="what to train (default ΔConv)")
+    add("--form", choices=("lean", "released"), default="lean", help="of the blocks (default lean)")
+    add("--kernel-sizes", default="auto", help="auto, one odd number, or JSON (default auto)")
     add("--start", choices=("warm", "random"), default="warm", help="ΔConv's start (default warm)")
     add("--no-global", action="store_true", help="ΔConv without its average-pooling branch")
     add("--no-pyramid", action="store_true", help="ΔConv with the full-size stage only")
@@ -131,7 +136,15 @@ def main() -> None:
         for mixer in mixers.values():
             mixer.requires_grad_(True)
     else:
-        mixers = make_blocks(teacher, args.seed, args.start, 2 - args.no_pyramid, not args.no_global)
+        mixers = make_blocks(
+            teacher,
+            args.seed,
+            args.start,
+            args.form,
+            args.kernel_sizes,
+            2 - args.no_pyramid,
+            not args.no_global,
+        )
     steps = args.layer_steps + args.output_steps
     if steps:
         settings = Settings(

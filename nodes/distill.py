@@ -13,7 +13,7 @@ from ..deltaconv_core.errors import DeltaConvError
 from .host import runs
 from .host.dataset import read_dataset
 from .host.distilling import EVERYWHERE, Distillation, Job, loss_map
-from .host.kernels import AUTO
+from .host.kernels import AUTO, FORMS, LEAN
 from .host.presets import CUSTOM, PRESETS, Preset, settled
 from .host.report import Report, tell
 from .sockets import CATEGORY, LossMap, Weights
@@ -115,7 +115,18 @@ class Distill(io.ComfyNode):
                     default=AUTO,
                     optional=True,
                     tooltip="'auto': the authors' for models they published some for, like ones for others. "
-                    'One odd number for all blocks, or JSON by site, such as {"down": 7, "mid_block": 5}.',
+                    'One odd number for all blocks, or JSON by site, such as {"down": 7, "mid_block": 5}. Or '
+                    "the recommendation of ΔConv Attention Locality for this model, as JSON; layers that it "
+                    "skips stay attention.",
+                ),
+                io.Combo.Input(
+                    "form",
+                    options=list(FORMS),
+                    default=LEAN,
+                    optional=True,
+                    tooltip="What the blocks are made of. 'lean': fewer channels inside and a context stage, "
+                    "less work than the authors' and learns more. 'released': as in the weights that the "
+                    "authors published; only these can be converted to their form.",
                 ),
                 io.Int.Input(
                     "batch_size",
@@ -243,6 +254,7 @@ class Distill(io.ComfyNode):
             settings,
             values["blocks"],
             values["kernel_sizes"],
+            values["form"],
             preset.batch_size,
             values["caption_dropout"],
             values["preview_every"],

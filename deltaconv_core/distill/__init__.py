@@ -2,6 +2,7 @@
 
 from .loop import Result, distill
 from .losses import min_snr_weight, output_losses
+from .processes import Processes
 from .run_folder import Row, RunFolder
 from .settings import Settings
 from .taps import Tap, Taps, tapped
@@ -13,6 +14,7 @@ __all__ = [
     "EndToEnd",
     "LayerWise",
     "Network",
+    "Processes",
     "Result",
     "Row",
     "RunFolder",

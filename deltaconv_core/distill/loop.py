@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import DeltaConvError
 from .optimizer import Average, make_optimizer
+from .processes import Processes
 from .run_folder import Row, RunFolder, State, pack_optimizer, unpack_optimizer
 from .settings import DTYPES, LAYER_WISE, Settings
 from .taps import tapped
@@ -52,12 +53,16 @@ def distill(
     folder: RunFolder | None = None,
     on_step: Callable[[Row], None] | None = None,
     notes: Mapping[str, str] | None = None,
+    processes: Processes | None = None,
 ) -> Result:
     """Trains the mixers to stand in for the network's attention.
 
     Afterwards the mixers hold the averaged weights. Whatever stops the run, an exception of `on_step` (a
     user's cancel) included, the state of the last whole step is saved first. A run that finds a state in
     its folder goes on from it, bit by bit as if it had never stopped (on the same device and library).
+
+    Where several processes train together, each gives `batches` of its own with the same number of samples,
+    and a step is what it would be with all of them in one batch.
 
     Args:
         network: the host's; frozen.
@@ -69,15 +74,18 @@ def distill(
         folder: where the state is kept; None keeps none.
         on_step: told about every step.
         notes: kept with the state, and equal whenever the run goes on: what the mixers and data are.
+        processes: those that train together, if there are several.
 
     Raises:
-        DeltaConvError: a saved run with other settings, notes or mixers.
+        DeltaConvError: a saved run with other settings, notes or mixers, or processes that do not train the
+            same.
     """
     with tapped(network.attentions, mixers, network.grids) as taps:
         tasks = LayerWise(network, taps), EndToEnd(network, taps, settings)
-        trainer = _Trainer(mixers, settings, dict(notes or {}))
+        trainer = _Trainer(mixers, settings, dict(notes or {}), processes)
         if folder is not None and folder.exists:
             trainer.restore(folder)
+        trainer.meet()
         try:
             while trainer.step < settings.steps:
                 task = tasks[0] if settings.stage(trainer.step) == LAYER_WISE else tasks[1]
@@ -101,9 +109,16 @@ def distill(
 class _Trainer:
     """Everything that changes from step to step."""
 
-    def __init__(self, mixers: Mapping[str, nn.Module], settings: Settings, notes: dict[str, str]) -> None:
+    def __init__(
+        self,
+        mixers: Mapping[str, nn.Module],
+        settings: Settings,
+        notes: dict[str, str],
+        processes: Processes | None,
+    ) -> None:
         self.settings = settings
         self.notes = notes
+        self.processes = processes
         self.weights: dict[str, Tensor] = {
             f"{site}.{name}": parameter
             for site, mixer in mixers.items()
@@ -123,6 +138,12 @@ class _Trainer:
         self.whole = True
         self.stopped = ""
 
+    def meet(self) -> None:
+        """Checks that all processes are at the same step of the same run, and starts them all alike."""
+        if self.processes is not None:
+            self.processes.check_same(f"step {self.step} of {self.settings.to_dict()} with {self.notes}")
+            self.processes.share([*self.weights.values(), *self.average.values.values()])
+
     def take_step(self, task: LayerWise | EndToEnd, batches: Callable[[int], Batch]) -> Row:
         """One optimizer step.
 
@@ -138,6 +159,9 @@ class _Trainer:
                 losses = task(batches(number), self._backward)
             for name, value in losses.items():
                 totals[name] = totals.get(name, torch.zeros_like(value)) + value / count
+        if self.processes is not None:
+            self.processes.mean([w.grad for w in self.weights.values() if w.grad is not None])
+            self.processes.mean(list(totals.values()))
         self.scaler.unscale_(self.optimizer)
         clip = self.settings.clip or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.weights.values(), clip))

@@ -56,10 +56,12 @@ class RunFolder:
 
     Args:
         path: made when something is saved.
+        writes: whether this process keeps the run; where several train together, the others only read it.
     """
 
-    def __init__(self, path: Pathlike) -> None:
+    def __init__(self, path: Pathlike, writes: bool = True) -> None:
         self.path = Path(path)
+        self.writes = writes
         self.state_file = self.path / "state.safetensors"
         self.log_file = self.path / "log.csv"
 
@@ -74,6 +76,8 @@ class RunFolder:
         Raises:
             DeltaConvError: the folder cannot be written.
         """
+        if not self.writes:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._append(rows)
@@ -85,7 +89,7 @@ class RunFolder:
         write_file(self.state_file, state.tensors, {HEADER_KEY: json.dumps(header)}, numbers=True)
 
     def load(self) -> tuple[State, list[Row]]:
-        """The saved state and the log up to it; later rows are taken off the log.
+        """The saved state and the log up to it, whose later rows are taken off; no log if only reading.
 
         Raises:
             CheckpointError: no state there, or a damaged one.
@@ -101,10 +105,7 @@ class RunFolder:
                 f"{self.state_file} has format version {version!r}, this program reads {FORMAT}; go on with "
                 "the version of ComfyUI-DeltaConv that wrote it"
             )
-        rows = [row for row in self.read_log() if row.step <= step]
-        self.log_file.unlink(missing_ok=True)
-        self._append(rows)
-        return State(step, tensors, values), rows
+        return State(step, tensors, values), self._cut_log(step) if self.writes else []
 
     def read_log(self) -> list[Row]:
         """The log's whole rows."""
@@ -112,6 +113,12 @@ class RunFolder:
             return []
         with self.log_file.open(newline="") as file:
             return [_read_row(row) for row in csv.DictReader(file) if row["gradient_norm"]]
+
+    def _cut_log(self, step: int) -> list[Row]:
+        rows = [row for row in self.read_log() if row.step <= step]
+        self.log_file.unlink(missing_ok=True)
+        self._append(rows)
+        return rows
 
     def _append(self, rows: list[Row]) -> None:
         new = not self.log_file.is_file()

@@ -71,7 +71,7 @@ def _row(layer: LayerLocality, k: int | None) -> dict[str, str]:
 
 
 def _block(layer: LayerLocality, k: int) -> int:
-    return block_flops(BlockSpec(layer.channels, k), layer.grid)
+    return block_flops(BlockSpec.lean(layer.channels, k), layer.grid)
 
 
 def _totals(layers: Sequence[LayerLocality], advice: Recommendation) -> list[str]:
@@ -84,7 +84,7 @@ def _totals(layers: Sequence[LayerLocality], advice: Recommendation) -> list[str
     saved = sum(
         attention_flops(layer.tokens, layer.channels) - _block(layer, k) for layer, k in replaced.items()
     )
-    parameters = sum(BlockSpec(layer.channels, k).num_parameters for layer, k in replaced.items())
+    parameters = sum(BlockSpec.lean(layer.channels, k).num_parameters for layer, k in replaced.items())
     return [
         f"Recommended: ΔConv in {len(replaced)} of {len(layers)} layers, {parameters / 1e6:.3g} M "
         f"parameters. Cost of all layers at this size, one picture and step: {before / 1e9:.4g} GFLOP now, "

@@ -1,9 +1,9 @@
 """Operators of the block, free of weights: backends, the choice among them, and the steps that they share."""
 
 from .backends import Backend
-from .half import compute_dtype, project_half
+from .half import compute_dtype, half_product, project_half
 from .layers import call_layer, gives_weights, with_weights
-from .pyramid import enlarge, gate, merge, shrink, stage_size
+from .pyramid import context, enlarge, gate, merge, shrink, stage_size
 from .select import backend_for
 
 __all__ = [
@@ -11,9 +11,11 @@ __all__ = [
     "backend_for",
     "call_layer",
     "compute_dtype",
+    "context",
     "enlarge",
     "gate",
     "gives_weights",
+    "half_product",
     "merge",
     "project_half",
     "shrink",

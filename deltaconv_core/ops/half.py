@@ -29,7 +29,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
         {"as it is": torch.bfloat16, "in float32": torch.float32},
         default="as it is",
         like=x,
-        details=f"{x.shape[2]} channels",
+        details=("channels", x.shape[2]),
         tokens=len(part),
         trial=lambda dtype: part.to(dtype) @ part.to(dtype).T,
     )

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 T = TypeVar("T")
+PLAIN = (nn.Linear, nn.Conv2d)
 
 
 def call_layer(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
@@ -34,10 +35,9 @@ def gives_weights(layer: nn.Module) -> bool:
     Whatever else stands where a layer was (adapters, quantized layers, a host's castable layers without that
     method) means something by being called, so it has to be called.
     """
-    if hasattr(layer, "with_weights"):
-        return True
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
-    return type(layer) in (nn.Linear, nn.Conv2d) and not hooked
+    if type(layer) in PLAIN:
+        return not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
+    return hasattr(layer, "with_weights")
 
 
 def with_weights(layer: Any, x: Tensor, function: Callable[[Tensor, Tensor | None], T]) -> T:
@@ -46,7 +46,6 @@ def with_weights(layer: Any, x: Tensor, function: Callable[[Tensor, Tensor | Non
     A host's layer may have a method of this name, called as method(x, function), which moves, casts and
     patches its weights for x and takes them back when the function returns.
     """
-    give = getattr(layer, "with_weights", None)
-    if give is not None:
-        return give(x, function)  # type: ignore[no-any-return]
+    if type(layer) not in PLAIN:
+        return layer.with_weights(x, function)  # type: ignore[no-any-return]
     return function(layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))

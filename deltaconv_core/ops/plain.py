@@ -73,13 +73,15 @@ def early(stages: Sequence[Tensor], weight: Tensor, bias: Tensor, grid: Size, me
     return y
 
 
-CONVOLUTIONS: dict[str, Convolution] = {
-    "channels_last": channels_last,
-    "channels_first": channels_first,
-    "wide_kernel": wide_kernel,
-    "in_float32": in_float32,
-}
 PROJECTIONS: dict[str, Projection] = {"literal": literal, "early": early}
+CONVOLUTIONS: dict[str, Convolution] = {"channels_last": channels_last, "channels_first": channels_first}
+ALSO_WIDE = {**CONVOLUTIONS, "wide_kernel": wide_kernel}
+
+
+def offered(dtype: torch.dtype, kernel_size: int) -> dict[str, Convolution]:
+    """The convolutions that may be the fastest for a dtype and a kernel size."""
+    some = ALSO_WIDE if WIDE - 4 <= kernel_size < WIDE else CONVOLUTIONS
+    return {**some, "in_float32": in_float32} if dtype in (torch.float16, torch.bfloat16) else some
 
 
 class PlainBackend:
@@ -94,16 +96,20 @@ class PlainBackend:
         return _last(shrink(_first(u), scale, pooling)).contiguous()
 
     def depthwise_gate(self, u: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-        kernel_size, channels = weight.shape[3], u.shape[3]
-        part = u[:1, : tune.trial_rows(u.device, _size(u))]
+        kernel_size = weight.shape[3]
+
+        def trial(convolve: Convolution) -> None:
+            part = u[:1, : tune.trial_rows(u.device, _size(u))]
+            _convolve_and_gate(convolve, part, weight, bias, kind)
+
         convolve = tune.fastest(
             "convolution",
-            {name: CONVOLUTIONS[name] for name in _worth_trying(u.dtype, kernel_size)},
+            offered(u.dtype, kernel_size),
             default="channels_last",
             like=u,
-            details=f"K {kernel_size}, {channels} channels",
-            tokens=u.shape[:3].numel(),
-            trial=lambda convolve: _convolve_and_gate(convolve, part, weight, bias, kind),
+            details=("K", kernel_size, "channels", u.shape[3]),
+            tokens=u.shape[0] * u.shape[1] * u.shape[2],
+            trial=trial,
         )
         return _convolve_and_gate(convolve, u, weight, bias, kind)
 
@@ -112,27 +118,22 @@ class PlainBackend:
     ) -> Tensor:
         if merge == "sum" or all(_size(g) == grid for g in stages):
             return literal(stages, weight, bias, grid, merge)
-        rows = tune.trial_rows(weight.device, grid)
-        parts = [g[:1, : max(1, g.shape[1] * rows // grid[0])] for g in stages]
+
+        def trial(form: Projection) -> None:
+            rows = tune.trial_rows(weight.device, grid)
+            parts = [g[:1, : max(1, g.shape[1] * rows // grid[0])] for g in stages]
+            form(parts, weight, bias[:1], (rows, grid[1]), merge)
+
         form = tune.fastest(
             "projection",
             PROJECTIONS,
             default="literal" if torch.is_grad_enabled() else "early",  # its gradients are rounded once more
             like=weight,
-            details=f"{len(stages)} stages, {weight.shape[1]} to {weight.shape[0]} channels",
+            details=("stages", len(stages), "channels", weight.shape[1], weight.shape[0]),
             tokens=len(stages[0]) * grid[0] * grid[1],
-            trial=lambda form: form(parts, weight, bias[:1], (rows, grid[1]), merge),
+            trial=trial,
         )
         return form(stages, weight, bias, grid, merge)
-
-
-def _worth_trying(dtype: torch.dtype, kernel_size: int) -> list[str]:
-    names = ["channels_last", "channels_first"]
-    if WIDE - 4 <= kernel_size < WIDE:
-        names.append("wide_kernel")
-    if dtype in (torch.float16, torch.bfloat16):
-        names.append("in_float32")
-    return names
 
 
 def _convolve_and_gate(

@@ -42,19 +42,33 @@ def enlarge(x: Tensor, grid: Size) -> Tensor:
 def gate(x: Tensor, kind: str) -> Tensor:
     """(B, c, h, w) -> (B, c / 2, h, w): the first half of the channels times a function of the second.
 
-    Where autograd is off, x's memory may be used for the result. Products of two float16 halves leave
-    float16's range, so they are formed and returned in float32.
+    Products of two float16 halves leave float16's range, so they are formed and returned in float32.
     """
-    channels = x.shape[1]
-    if x.dtype == torch.float16:
-        x = x.float()
+    x = x.float() if x.dtype == torch.float16 else x
     if kind == "sigmoid":
         return F.glu(x, dim=1)
     a, b = x.chunk(2, dim=1)
+    return _gated(a, b, kind)
+
+
+def context(x: Tensor, kind: str) -> Tensor:
+    """(B, c, H, W) -> (B, c / 2, H, W): the gate, with its own mean over the image as the first half.
+
+    Linear attention with one number per channel for its state: what the first half holds where the second
+    lets it pass is averaged, and handed to each token as far as its own second half lets it pass. float32
+    for float16, as `gate`.
+    """
+    x = x.float() if x.dtype == torch.float16 else x
+    mean, b = gate(x, kind).mean(dim=(2, 3), keepdim=True), x.chunk(2, dim=1)[1]
+    return mean * torch.sigmoid(b) if kind == "sigmoid" else _gated(mean, b, kind)
+
+
+def _gated(a: Tensor, b: Tensor, kind: str) -> Tensor:
+    channels = 2 * b.shape[1]
     factor = math.sqrt(channels / 2) if kind == "simple" else 1 / math.sqrt(channels)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return a * (b * factor)
-    return torch.addcmul(x.new_zeros(()), a, b, value=factor, out=a)
+    return torch.addcmul(b.new_zeros(()), a, b, value=factor)  # in one pass
 
 
 def merge(stages: Sequence[Tensor], kind: str) -> Tensor:

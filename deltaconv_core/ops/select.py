@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from typing import cast
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -26,8 +27,8 @@ NAMES = ("torch", "triton", "reference")
 
 _forced = os.environ.get(VARIABLE, "")
 _plain: Backend = PlainBackend()
-_slow: Backend = SlowBackend()
-_loaded: dict[str, Backend | str] = {}
+_loaded: dict[str, Backend] = {"torch": _plain, "reference": SlowBackend()}
+_failures: list[str] = []
 _told: set[str] = set()
 
 
@@ -41,37 +42,45 @@ def backend_for(x: Tensor) -> Backend:
         return _forced_backend(x)
     if x.device.type != "cuda":
         return _plain
-    triton = triton_backend()
-    reason = triton if isinstance(triton, str) else triton.why_not(x)
-    if reason is None:
-        return cast(Backend, triton)
+    reason = _why_no_triton() or _loaded["triton"].why_not(x)
+    if not reason:
+        return _loaded["triton"]
     _tell(f"{x.device.type}, {x.dtype}: plain PyTorch, because {reason}")
     return _plain
 
 
+@contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Takes this backend, whatever the environment says: for tests and benchmarks."""
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def triton_backend() -> Backend | str:
-    """The Triton backend, imported on the first call, or the reason why there is none."""
-    if "triton" not in _loaded:
+def _why_no_triton() -> str:
+    """Imports the Triton backend on the first call; the reason why there is none, or nothing."""
+    if "triton" not in _loaded and not _failures:
         try:
-            module = importlib.import_module(".triton", __package__)
-            _loaded["triton"] = module.BACKEND
+            _loaded["triton"] = importlib.import_module(".triton", __package__).BACKEND
         except Exception as error:  # whatever a broken installation raises is no reason to stop
-            _loaded["triton"] = f"Triton cannot be used here ({type(error).__name__}: {error})"
-    return _loaded["triton"]
+            _failures.append(f"Triton cannot be used here ({type(error).__name__}: {error})")
+    return "".join(_failures)
 
 
 def _forced_backend(x: Tensor) -> Backend:
     if _forced not in NAMES:
         raise DeltaConvError(f"expected {VARIABLE} to be one of {', '.join(NAMES)}, got {_forced!r}")
-    known = {"torch": _plain, "reference": _slow}
-    backend = known[_forced] if _forced in known else triton_backend()
-    reason = backend if isinstance(backend, str) else backend.why_not(x)
-    if reason is not None:
+    reason = _why_no_triton() if _forced == "triton" else ""
+    reason = reason or _loaded[_forced].why_not(x)
+    if reason:
         raise DeltaConvError(
             f"{VARIABLE} is {_forced}, but {reason}; unset it, or set it to torch, which always works"
         )
-    return cast(Backend, backend)
+    return _loaded[_forced]
 
 
 def _tell(sentence: str) -> None:

@@ -13,8 +13,8 @@ on how busy a machine was, a measurement counts only where it cannot do harm:
 
 A kind is: device, number of threads on a CPU, torch version, operator, dtype, what the operator adds (kernel
 size, channels, ...), and the number of tokens rounded to a power of two and cut off at MOST_TOKENS: above it
-a trial runs on the first rows. Every candidate runs at most ROUNDS times, a hopeless one once, and no round
-after the second starts after BUDGET seconds.
+a trial runs on the first rows. Every candidate runs LEAST_ROUNDS times (a hopeless one twice) and then, up to
+ROUNDS times, as long as the BUDGET lasts; the shortest run counts.
 
 Environment: DELTACONV_TUNE=0 turns measuring off; DELTACONV_TUNE_CACHE names the file, empty for none.
 """
@@ -42,18 +42,17 @@ from torch.utils import _python_dispatch
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-BUDGET = 0.03  # seconds for one kind, after the second round
-ROUNDS = 5
-HOPELESS = 3.0  # times the fastest: who takes longer runs only once
+BUDGET = 0.05  # seconds for one kind, beyond which no round starts after the first LEAST_ROUNDS
+LEAST_ROUNDS = 5
+ROUNDS = 9
+HOPELESS = 3.0  # times the fastest: who takes longer runs only twice
 MARGIN = 0.95  # the default stays unless another takes at most this share of its time
-MOST_TOKENS = {"cpu": 2048}
+MOST_TOKENS = {"cpu": 1024}
 MOST_TOKENS_ELSEWHERE = 16384
 VERSION = 1  # of the file
 
-_enabled = os.environ.get("DELTACONV_TUNE", "1") != "0"
-_choices: dict[str, str] = {}
+_choices: dict[tuple[object, ...], str] = {}
 _fixed: dict[str, str] = {}
-_read: set[Path] = set()
 
 
 def fastest(
@@ -61,7 +60,7 @@ def fastest(
     candidates: Mapping[str, T],
     default: str,
     like: Tensor,
-    details: str,
+    details: tuple[object, ...],
     tokens: int,
     trial: Callable[[T], object],
 ) -> T:
@@ -72,7 +71,7 @@ def fastest(
         candidates: name -> candidate.
         default: name of the one to take where nothing may be measured.
         like: a tensor of the call: gives device and dtype.
-        details: what else decides which one is fastest, such as the kernel size.
+        details: what else decides which one is fastest, such as "K", 7.
         tokens: how many positions the call has.
         trial: runs a candidate on tensors like the call's, cut off at `trial_rows`. A candidate that raises
             is out.
@@ -81,8 +80,15 @@ def fastest(
         return candidates[_fixed[operator]]
     if not _may_choose(like):
         return candidates[default]
-    kind = _kind(operator, like, details, tokens)
-    name = _remembered(kind, candidates) or _measured(kind, candidates, default, like, trial)
+    rounded = 2 ** round(math.log2(min(tokens, _most_tokens(like.device))))
+    kind = (operator, details, rounded, like.dtype, like.device, torch.get_num_threads())
+    name = _choices.get(kind)
+    if name is None and like.is_cuda and torch.cuda.is_current_stream_capturing():
+        return candidates[default]
+    if name is None:
+        sentence = _in_words(*kind)
+        name = _remembered(sentence, candidates) or _measured(sentence, candidates, default, like, trial)
+        _choices[kind] = name
     return candidates[name]
 
 
@@ -121,7 +127,7 @@ def _may_choose(like: Tensor) -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
-        or not _enabled
+        or os.environ.get("DELTACONV_TUNE") == "0"
         or like.device.type == "meta"
         or torch.are_deterministic_algorithms_enabled()
         or _python_dispatch._get_current_dispatch_mode() is not None
@@ -132,10 +138,18 @@ def _most_tokens(device: torch.device) -> int:
     return MOST_TOKENS.get(device.type, MOST_TOKENS_ELSEWHERE)
 
 
-def _kind(operator: str, like: Tensor, details: str, tokens: int) -> str:
-    rounded = 2 ** round(math.log2(min(tokens, _most_tokens(like.device))))
-    parts = (_device_name(like.device, torch.get_num_threads()), f"torch {torch.__version__}", operator)
-    return ", ".join((*parts, str(like.dtype).removeprefix("torch."), details, f"{rounded} tokens"))
+def _in_words(
+    operator: str,
+    details: tuple[object, ...],
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    threads: int,
+) -> str:
+    """The kind as the file names it."""
+    where = f"{_device_name(device, threads)}, torch {torch.__version__}"
+    what = " ".join(map(str, details))
+    return f"{where}, {operator}, {str(dtype).removeprefix('torch.')}, {what}, {tokens} tokens"
 
 
 @cache
@@ -160,25 +174,18 @@ def _cpu_name() -> str:
 
 def _remembered(kind: str, candidates: Mapping[str, T]) -> str | None:
     path = cache_file()
-    if kind not in _choices and path is not None and path not in _read:
-        _read.add(path)
-        for known, name in _load(path).items():
-            _choices.setdefault(known, name)
-    name = _choices.get(kind)
+    name = None if path is None else _load(path).get(kind)
     return name if name in candidates else None
 
 
 def _measured(
     kind: str, candidates: Mapping[str, T], default: str, like: Tensor, trial: Callable[[T], object]
 ) -> str:
-    if like.is_cuda and torch.cuda.is_current_stream_capturing():
-        return default
     times = _time(candidates, like.device, trial)
     best = min(times, key=times.__getitem__, default=default)
     if default in times and times[best] > MARGIN * times[default]:
         best = default
     log.debug("ΔConv: %s: %s, of %s", kind, best, {name: f"{t:.2g} s" for name, t in times.items()})
-    _choices[kind] = best
     _keep(kind, best)
     return best
 
@@ -202,8 +209,9 @@ def _time(
                 del left[name]
                 continue
             times[name] = min(times[name], time.perf_counter() - begun)
-        left = {name: c for name, c in left.items() if times[name] <= HOPELESS * min(times.values())}
-        if turn and time.perf_counter() - start > BUDGET:
+        if turn:  # a first run may have compiled something
+            left = {name: c for name, c in left.items() if times[name] <= HOPELESS * min(times.values())}
+        if turn + 1 >= LEAST_ROUNDS and time.perf_counter() - start > BUDGET:
             break
     return {name: times[name] for name in left}
 

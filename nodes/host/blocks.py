@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import comfy.model_patcher
@@ -10,6 +11,9 @@ import comfy.ops
 import torch
 
 from ...deltaconv_core.block import HALF_OR_MORE, DeltaConvBlock, shared_copy
+
+# Newer versions of ComfyUI want to know when cast weights are no longer used.
+TAKES_WEIGHTS_BACK = "offloadable" in inspect.signature(comfy.ops.cast_bias_weight).parameters
 
 
 class DeltaConvBlocks(torch.nn.Module):
@@ -20,6 +24,32 @@ class DeltaConvBlocks(torch.nn.Module):
         self.blocks = torch.nn.ModuleList(blocks.values())
 
 
+class GivesWeights:
+    """A castable layer that lends its weights as its own forward would use them: moved, cast, and patched."""
+
+    def with_weights(self, x: torch.Tensor, function: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """function(weight, bias) for an input like x; ComfyUI may take the weights back afterwards."""
+        if hasattr(comfy.ops, "run_every_op"):
+            comfy.ops.run_every_op()  # where the user's interruption is noticed
+        if not TAKES_WEIGHTS_BACK:
+            return function(*comfy.ops.cast_bias_weight(self, x))
+        weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
+        try:
+            return function(weight, bias)
+        finally:
+            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+
+
+class Layers:
+    """The `operations` of a block in ComfyUI."""
+
+    class Linear(GivesWeights, comfy.ops.manual_cast.Linear):
+        pass
+
+    class Conv2d(GivesWeights, comfy.ops.manual_cast.Conv2d):
+        pass
+
+
 def build_blocks(trained: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, DeltaConvBlock]:
     """The trained blocks again, out of ComfyUI's castable layers; weights are shared where the dtype allows.
 
@@ -27,8 +57,7 @@ def build_blocks(trained: Mapping[str, Any], dtype: torch.dtype | None) -> dict[
         trained: site id -> DeltaConvBlock.
         dtype: of the weights; None keeps each as it is.
     """
-    layers = comfy.ops.manual_cast
-    return {id: shared_copy(block, dtype=dtype, operations=layers) for id, block in trained.items()}
+    return {id: shared_copy(block, dtype=dtype, operations=Layers) for id, block in trained.items()}
 
 
 def compute_dtype(model: Any) -> torch.dtype | None:

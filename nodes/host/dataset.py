@@ -1,7 +1,7 @@
 """Latents and captions as ComfyUI's dataset nodes hand them over, and the batches made of them.
 
 Everything random about a batch (data order, noise, noise level, dropped caption) follows from the seed and
-the batch's number, so a run that goes on later sees the very batches it would have seen.
+the batch's number (`deltaconv_core.distill.order`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...deltaconv_core.distill import Batch
+from ...deltaconv_core.distill.order import Order, generator
 from ...deltaconv_core.errors import DeltaConvError
 from .distill_network import ComfyNetwork
 
@@ -119,18 +120,14 @@ class Batches:
     ) -> None:
         self.network = network
         self.dataset = dataset
-        self.batch_size = batch_size
         self.seed = seed
         self.dropout = dropout if dataset.empty is not None else 0.0
-        self.groups = self._group()
-        self.per_epoch = sum(-(-len(group) // batch_size) for group in self.groups)
-        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+        self.order = Order(self._group(), batch_size, seed)
 
     def __call__(self, number: int) -> Batch:
-        epoch, place = divmod(number, self.per_epoch)
-        samples = [self.dataset.samples[i] for i in self._order(epoch)[place]]
+        samples = [self.dataset.samples[i] for i in self.order(number)]
         clean = torch.cat([sample.latent for sample in samples])
-        random = self._random("batch", number)
+        random = generator(self.seed, "batch", number)
         noise = torch.randn(clean.shape, generator=random)
         levels = torch.randint(len(self.network.sigmas), (len(samples),), generator=random)
         dropped = torch.rand((), generator=random) < self.dropout
@@ -153,26 +150,6 @@ class Batches:
             else:
                 groups.append((sample.latent.shape, encoded, [number]))
         return [members for _, _, members in groups]
-
-    def _order(self, epoch: int) -> list[list[int]]:
-        """The batches of one pass through the data, each a list of sample numbers."""
-        if self._epoch[0] != epoch:
-            random = self._random("epoch", epoch)
-            batches = [batch for group in self.groups for batch in self._split(_shuffled(group, random))]
-            self._epoch = epoch, _shuffled(batches, random)
-        return self._epoch[1]
-
-    def _split(self, group: list[int]) -> Iterator[list[int]]:
-        for start in range(0, len(group), self.batch_size):
-            yield [group[i % len(group)] for i in range(start, start + self.batch_size)]
-
-    def _random(self, what: str, number: int) -> torch.Generator:
-        digest = hashlib.sha256(f"{self.seed} {what} {number}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-
-
-def _shuffled(items: list[Any], random: torch.Generator) -> list[Any]:
-    return [items[i] for i in torch.randperm(len(items), generator=random).tolist()]
 
 
 def _pictures(model: Any, samples: Tensor) -> Iterator[Tensor]:

@@ -28,7 +28,7 @@ from .apply import apply_checkpoint
 from .borrow import borrowed
 from .dataset import Batches, Dataset
 from .distill_network import ComfyNetwork
-from .kernels import block_specs
+from .kernels import LEAN, block_specs
 from .patch import without_patch
 from .presets import activation_bytes, training_bytes
 from .preview import Preview
@@ -50,7 +50,7 @@ class Job:
     Args:
         settings: of the training.
         blocks: the sites, in the language of `deltaconv_core.sites.select`.
-        kernel_sizes: as `kernels.block_specs` reads it.
+        kernel_sizes, form: as `kernels.block_specs` reads them.
         batch_size, dropout: as `dataset.Batches` takes them.
         preview_every: steps between previews; 0: none.
     """
@@ -58,6 +58,7 @@ class Job:
     settings: Settings
     blocks: str = EVERYWHERE
     kernel_sizes: str = "auto"
+    form: str = LEAN
     batch_size: int = 1
     dropout: float = 0.0
     preview_every: int = 0
@@ -81,8 +82,8 @@ class Distillation:
         self.job = job
         self.found: Sites = find_sites(self.model)
         chosen = select(job.blocks, self.found.sites)
-        self.sites = {id: self.found.sites[id] for id in chosen}
-        self.specs: dict[str, BlockSpec] = block_specs(self.found, chosen, job.kernel_sizes)
+        self.specs: dict[str, BlockSpec] = block_specs(self.found, chosen, job.kernel_sizes, job.form)
+        self.sites = {id: self.found.sites[id] for id in self.specs}
         self.dropout = job.dropout if dataset.empty is not None else 0.0
         self.notes = {
             "teacher": _fingerprint(self.model),
@@ -125,7 +126,8 @@ class Distillation:
 
     def patched(self, checkpoint: Checkpoint) -> tuple[Any, Report]:
         """The MODEL with the blocks in place of its attention, and what to tell."""
-        return apply_checkpoint(self.model, checkpoint, PatchSettings(self.job.blocks, SamplingRange(), None))
+        settings = PatchSettings(",".join(self.specs), SamplingRange(), None)
+        return apply_checkpoint(self.model, checkpoint, settings)
 
     def _start(self, network: ComfyNetwork) -> dict[str, DeltaConvBlock]:
         """New blocks on the network's device, each set to what its attention does on average."""

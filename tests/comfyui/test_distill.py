@@ -272,6 +272,17 @@ def test_bad_kernel_sizes(pack, unet, output, kernel_sizes, message):
     assert not output.exists()
 
 
+def test_forms_of_blocks(pack, unet):
+    lean, released = (
+        {block.spec for block in distil(pack, unet, **values).args[1].blocks.values()}
+        for values in ({}, {"form": "released"})
+    )
+    assert all(spec.context and spec.merge == "sum" for spec in lean)
+    assert {(spec.ratio, spec.merge, spec.context) for spec in released} == {(0.5, "concat", False)}
+    with pytest.raises(ValueError, match="lean, released, got 'fat'"):
+        distil(pack, unet, form="fat")
+
+
 def test_automatic_kernel_sizes(pack):
     """As the authors' where they published; as the demo's where the shape is the demo's."""
     kernels, sites = in_pack(pack, "nodes.host.kernels"), in_pack(pack, "nodes.host.sites")
@@ -453,7 +464,7 @@ def test_every_sample_is_seen_once_a_pass(pack, unet, output):
     shapes = [(1, 4, 8, 8)] * 5 + [(1, 4, 8, 12)] * 2
     samples = [module.Sample(torch.full(shape, float(i)), {}) for i, shape in enumerate(shapes)]
     batches = module.Batches(network, module.Dataset(samples), 2, seed=3, dropout=0.0)
-    assert batches.per_epoch == 4
+    assert batches.order.per_epoch == 4
     passes = [[batches(n)[0][:, 0, 0, 0].tolist() for n in range(4 * e, 4 * e + 4)] for e in range(3)]
     for batch in passes:
         seen = [value for values in batch for value in values]

@@ -128,4 +128,6 @@ def test_layers_of_a_host_are_called(dtype):
     before = Castable.calls
     y = hosted(x, (7, 5))
     assert Castable.calls - before == 5
-    torch.testing.assert_close(y, plain(x, (7, 5)))
+    expected = plain(x, (7, 5))
+    # Both ways round at other places.
+    assert (y - expected).float().norm() <= 2 * torch.finfo(dtype).eps * expected.float().norm()

@@ -12,6 +12,7 @@ from attention_maps import locality, uniform
 from deltaconv_core import BlockSpec, DeltaConvBlock, DeltaConvError
 from deltaconv_core.cost import attention_flops, block_flops
 from deltaconv_core.locality import Recommendation, recommend
+from deltaconv_core.ops import tune
 
 
 def layer(erf, without_sinks=None, site="mid_block.attn1"):
@@ -102,10 +103,12 @@ def counted(run):
 @pytest.mark.parametrize(
     "spec", [BlockSpec(16, 5), BlockSpec(24, 3, (1.0, 0.5, 1 / 3), merge="sum")], ids=str
 )
-def test_block_flops_are_those_that_torch_counts(grid, spec):
+@pytest.mark.parametrize("form", ["literal", "early"])
+def test_block_flops_are_those_that_torch_counts(grid, spec, form):
     block = DeltaConvBlock(spec, device="meta")
     x = torch.empty(1, grid[0] * grid[1], spec.dim, device="meta")
-    assert block_flops(spec, grid) == counted(lambda: block(x, grid))
+    with tune.fixed(projection=form):
+        assert block_flops(spec, grid, early=form == "early") == counted(lambda: block(x, grid))
 
 
 def test_attention_flops_are_those_that_torch_counts():
@@ -122,3 +125,15 @@ def test_attention_flops_are_those_that_torch_counts():
 @pytest.mark.parametrize(("side", "gigaflops"), [(64, 3.62), (128, 14.5)])
 def test_block_flops_at_the_papers_layer(side, gigaflops):
     assert block_flops(BlockSpec(640, 9), (side, side)) / 1e9 == pytest.approx(gigaflops, rel=0.005)
+
+
+def test_block_flops_of_each_projection_at_the_papers_layer():
+    c, k, n = 640, 9, 64 * 64
+    assert block_flops(BlockSpec(c, k), (64, 64)) == 2 * n * c**2 + 1.25 * n * c * k**2 + 2 * c**2
+    assert block_flops(BlockSpec(c, k), (64, 64), early=True) / n == pytest.approx(730e3, rel=0.002)
+
+
+def test_the_block_counts_as_early_where_autograd_is_off():
+    block = DeltaConvBlock(BlockSpec(640, 9), device="meta")
+    x = torch.empty(1, 64 * 64, 640, device="meta")
+    assert counted(lambda: block(x, (64, 64))) == block_flops(block.spec, (64, 64), early=True)

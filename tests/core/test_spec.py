@@ -32,6 +32,7 @@ from deltaconv_core import BlockSpec, DeltaConvBlock, DeltaConvError
         ({"merge": "mean"}, "merge to be one of concat, sum, got 'mean'"),
         ({"pooling": None}, "pooling to be one of average, bilinear, got None"),
         ({"depthwise_bias": 1}, "depthwise_bias .* got 1"),
+        ({"context": "yes"}, "context .* got 'yes'"),
         ({"ratio": 0}, "ratio"),
         ({"ratio": float("inf")}, "ratio"),
     ],
@@ -54,6 +55,8 @@ def test_is_frozen_and_normal():
         BlockSpec(16, 3),
         BlockSpec(20, 5, scales=(1.0, 0.5, 1 / 3), gate="scaled", merge="sum", ratio=0.3),
         BlockSpec(8, 7, gate="sigmoid", pooling="bilinear", depthwise_bias=True),
+        BlockSpec(8, 7, context=True),
+        BlockSpec.lean(64, 9),
     ],
 )
 def test_describes_its_block(spec):

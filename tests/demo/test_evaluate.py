@@ -10,8 +10,9 @@ import pytest
 
 from deltaconv_core import DeltaConvError
 from demo.curves import curve, draw_curves, read_log, stage_changes
-from demo.evaluate import Folder, Settings, Size, sha256
-from demo.files import named_file
+from demo.evaluate import Folder, Models, Settings, Size, count_gflop, sha256
+from demo.files import named_file, student_file, teacher_file
+from demo.measure import held_out_prompts
 from demo.report import markdown, write_report
 
 SIZE = Size(48, 3, 2)
@@ -66,7 +67,7 @@ def test_students_measured_one_by_one_come_into_one_table(tmp_path, capsys):
     rows = [line for line in (tmp_path / "evaluation.md").read_text("utf-8").splitlines() if line[:1] == "|"]
     assert len(rows) == 2 + 3 and len({row.count("|") for row in rows}) == 1
     assert rows[3].startswith("| first | 0.250 |  |") and "| -0.100 ± 0.020 | 12.000 |" in rows[3]
-    assert rows[3].endswith("|  |  | 1,234 |")
+    assert rows[3].endswith("|  |  | 1,234 |  |")
     assert rows[2:] == markdown(results, "48").splitlines()[2:]
     stored = json.loads((tmp_path / "evaluation.json").read_text("utf-8"))
     assert stored["models"]["second"]["sizes"]["48"]["shape"] == 0.25
@@ -115,3 +116,20 @@ def test_other_files_are_no_logs(tmp_path, text, message):
     (tmp_path / "log.csv").write_text(text)
     with pytest.raises(DeltaConvError, match=message):
         read_log(tmp_path / "log.csv")
+
+
+@pytest.mark.slow
+def test_operations_grow_with_the_square_of_the_pixels_for_attention_only(pack):
+    models = Models(teacher_file(), {"ΔConv": student_file()})
+    models.pack = pack.__name__
+    prompts = held_out_prompts(2, 0)
+    small, large = (
+        {
+            name: count_gflop(models[name], models.words, prompts, Size(side, 2, 1))
+            for name in ("attention", "ΔConv")
+        }
+        for side in (24, 48)
+    )
+    assert small["attention"] > small["ΔConv"]
+    assert large["attention"] / small["attention"] > 4.2
+    assert large["ΔConv"] / small["ΔConv"] == pytest.approx(4, rel=0.01)

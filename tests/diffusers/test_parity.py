@@ -10,6 +10,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
+import diffusers_features
 import diffusers_parity
 import parity
 
@@ -66,3 +67,12 @@ def test_percents_mean_the_same_noise_in_both_hosts(comfy_host):
         sigma = torch.tensor(sampling.percent_to_sigma(percent))
         assert abs(sampling.timestep(sigma).item() - choice.timestep_at(percent)) <= 0.5
     assert sampling.percent_to_sigma(0) > sampling.sigma_max and choice.timestep_at(0) > 999
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", diffusers_parity.ARCHITECTURES)
+def test_features(name):
+    rows = {row.feature: row for row in diffusers_features.compare(name, small=True, backend="eager")}
+    assert not any(row.missed for row in rows.values())
+    assert rows["ΔConv"].difference > 1e-2 and rows["its LoRA"].difference > 1e-2
+    assert set(rows) == {"ΔConv", "offloaded", "compiled", "removed", "its LoRA", "LoRA"}

@@ -1,0 +1,28 @@
+"""`distill`: train blocks for a diffusers model or a single file, on one GPU or many."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..training.arguments import add_options, read_options
+
+HELP = "train ΔConv blocks to stand in for a model's self-attention"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds all options."""
+    parser.epilog = (
+        "On several GPUs: accelerate launch --num_processes N -m deltaconv_core distill ... Ctrl+C saves; "
+        "the same command goes on."
+    )
+    add_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Trains."""
+    given = dict(vars(options))
+    del given["run"]
+    read = read_options(given, given.pop("config"))
+    from ..training.run import train  # what it needs is optional
+
+    return train(read)
