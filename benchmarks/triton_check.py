@@ -17,8 +17,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,16 +104,6 @@ def describe() -> dict[str, str]:
     return {key: str(value) for key, value in names.items()}
 
 
-@contextmanager
-def computed_by(side: str) -> Iterator[None]:
-    """Blocks are computed by one backend meanwhile."""
-    before, select._forced = select._forced, side
-    try:
-        yield
-    finally:
-        select._forced = before
-
-
 def measure(size: tuple[int, int], spec: BlockSpec, dtype: torch.dtype) -> Row:
     torch.manual_seed(0)
     block = DeltaConvBlock(spec, device="cuda")
@@ -130,7 +119,7 @@ def measure(size: tuple[int, int], spec: BlockSpec, dtype: torch.dtype) -> Row:
     truth = exact(block, x, size, upstream)
     found = {}
     for side in SIDES:
-        with computed_by(side):
+        with select.forced(side):
             found[side] = gradients(forward, block, x, upstream)
     errors = {side: {k: relative_error(found[side][k], truth[k]) for k in truth} for side in SIDES}
     rounding = torch.finfo(dtype).eps / 2
@@ -192,7 +181,7 @@ def times(function: Callable[[], Any]) -> tuple[float, ...]:
     for run in range(RUNS + 3):
         for side in SIDES:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            with computed_by(side):
+            with select.forced(side):
                 start.record()
                 function()
                 end.record()

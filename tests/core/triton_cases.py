@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from deltaconv_core import BlockSpec, DeltaConvBlock
 from deltaconv_core import reference as slow
 from deltaconv_core.ops import select
+from deltaconv_core.ops.plain import PlainBackend
 from deltaconv_core.ops.triton import BACKEND
 from deltaconv_core.ops.triton.operators import NAMESPACE
 
@@ -150,7 +151,7 @@ def test_pooling_in_every_dtype(dtype):
 
 def check_pooling(pooling, size, scale, dtype):
     def plain(u):
-        return select._plain.shrink(u, scale, pooling)
+        return PlainBackend().shrink(u, scale, pooling)
 
     x = torch.randn(2, *size, 3).to(dtype)
     check(
@@ -201,7 +202,7 @@ def check_project(grid, sizes, merge, dtype, channels=6, dim=10, batch=2, magnit
 @pytest.mark.parametrize("merge", ["concat", "sum"])
 @pytest.mark.parametrize(
     "sizes",
-    [[ODD], [(2, 3)], [ODD, (2, 3)], [(2, 3), ODD], [ODD, (2, 3), (1, 2)], [(1, 1), (2, 3), (1, 2), ODD]],
+    [[ODD], [(2, 3)], [(2, 3), ODD], [ODD, (2, 3), (1, 2)], [(1, 1), (2, 3), (1, 2), ODD]],
     ids=str,
 )
 def test_projection_of_stages(sizes, merge):
@@ -250,13 +251,15 @@ SPECS = {
 
 
 @pytest.fixture
-def forced(monkeypatch):
-    monkeypatch.setattr(select, "_plain", BACKEND)
+def forced():
+    with select.forced("triton"):
+        yield
 
 
 @pytest.mark.usefixtures("forced")
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    ("name", "compiled"), [*((name, False) for name in SPECS), ("release", True), ("earlier block", True)]
+)
 def test_whole_block(name, compiled):
     torch._dynamo.reset()
     torch.manual_seed(0)
