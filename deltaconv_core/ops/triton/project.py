@@ -1,0 +1,216 @@
+"""The output projection: enlarged stages, joined, times a matrix, plus a bias for each image.
+
+Interpolation acts on positions and the matrix on channels, so they commute: a stage of the full size is
+multiplied as it is, each smaller one is multiplied at its own size, and the kernel that multiplies the first
+interpolates the products of the others as it writes. Neither an enlarged stage nor the concatenation exists,
+and a stage of half the size costs a quarter. The backward pass does the same in the other direction: the
+adjoint of interpolation (a kernel) shrinks the gradient once for each smaller stage; the matrix products are
+PyTorch's.
+
+float16: stages are float32 there. A row is divided by a power of two before it is rounded to float16, and its
+sum multiplied by it: the largest so far, as in a running softmax.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..pyramid import Size, enlarge
+from .enlarge import enlarge_adjoint, taps
+from .operators import on_device, operator
+from .tuning import INTERPRETED, PROJECT, bucket, tuned
+
+LARGEST = 2.0**15  # entry given to a float16 product
+AT_ONCE = 2  # smaller stages that one launch adds
+
+
+@triton.jit
+def _enlarged(source, image, y, x, h, w, row_ratio, col_ratio, channel, C, mask):
+    """Bilinear samples of source (B, h, w, C) for positions y, x of one image: (positions, channels)."""
+    top, bottom, row_share = taps(y, row_ratio, h)
+    left, right, col_share = taps(x, col_ratio, w)
+    upper = (image * h + top) * w
+    lower = (image * h + bottom) * w
+    source += channel[None, :]
+    upper_left = tl.load(source + (upper + left)[:, None] * C, mask=mask, other=0.0).to(tl.float32)
+    upper_right = tl.load(source + (upper + right)[:, None] * C, mask=mask, other=0.0).to(tl.float32)
+    lower_left = tl.load(source + (lower + left)[:, None] * C, mask=mask, other=0.0).to(tl.float32)
+    lower_right = tl.load(source + (lower + right)[:, None] * C, mask=mask, other=0.0).to(tl.float32)
+    above = upper_left + (upper_right - upper_left) * col_share[:, None]
+    below = lower_left + (lower_right - lower_left) * col_share[:, None]
+    return above + (below - above) * row_share[:, None]
+
+
+@tuned(PROJECT, {"ROWS": 128, "COLUMNS": 128, "DEPTH": 32}, key=["C", "CHANNELS", "SIZE", "SMALLER"])
+@triton.jit(do_not_specialize=["N", "W", "first_h", "first_w", "second_h", "second_w", "SIZE"])
+def _project(
+    stage, weight, bias, first, second, out, N, W, C, CHANNELS, weight_stride,
+    first_h, first_w, first_rows, first_cols, second_h, second_w, second_rows, second_cols, SIZE,
+    HAS_STAGE: tl.constexpr, HAS_BIAS: tl.constexpr, SMALLER: tl.constexpr, HALF: tl.constexpr,
+    LARGEST: tl.constexpr, WIDE: tl.constexpr, FLOAT32: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """out (B, N, C) = stage (B, N, CHANNELS) @ weight (C, CHANNELS).T + bias (B, C) + SMALLER enlarged ones.
+
+    HALF: float16 product of a float32 stage. WIDE: operands become float32 first (the interpreter cannot
+    multiply bfloat16).
+    """
+    tiles = tl.cdiv(C, COLUMNS)
+    position = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)
+    image = tl.program_id(1).to(tl.int64)
+    mask = (position < N)[:, None] & (column < C)[None, :]
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    if HAS_STAGE:
+        line = stage + (image * N + position)[:, None] * CHANNELS
+        scale = tl.full([ROWS], 1.0, dtype=tl.float32)
+        for start in range(0, CHANNELS, DEPTH):
+            depth = start + tl.arange(0, DEPTH)
+            within = (depth < CHANNELS)[None, :]
+            a = tl.load(line + depth[None, :], mask=(position < N)[:, None] & within, other=0.0)
+            b = tl.load(
+                weight + column[:, None] * weight_stride + depth[None, :],
+                mask=(column < C)[:, None] & within, other=0.0,
+            )  # fmt: skip
+            if HALF:
+                a = a.to(tl.float32)
+                needed = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(a), axis=1) / LARGEST, 1.0))))
+                larger = tl.maximum(scale, needed)
+                total = total * (scale / larger)[:, None]
+                a = (a / larger[:, None]).to(tl.float16)
+                scale = larger
+            if WIDE:
+                a = a.to(tl.float32)
+                b = b.to(tl.float32)
+            total = tl.dot(a, tl.trans(b), total, input_precision=FLOAT32)
+        if HALF:
+            total = total * scale[:, None]
+    if HAS_BIAS:
+        total += tl.load(bias + image * C + column, mask=column < C, other=0.0).to(tl.float32)[None, :]
+    y, x = position // W, position % W
+    if SMALLER > 0:
+        total += _enlarged(first, image, y, x, first_h, first_w, first_rows, first_cols, column, C, mask)
+    if SMALLER > 1:
+        total += _enlarged(second, image, y, x, second_h, second_w, second_rows, second_cols, column, C, mask)
+    place = (image * N + position)[:, None] * C + column[None, :]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
+
+
+def _multiply(
+    stage: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    smaller: Sequence[Tensor],
+    out: Tensor,
+    size: Size,
+) -> Tensor:
+    """Launches `_project`: out (B, size[0] * size[1], C), smaller (B, h, w, C) each."""
+    batch, positions, C = out.shape
+    height, width = size
+    absent = out, 1, 1, 1.0, 1.0
+    shapes = [(s, *s.shape[1:3], s.shape[1] / height, s.shape[2] / width) for s in smaller]
+    first, second = [*shapes, absent, absent][:AT_ONCE]
+    with on_device(out):
+        _project[lambda tile: (
+            triton.cdiv(positions, tile["ROWS"]) * triton.cdiv(C, tile["COLUMNS"]), batch
+        )](
+            out if stage is None else stage, weight, out if bias is None else bias, first[0], second[0], out,
+            positions, width, C, 1 if stage is None else stage.shape[3], weight.stride(0),
+            *first[1:], *second[1:], bucket(batch * positions),
+            HAS_STAGE=stage is not None, HAS_BIAS=bias is not None, SMALLER=len(smaller),
+            HALF=weight.dtype == torch.float16, LARGEST=LARGEST,
+            WIDE=INTERPRETED and weight.dtype == torch.bfloat16, FLOAT32=_float32_products(),
+        )  # fmt: skip
+    return out
+
+
+def _float32_products() -> str:
+    """How float32 is multiplied: as PyTorch is told to."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
+
+
+def _parts(weight: Tensor, stages: Sequence[Tensor], concat: bool) -> list[Tensor]:
+    """What each stage is multiplied by: (C, c / 2) each."""
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    return list(weight.chunk(len(stages), dim=1)) if concat else [weight] * len(stages)
+
+
+def _empty(
+    stages: list[Tensor], weight: Tensor, bias: Tensor, height: int, width: int, concat: bool
+) -> Tensor:
+    return weight.new_empty(stages[0].shape[0], height * width, weight.shape[0])
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    stages, weight, bias, ctx.height, ctx.width, ctx.concat = inputs
+    ctx.bias_dtype = bias.dtype
+    ctx.save_for_backward(weight, *stages)
+
+
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+    weight, *stages = ctx.saved_tensors
+    of_stages, of_weight, of_bias = ctx.needs_input_grad[:3]
+    grid = upstream.reshape(len(upstream), ctx.height, ctx.width, -1)
+    stage_gradients: list[Tensor | None] = []
+    weight_gradients = []
+    for stage, part, wanted in zip(stages, _parts(weight, stages, ctx.concat), of_stages, strict=True):
+        size = stage.shape[1], stage.shape[2]
+        y = grid if size == (ctx.height, ctx.width) else enlarge_adjoint(grid, size)
+        stage_gradients.append((y @ part).to(stage.dtype) if wanted else None)
+        if of_weight:
+            weight_gradients.append(_outer(y.flatten(0, 2), stage.flatten(0, 2)))
+    joined = _joined(weight_gradients, ctx.concat).to(weight.dtype) if of_weight else None
+    total = upstream.sum(1, keepdim=True, dtype=torch.float32).to(ctx.bias_dtype) if of_bias else None
+    return stage_gradients, joined, total, None, None, None
+
+
+def _outer(y: Tensor, stage: Tensor) -> Tensor:
+    """(N, C), (N, c / 2) -> (C, c / 2), the sum over N; float32 beside float16 is scaled into its range."""
+    if stage.dtype == y.dtype:
+        return y.t() @ stage
+    scale = torch.exp2(torch.log2(stage.abs().amax() / LARGEST).ceil().clamp(min=0))
+    return (y.t() @ (stage / scale).to(y.dtype)).float() * scale
+
+
+def _joined(gradients: list[Tensor], concat: bool) -> Tensor:
+    return torch.cat(gradients, dim=1) if concat else torch.stack(gradients).sum(0)
+
+
+@operator(
+    "project",
+    "(Tensor[] stages, Tensor weight, Tensor bias, SymInt height, SymInt width, bool concat) -> Tensor",
+    _empty,
+    _backward,
+    _remember,
+)
+def _project_stages(
+    stages: list[Tensor], weight: Tensor, bias: Tensor, height: int, width: int, concat: bool
+) -> Tensor:
+    first: Tensor | None = None
+    first_part = weight
+    smaller = []
+    for stage, part in zip(stages, _parts(weight, stages, concat), strict=True):
+        size = stage.shape[1], stage.shape[2]
+        if first is None and size == (height, width):
+            first, first_part = stage.contiguous(), part
+            continue
+        out = stage.new_empty(len(stage), size[0] * size[1], len(part))
+        smaller.append(_multiply(stage.contiguous(), part, None, (), out, size).unflatten(1, size))
+    out = _empty(stages, weight, bias, height, width, concat)
+    _multiply(first, first_part, bias.flatten(1).contiguous(), smaller[:AT_ONCE], out, (height, width))
+    for product in smaller[AT_ONCE:]:
+        out += enlarge(product.permute(0, 3, 1, 2), (height, width)).flatten(2).transpose(1, 2)
+    return out
+
+
+def project(stages: Sequence[Tensor], weight: Tensor, bias: Tensor, grid: Size, merge: str) -> Tensor:
+    """See `ops.backends.Backend`; the result has weight's dtype, float16 too."""
+    result: Tensor = _project_stages(list(stages), weight, bias, *grid, merge == "concat")
+    return result

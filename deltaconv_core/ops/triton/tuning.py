@@ -1,0 +1,107 @@
+"""Tile sizes: the few that may be chosen from, and how the choice is made and kept.
+
+A kernel is timed with each of its configurations when it first meets a new (dtype, K, channels, bucket),
+where the bucket is the number of positions rounded up to a power of two: so a new image size costs nothing as
+long as one of about the same size has been seen. Where triton's autotuner can keep results on disk, it does.
+Compiled kernels always stay there; image sizes are not compiled into them.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import triton
+import triton.testing
+
+Config = tuple[dict[str, int], int]  # tile sizes, and the number of warps (32 threads each)
+
+# A depth-wise tile holds 2 * ROWS * COLS * CHANNELS float32 sums in registers: at most 64 in each thread,
+# with which the unrolled row of K taps fills 255 registers without spilling (128 sums spill). A thread has
+# VECTOR neighboring channels of COLS * CHANNELS / (32 * warps * VECTOR) columns and of all ROWS rows. For a
+# multiply-add it reads 2 / ROWS bytes of pixels and 2 / columns bytes of weights (16 bit) from the L1 cache,
+# which gives about one, so both want to be 4. Shared memory: none where ROWS * CHANNELS is below the number
+# of threads (each thread loads the weights that it needs itself); otherwise 32 KiB, for the weights of a tap.
+DEPTHWISE: Sequence[Config] = (
+    ({"ROWS": 4, "COLS": 64, "CHANNELS": 32, "VECTOR": 2}, 8),
+    ({"ROWS": 4, "COLS": 32, "CHANNELS": 32, "VECTOR": 2}, 8),
+    ({"ROWS": 4, "COLS": 32, "CHANNELS": 64, "VECTOR": 2}, 8),
+    ({"ROWS": 4, "COLS": 16, "CHANNELS": 32, "VECTOR": 2}, 8),
+)
+# KERNEL_COLS (K rounded up to a power of two, at most 32) * COLS * CHANNELS sums: at most 64 in each thread.
+DEPTHWISE_WEIGHT: Sequence[Config] = (
+    ({"COLS": 4, "CHANNELS": 32}, 2),
+    ({"COLS": 4, "CHANNELS": 64}, 4),
+    ({"COLS": 8, "CHANNELS": 32}, 4),
+)
+# ROWS * COLUMNS float32 sums in registers (at most 128 in each thread), and num_stages (3) operands of
+# (ROWS + COLUMNS) * DEPTH in shared memory: at most 3 * 256 * 32 * 4 B = 96 KiB in float32, half of it in 16
+# bits with float32 stages counted in between; every GPU from compute capability 8.0 on has 99 KiB or more.
+PROJECT: Sequence[Config] = (
+    ({"ROWS": 128, "COLUMNS": 128, "DEPTH": 32}, 8),
+    ({"ROWS": 128, "COLUMNS": 64, "DEPTH": 32}, 4),
+    ({"ROWS": 64, "COLUMNS": 128, "DEPTH": 32}, 4),
+    ({"ROWS": 64, "COLUMNS": 64, "DEPTH": 32}, 4),
+)
+# One read, a few additions, one write: nothing to budget.
+RESAMPLE: Sequence[Config] = (
+    ({"COLS": 16, "CHANNELS": 64}, 4),
+    ({"COLS": 4, "CHANNELS": 128}, 4),
+)
+
+
+@triton.jit
+def nothing():
+    """The least that can be compiled and launched."""
+
+
+# Whether kernels run in triton's interpreter (TRITON_INTERPRET=1), on any device and for their results alone.
+INTERPRETED = not isinstance(nothing, triton.JITFunction)
+
+QUICK = {"warmup": 3, "rep": 15}  # milliseconds in which one configuration is timed
+
+
+def tuned(configs: Sequence[Config], interpreted: dict[str, int], key: Sequence[str]) -> Callable[[Any], Any]:
+    """Decorates a kernel, which is then launched without its tile sizes.
+
+    Args:
+        configs: what may be chosen from.
+        interpreted: the tile sizes in triton's interpreter, where each program is slow and any size is right.
+        key: the kernel's arguments whose values call for a choice of their own.
+    """
+
+    def decorate(kernel: Any) -> Any:
+        if INTERPRETED:
+            return _Fixed(kernel, interpreted)
+        choices = [triton.Config(tiles, num_warps=warps) for tiles, warps in configs]
+        return triton.autotune(choices, list(key), **_options())(kernel)
+
+    return decorate
+
+
+def bucket(positions: int) -> int:
+    """The exponent of the power of two that a number of positions is rounded up to."""
+    return (positions - 1).bit_length()
+
+
+class _Fixed:
+    """A kernel with tile sizes that are always the same."""
+
+    def __init__(self, kernel: Any, tiles: dict[str, int]) -> None:
+        self.kernel, self.tiles = kernel, tiles
+
+    def __getitem__(self, grid: Callable[[dict[str, int]], tuple[int, ...]]) -> Callable[..., Any]:
+        return functools.partial(self.kernel[grid(self.tiles)], **self.tiles)
+
+
+def _options() -> dict[str, Any]:
+    """What this version of triton's autotuner takes."""
+    known = inspect.signature(triton.autotune).parameters
+    options: dict[str, Any] = {}
+    if "do_bench" in known:
+        options["do_bench"] = functools.partial(triton.testing.do_bench, **QUICK)
+    else:
+        options.update(QUICK)
+    if "cache_results" in known:
+        options["cache_results"] = True
+    return options
