@@ -52,7 +52,7 @@ def run(
     teacher: Teacher, start: str, seed: int, learning_rate: float, args: argparse.Namespace
 ) -> dict[int, float]:
     """Step -> the loss on the held-out batches."""
-    blocks = make_blocks(teacher, seed, start)
+    blocks = make_blocks(teacher, seed, start, args.form)
     held_out = HeldOut(teacher, blocks)
     losses = {0: held_out.loss(blocks)}
     settings = Settings(
@@ -78,8 +78,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="steps from each start (default 1000)")
     parser.add_argument("--batch-size", type=int, default=4, help="pictures per step (default 4)")
     parser.add_argument(
-        "--lr", type=float, nargs="+", default=[3e-4, 1e-3, 2e-3], help="of AdamW (default 3e-4 1e-3 2e-3)"
+        "--lr", type=float, nargs="+", default=[3e-4], help="learning rates of AdamW (default 3e-4)"
     )
+    parser.add_argument("--form", choices=("lean", "released"), default="lean", help="default lean")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
     args = parser.parse_args()
     teacher = Teacher(args.teacher)
