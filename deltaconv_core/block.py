@@ -136,7 +136,13 @@ class DeltaConvBlock(nn.Module):
         made = {i: self._stage(backend, pairs[i][0], u, pairs[i][1]) for i in order}
         stages = [made[i] for i in sorted(order)]
         if self.spec.context:
-            stages.append(ops.context(u.permute(0, 3, 1, 2), self.spec.gate).permute(0, 2, 3, 1))
+            context = ops.context(u.permute(0, 3, 1, 2), self.spec.gate).permute(0, 2, 3, 1)
+            if self.spec.merge == "sum" and 1 in self.spec.scales:
+                # Here, so that no backend multiplies two stages of the full size.
+                full = self.spec.scales.index(1)
+                stages[full] = stages[full] + context
+            else:
+                stages.append(context)
         return stages
 
     def _stage(self, backend: ops.Backend, stage: Stage, u: Tensor, scale: float) -> Tensor:
