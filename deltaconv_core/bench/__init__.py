@@ -1,5 +1,6 @@
 """Measuring: what self-attention costs on this machine, and what ΔConv costs in its place."""
 
+from ..device_names import device_name
 from .counting import count_flops
 from .layers import (
     Layer,
@@ -11,7 +12,7 @@ from .layers import (
     stage_cost,
     stage_of,
 )
-from .machine import DTYPES, copy_bandwidth, describe, device_name, matmul_rate, pick_device, pick_dtype
+from .machine import DTYPES, copy_bandwidth, describe, matmul_rate, pick_device, pick_dtype
 from .sizes import LATENT, latent_of, parse_size
 from .table import stage_table, sums
 from .timing import Span, alternate, synchronize

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import platform
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..device_names import cpu_name, device_name
 from ..errors import DeltaConvError
 from .timing import alternate
 
@@ -61,22 +60,6 @@ def describe(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
     }
     return described if device.type == "cpu" else {"gpu": device_name(device), **described}
-
-
-def device_name(device: torch.device) -> str:
-    """The name of the processor or of the graphics card."""
-    if device.type == "cpu":
-        return cpu_name()
-    name = getattr(getattr(torch, device.type), "get_device_name", None)
-    return str(name(device)) if name else f"{cpu_name()}, {device.type}"
-
-
-def cpu_name() -> str:
-    """The processor's own name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -25,7 +25,6 @@ import json
 import logging
 import math
 import os
-import platform
 import secrets
 import sys
 import time
@@ -38,6 +37,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch.utils import _python_dispatch
+
+from ..device_names import device_name
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -154,22 +155,9 @@ def _in_words(
 
 @cache
 def _device_name(device: torch.device, threads: int) -> str:
-    if device.type == "cpu":
-        return f"{_cpu_name()}, {threads} threads"
-    try:
-        return f"{device.type} {torch.get_device_module(device).get_device_name(device)}"
-    except (AttributeError, RuntimeError):
-        return device.type
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name} {torch.backends.cpu.get_cpu_capability()}"
+    if device.type != "cpu":
+        return f"{device.type} {device_name(device)}"
+    return f"{device_name(device)} {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
 
 
 def _remembered(kind: str, candidates: Mapping[str, T]) -> str | None:
