@@ -49,24 +49,27 @@ class HeldOut:
 
 
 def run(
-    teacher: Teacher, start: str, seed: int, learning_rate: float, args: argparse.Namespace
+    teacher: Teacher, blocks: dict[str, DeltaConvBlock], settings: Settings, batch_size: int, title: str
 ) -> dict[int, float]:
-    """Step -> the loss on the held-out batches."""
-    blocks = make_blocks(teacher, seed, start, args.form)
+    """Trains the blocks; step -> the loss on the held-out batches."""
     held_out = HeldOut(teacher, blocks)
     losses = {0: held_out.loss(blocks)}
-    settings = Settings(
-        layer_steps=args.steps, output_steps=0, learning_rate=learning_rate, decay=0, ema=0, seed=seed
-    )
-    with tqdm(total=args.steps, desc=f"{start}, seed {seed}, {learning_rate}", mininterval=10) as bar:
+    with tqdm(total=settings.steps, desc=title, mininterval=10) as bar:
 
         def on_step(row: Row) -> None:
             bar.update()
             if row.step % EVERY == 0:
                 losses[row.step] = held_out.loss(blocks)
 
-        distill(teacher.network, blocks, teacher.batches(args.batch_size, seed), settings, on_step=on_step)
+        distill(
+            teacher.network, blocks, teacher.batches(batch_size, settings.seed), settings, on_step=on_step
+        )
     return losses
+
+
+def layer_wise(steps: int, learning_rate: float, seed: int) -> Settings:
+    """The first stage alone, at a constant rate and without an average."""
+    return Settings(layer_steps=steps, output_steps=0, learning_rate=learning_rate, decay=0, ema=0, seed=seed)
 
 
 def main() -> None:
@@ -94,7 +97,12 @@ def main() -> None:
         print("|---|---|---|---|---|")
         for rate in args.lr:
             for seed in args.seeds:
-                losses = {start: run(teacher, start, seed, rate, args) for start in ("warm", "random")}
+                losses = {}
+                for start in ("warm", "random"):
+                    blocks = make_blocks(teacher, seed, start, args.form)
+                    settings = layer_wise(args.steps, rate, seed)
+                    title = f"{start}, seed {seed}, {rate}"
+                    losses[start] = run(teacher, blocks, settings, args.batch_size, title)
                 for start, values in losses.items():
                     writer.writerows([rate, seed, start, *item] for item in values.items())
                 file.flush()
