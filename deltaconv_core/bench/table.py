@@ -43,7 +43,12 @@ def _figures(
         "attention ms": f"{1000 * attention_seconds:,.2f}",
         "ΔConv ms": f"{1000 * block_seconds:,.2f}",
         "times": f"{attention_seconds / block_seconds:.1f}",
-        "attention GFLOP": f"{attention_flops / 1e9:,.1f}",
-        "ΔConv GFLOP": f"{block_flops / 1e9:,.1f}",
+        "attention GFLOP": _giga(attention_flops),
+        "ΔConv GFLOP": _giga(block_flops),
         "fewer": f"{attention_flops / block_flops:.1f}",
     }
+
+
+def _giga(flops: int) -> str:
+    """In units of 1e9, to three digits or whole numbers."""
+    return f"{flops / 1e9:,.0f}" if flops >= 1e11 else f"{flops / 1e9:.3g}"
