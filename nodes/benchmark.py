@@ -8,12 +8,13 @@ from comfy_api.latest import io, ui
 
 from ..deltaconv_core.bench import device_name, stage_table
 from .host.blocks import compute_dtype
+from .host.kernels import FORMS, LEAN
 from .host.measure import ATTENTION, DELTACONV, NOTHING, Measured, Settings, measure
 from .host.report import Report, tell
 from .sockets import CATEGORY, Weights
 
 LEGEND = """\
-- ms: one pass of all layers of the stage, and how many times ΔConv's time attention's is.
+- ms: one pass of all layers of the stage; times: how many times ΔConv's time attention takes.
 - GFLOP: floating point operations of the same, two for each multiply-add."""
 
 
@@ -53,6 +54,14 @@ class Benchmark(io.ComfyNode):
                     tooltip="Timed passes with attention, with ΔConv and with nothing, after one of each "
                     "that does not count.",
                 ),
+                io.Combo.Input(
+                    "form",
+                    options=list(FORMS),
+                    default=LEAN,
+                    optional=True,
+                    tooltip="Of the untrained blocks: 'lean', as ΔConv Distill makes them, or 'released', as "
+                    "in the weights that the authors published.",
+                ),
                 Weights.Input(
                     "deltaconv",
                     optional=True,
@@ -70,9 +79,16 @@ class Benchmark(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, width: int, height: int, batch_size: int, repeats: int, deltaconv: Any = None
+        cls,
+        model: Any,
+        width: int,
+        height: int,
+        batch_size: int,
+        repeats: int,
+        form: str = LEAN,
+        deltaconv: Any = None,
     ) -> io.NodeOutput:
-        settings = Settings(width, height, batch_size, repeats)
+        settings = Settings(width, height, batch_size, repeats, form)
         measured = measure(model, deltaconv, settings)
         report = _report(measured)
         table = f"{_title(model, measured, settings)}\n\n{stage_table(measured.costs)}\n\n{report.text}"
@@ -95,10 +111,13 @@ def _report(measured: Measured) -> Report:
         f"Self-attention takes {1 - nothing / attention:.0%} of a pass, and nothing that replaces it can "
         f"save more; ΔConv saves {1 - own / attention:.0%}.",
     ]
-    if own >= attention:
+    if nothing >= attention:
         lines[-1] = (
-            f"Self-attention takes {max(0.0, 1 - nothing / attention):.0%} of a pass; ΔConv saves no time at "
-            "this size."
+            "The passes differ by less than this machine's noise; the layers tell more, or raise repeats."
+        )
+    elif own >= attention:
+        lines[-1] = (
+            f"Self-attention takes {1 - nothing / attention:.0%} of a pass; ΔConv saves no time at this size."
         )
     warnings = []
     if measured.unseen:

@@ -42,7 +42,7 @@ def _figures(
     return {
         "attention ms": f"{1000 * attention_seconds:,.2f}",
         "ΔConv ms": f"{1000 * block_seconds:,.2f}",
-        "times": f"{attention_seconds / block_seconds:.1f}",
+        "times": f"{attention_seconds / block_seconds:.2g}",
         "attention GFLOP": _giga(attention_flops),
         "ΔConv GFLOP": _giga(block_flops),
         "fewer": f"{attention_flops / block_flops:.1f}",

@@ -17,12 +17,14 @@ from ...deltaconv_core.block import DeltaConvBlock
 from ...deltaconv_core.errors import DeltaConvError
 from ...deltaconv_core.match import matching_sites
 from ...deltaconv_core.switch import SamplingRange
-from .kernels import automatic
+from .kernels import AUTO, LEAN, block_specs
 from .passes import Clock, Given, one_pass, random_input, without_attention
 from .patch import add_patch, find_patch, without_patch
 from .sites import Sites, find_sites
 
 ATTENTION, DELTACONV, NOTHING = "attention", "ΔConv", "nothing"
+MOST_ON_CPU = 2**16
+"""Positions of a latent over which attention is still measured on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Settings:
         width, height: of the picture in pixels.
         batch: samples in a pass.
         repeats: timed passes of each kind.
+        form: of untrained blocks, "lean" or "released".
     """
 
     width: int
     height: int
     batch: int
     repeats: int
+    form: str = LEAN
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ def measure(model: Any, checkpoint: Any, settings: Settings) -> Measured:
     """
     bare = without_patch(model)
     found = find_sites(bare)
-    blocks, origin = _blocks(model, found, checkpoint)
+    size = _latent_size(model, settings)
+    blocks, origin = _blocks(model, found, checkpoint, settings.form)
     sites = {id: found.sites[id] for id in blocks}
     patched, _ = add_patch(bare, sites, blocks, SamplingRange())
     clocks = {ATTENTION: Clock(), DELTACONV: Clock()}
@@ -82,8 +87,6 @@ def measure(model: Any, checkpoint: Any, settings: Settings) -> Measured:
         DELTACONV: clocks[DELTACONV].put_on(patched, sites.values()),
         NOTHING: without_attention(bare, sites.values()),
     }
-    ratio = getattr(model.model.latent_format, "spacial_downscale_ratio", LATENT)
-    size = (settings.height // ratio, settings.width // ratio)
     try:
         passes = _alternate(models, random_input(bare, settings.batch, size), settings)
     finally:
@@ -100,7 +103,18 @@ def measure(model: Any, checkpoint: Any, settings: Settings) -> Measured:
     return Measured(found.architecture, _costs(layers, seconds, settings.batch), passes, origin, unseen)
 
 
-def _blocks(model: Any, found: Sites, checkpoint: Any) -> tuple[dict[str, Any], str]:
+def _latent_size(model: Any, settings: Settings) -> tuple[int, int]:
+    ratio = getattr(model.model.latent_format, "spacial_downscale_ratio", LATENT)
+    height, width = settings.height // ratio, settings.width // ratio
+    if model.load_device.type == "cpu" and height * width > MOST_ON_CPU:
+        raise DeltaConvError(
+            f"{settings.width} x {settings.height} pixels are {width} x {height} positions in this model's "
+            f"latent; attention over more than {MOST_ON_CPU} takes hours on a CPU: choose a smaller picture"
+        )
+    return height, width
+
+
+def _blocks(model: Any, found: Sites, checkpoint: Any, form: str) -> tuple[dict[str, Any], str]:
     """Site id -> block, and where they come from."""
     if checkpoint is not None:
         both = [id for id in found.sites if id in checkpoint.blocks]
@@ -110,8 +124,9 @@ def _blocks(model: Any, found: Sites, checkpoint: Any) -> tuple[dict[str, Any], 
     if patch := find_patch(model):
         return dict(zip(patch.sites, patch.blocks, strict=True)), "the blocks on this MODEL"
     with torch.inference_mode(False):
-        blocks = {id: DeltaConvBlock(spec) for id, spec in automatic(found).items()}
-    return blocks, "untrained blocks of the released form, which take the same time as trained ones"
+        specs = block_specs(found, found.sites, AUTO, form)
+        blocks = {id: DeltaConvBlock(spec) for id, spec in specs.items()}
+    return blocks, f"untrained {form} blocks, which take the same time as trained ones"
 
 
 def _alternate(models: Mapping[str, Any], given: Given, settings: Settings) -> dict[str, float]:

@@ -44,7 +44,7 @@ def test_the_node(pack, unet):
     model, table = output.args
     assert model is unet
     assert table.startswith("unet-32x2-64x3, 128 × 96, batch 1, float32, ")
-    assert "untrained blocks" in table and "| down_blocks.0 " in table and "| all " in table
+    assert "untrained lean blocks" in table and "| down_blocks.0 " in table and "| all " in table
     assert "times as fast" in table and "takes" in table
 
 
@@ -186,6 +186,18 @@ def test_what_is_said(pack, own, words):
     measured = host.Measured("sd15", [], {"attention": 1.0, "ΔConv": own, "nothing": 0.4}, "blocks", [])
     text = node._report(measured).text
     assert "Self-attention takes 60% of a pass" in text and words in text
+
+
+def test_passes_that_differ_by_noise_only(pack):
+    host, node = in_pack(pack, "nodes.host.measure"), in_pack(pack, "nodes.benchmark")
+    measured = host.Measured("sd15", [], {"attention": 1.0, "ΔConv": 1.2, "nothing": 1.1}, "blocks", [])
+    text = node._report(measured).text
+    assert "noise" in text and "takes" not in text
+
+
+def test_a_size_that_would_take_hours(pack, unet):
+    with pytest.raises(ValueError, match=r"4096 x 2048 pixels are 512 x 256 positions.*smaller picture"):
+        measure(pack, unet, size=(4096, 2048))
 
 
 # ---- whole networks ----

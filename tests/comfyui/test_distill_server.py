@@ -71,7 +71,7 @@ def test_learn_save_load_sample(server):
     assert seen["attention"] == before
     text = outputs["distil"]["text"][0]
     assert text.startswith(
-        f"4 of 4 steps of mine_00001. 5 blocks (0.0393 M parameters) learn from {PICTURES}"
+        f"4 of 4 steps of mine_00001. 5 blocks (0.0287 M parameters) learn from {PICTURES}"
     )
     assert "1 of 16x16" in text and "3 of 24x16" in text
     assert len(outputs["graph"]["images"]) == 1

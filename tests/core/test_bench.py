@@ -133,7 +133,7 @@ def test_equal_layers_are_measured_once(monkeypatch):
     assert up.attention_flops * 2 == down.attention_flops * 3
     table = bench.stage_table([down, up]).splitlines()
     assert [cell.strip() for cell in table[-1].split("|")[1:9]] == [
-        "all", "5", "", "", "", "10,000.00", "2,500.00", "4.0",
+        "all", "5", "", "", "", "10,000.00", "2,500.00", "4",
     ]  # fmt: skip
 
 

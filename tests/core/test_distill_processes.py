@@ -72,11 +72,12 @@ def half(number):
 def run_together(settings=SETTINGS, folders=(None, None), data=half, seeds=(1, 2)):
     """(weights, result) of each."""
     meeting = Meeting()
+    # One after the other: threads share the generator that these draw from.
+    networks = [make_network() for _ in range(COUNT)]
+    all_mixers = [make_mixers(network, seed) for network, seed in zip(networks, seeds, strict=True)]
 
     def work(number):
-        network = make_network()
-        mixers = make_mixers(network, seeds[number])
-        meeting.barrier.wait(20)
+        network, mixers = networks[number], all_mixers[number]
         chosen = settings[number] if isinstance(settings, tuple) else settings
         result = distill(
             network, mixers, data(number), chosen, folders[number], processes=Threads(meeting, number)

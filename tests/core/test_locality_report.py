@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from attention_maps import gaussian, locality, sink, uniform
 
-from deltaconv_core import DeltaConvError
+from deltaconv_core import BlockSpec, DeltaConvError
 from deltaconv_core.locality import Recommendation, recommend
 from deltaconv_core.locality.figure import draw
 from deltaconv_core.locality.moments import spread
@@ -94,7 +94,9 @@ def test_costs_in_the_table(layer):
     site = layers_of(layer, "sd15")[0]
     (row,) = rows([replace(site, grid=(64, 64))], Recommendation("sd15", {site.site: 9}))
     assert float(row["GFLOP"]) == pytest.approx((8 * 4096 * 320**2 + 4 * 4096**2 * 320) / 1e9, rel=0.01)
-    assert float(row["ΔConv"]) == pytest.approx((2 * 4096 * 320**2 + 1.25 * 4096 * 320 * 81) / 1e9, rel=0.01)
+    spec = BlockSpec.lean(site.channels, 9)
+    expected = (2 * 4096 * (spec.dim * spec.inter * 1.5) + 1.25 * 4096 * spec.inter * 2 * 81) / 1e9
+    assert float(row["ΔConv"]) == pytest.approx(expected, rel=0.01)
 
 
 def test_csv(layer, tmp_path):
