@@ -10,7 +10,7 @@ from ..deltaconv_core.bench import device_name, stage_table
 from .host.blocks import compute_dtype
 from .host.kernels import FORMS, LEAN
 from .host.measure import ATTENTION, DELTACONV, NOTHING, Measured, Settings, measure
-from .host.report import Report, tell
+from .host.report import Report, left_out, tell
 from .sockets import CATEGORY, Weights
 
 LEGEND = """\
@@ -119,10 +119,4 @@ def _report(measured: Measured) -> Report:
         lines[-1] = (
             f"Self-attention takes {1 - nothing / attention:.0%} of a pass; ΔConv saves no time at this size."
         )
-    warnings = []
-    if measured.unseen:
-        warnings.append(
-            f"{len(measured.unseen)} self-attentions were not called in the usual way and are left out: "
-            f"{', '.join(measured.unseen[:3])}{' and others' if len(measured.unseen) > 3 else ''}"
-        )
-    return Report(lines, warnings)
+    return Report(lines, left_out(measured.unseen))

@@ -12,7 +12,7 @@ from ..deltaconv_core.locality.figure import draw
 from ..deltaconv_core.locality.moments import spread
 from ..deltaconv_core.locality.table import text
 from .host.look import Look, Settings, look
-from .host.report import Report, tell
+from .host.report import Report, left_out, tell
 from .sockets import BLOCKS_TOOLTIP, CATEGORY
 
 
@@ -123,10 +123,4 @@ def _report(seen: Look, advice: Recommendation) -> Report:
         line += f" ΔConv is recommended for {len(advice.kernel_sizes)}."
     else:
         line += " ΔConv cannot stand in for attention that text and image share; this is for looking only."
-    warnings = []
-    if seen.unseen:
-        warnings.append(
-            f"{len(seen.unseen)} self-attentions were not called in the usual way and are left out: "
-            f"{', '.join(seen.unseen[:3])}{' and others' if len(seen.unseen) > 3 else ''}"
-        )
-    return Report([line], warnings)
+    return Report([line], left_out(seen.unseen))

@@ -24,6 +24,14 @@ def tell(report: Report, hidden: Any) -> str:
     return report.text
 
 
+def left_out(unseen: list[str]) -> list[str]:
+    """The warning about self-attentions that were never called in the usual way; nothing without any."""
+    if not unseen:
+        return []
+    named = f"{', '.join(unseen[:3])}{' and others' if len(unseen) > 3 else ''}"
+    return [f"{len(unseen)} self-attentions were not called in the usual way and are left out: {named}"]
+
+
 def show(text: str, hidden: Any) -> None:
     """Shows a text under the node, in place of what was there; `hidden` as in `tell`."""
     if hidden is None or hidden.unique_id is None:

@@ -38,3 +38,12 @@ def pixart():
 def checkpoint(pack, unet):
     """Blocks for every site of `unet`."""
     return make_checkpoint(pack, unet)
+
+
+@pytest.fixture
+def output(tmp_path, comfy_host, monkeypatch):
+    """ComfyUI's output folder, empty."""
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    return tmp_path / "deltaconv_runs"

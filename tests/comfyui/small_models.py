@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -169,6 +171,21 @@ def same_state(before: dict[str, torch.Tensor], model: Any) -> bool:
     """Whether the base model's weights are bit-identical to a copy taken before."""
     now = model.model.state_dict()
     return now.keys() == before.keys() and all(torch.equal(now[key], before[key]) for key in before)
+
+
+@contextmanager
+def untouched(model: Any, size: tuple[int, int]) -> Iterator[None]:
+    """What happens inside leaves a MODEL with the same forwards, patches, pictures of this size, and bits."""
+    before, expected = state(model), sample(model, size)
+    patches, wrappers = dict(model.object_patches), dict(model.wrappers)
+    yield
+    for name, module in model.model.named_modules():
+        own = type(module).forward.__get__(module)
+        assert module.__dict__.get("forward", own) == own, name
+    assert (model.object_patches, model.wrappers) == (patches, wrappers)
+    assert torch.equal(sample(model, size), expected)
+    model.detach()
+    assert same_state(before, model)
 
 
 def conditioning(seed: int = 0, length: int = 5) -> list[Any]:

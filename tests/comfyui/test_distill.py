@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
-from distilling import distil, latents, same, weights
+from distilling import distil, latents, same, single_items, weights
 from small_models import (
     conditioning,
     in_pack,
@@ -21,14 +20,7 @@ from small_models import (
     state,
 )
 
-
-@pytest.fixture(autouse=True)
-def output(tmp_path, comfy_host, monkeypatch):
-    """ComfyUI's output folder, empty."""
-    import folder_paths
-
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    return tmp_path / "deltaconv_runs"
+pytestmark = pytest.mark.usefixtures("output")
 
 
 @pytest.fixture
@@ -246,103 +238,6 @@ def test_other_precisions(pack, sharp_unet, precision):
     assert near == pytest.approx(exact, rel=0.1) and near != exact
 
 
-def test_only_chosen_blocks(pack, unet):
-    patched, checkpoint, *_ = distil(
-        pack, unet, blocks="mid,up", kernel_sizes='{"up": 7, "up_blocks.1": 3}'
-    ).args
-    sizes = {id.split(".attentions")[0]: b.spec.kernel_size for id, b in checkpoint.blocks.items()}
-    assert sizes == {"mid_block": 5, "up_blocks.0": 7, "up_blocks.1": 3}
-    assert sample(patched).isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("kernel_sizes", "message"),
-    [
-        ("8", "odd kernel_size"),
-        ("big", "expected kernel_sizes to be 'auto'"),
-        ('{"down": "7"}', "expected kernel_sizes to be 'auto'"),
-        ("[3]", "expected kernel_sizes to be 'auto'"),
-        ("true", "expected kernel_sizes to be 'auto'"),
-        ('{"nowhere": 7}', "'nowhere' matches no site"),
-    ],
-)
-def test_bad_kernel_sizes(pack, unet, output, kernel_sizes, message):
-    with pytest.raises(ValueError, match=message):
-        distil(pack, unet, kernel_sizes=kernel_sizes)
-    assert not output.exists()
-
-
-def test_forms_of_blocks(pack, unet):
-    lean, released = (
-        {block.spec for block in distil(pack, unet, **values).args[1].blocks.values()}
-        for values in ({}, {"form": "released"})
-    )
-    assert all(spec.context and spec.merge == "sum" for spec in lean)
-    assert {(spec.ratio, spec.merge, spec.context) for spec in released} == {(0.5, "concat", False)}
-    with pytest.raises(ValueError, match="lean, released, got 'fat'"):
-        distil(pack, unet, form="fat")
-
-
-def recommendation(**changes):
-    """For `unet`, whose middle block and last level it leaves alone."""
-    first, second, middle, _, last = (f"{place}.transformer_blocks.0.attn1" for place in PLACES)
-    values = {
-        "kind": "deltaconv-recommendation", "version": 1, "architecture": "unet-32x2-64x3",
-        "kernel_sizes": {first: 3, second: 7}, "skip": [middle, last],
-    }  # fmt: skip
-    return json.dumps(values | changes)
-
-
-PLACES = (
-    "down_blocks.0.attentions.0", "down_blocks.1.attentions.0", "mid_block.attentions.0",
-    "up_blocks.0.attentions.1", "up_blocks.1.attentions.1",
-)  # fmt: skip
-
-
-def test_a_recommendation(pack, unet):
-    """Its sizes are taken, what it skips stays attention, and what it does not know is as ever."""
-    patched, checkpoint, *_ = distil(pack, unet, kernel_sizes=recommendation()).args
-    sizes = {id.split(".transformer")[0]: b.spec.kernel_size for id, b in checkpoint.blocks.items()}
-    assert sizes == {PLACES[0]: 3, PLACES[1]: 7, PLACES[3]: 5}
-    assert sample(patched).isfinite().all()
-    only = distil(pack, unet, blocks="down", kernel_sizes=recommendation()).args[1]
-    assert len(only.blocks) == 2
-
-
-@pytest.mark.parametrize(
-    ("changes", "blocks", "message"),
-    [
-        ({"architecture": "sd15"}, "all", "for sd15, but this model is unet-32x2-64x3"),
-        ({"skip": ["nowhere.attn1"]}, "all", "1 sites that this model does not, first nowhere.attn1"),
-        ({"version": 2}, "all", "version 2"),
-        ({"kind": "other"}, "all", "recommendation of the kind"),
-        ({"kernel_sizes": {f"{PLACES[0]}.transformer_blocks.0.attn1": 4}}, "all", "odd kernel_size"),
-        ({}, "mid", "leaves all 1 chosen sites alone"),
-    ],
-)
-def test_bad_recommendations(pack, unet, output, changes, blocks, message):
-    with pytest.raises(ValueError, match=message):
-        distil(pack, unet, blocks=blocks, kernel_sizes=recommendation(**changes))
-    assert not output.exists()
-
-
-def test_automatic_kernel_sizes(pack):
-    """As the authors' where they published; as the demo's where the shape is the demo's."""
-    kernels, sites = in_pack(pack, "nodes.host.kernels"), in_pack(pack, "nodes.host.sites")
-    core = in_pack(pack, "deltaconv_core.sites")
-    found = sites.Sites({id: sites.Site(id, "", n, None) for id, n in core.site_channels("sdxl").items()})
-    assert kernels.automatic(found) == core.release_specs("sdxl")
-    demo = in_pack(pack, "nodes.host.demo_unet").load_demo_model(
-        str(in_pack(pack, "demo.files").teacher_file())
-    )
-    sizes = {
-        id.split(".attentions")[0]: spec.kernel_size
-        for id, spec in kernels.automatic(sites.find_sites(demo)).items()
-    }
-    levels = {"down_blocks.0": 11, "down_blocks.1": 9, "down_blocks.2": 5, "mid_block": 5}
-    assert sizes == levels | {"up_blocks.0": 5, "up_blocks.1": 9, "up_blocks.2": 11}
-
-
 # ---- going on ----
 
 
@@ -446,126 +341,6 @@ def test_a_run_that_diverges_keeps_the_last_good_weights(pack, unet, monkeypatch
     text = output.ui.as_dict()["text"][0]
     assert "2 of 7 steps" in text and "training ended early: step 3 (layer-wise)" in text
     assert sample(output.args[0]).isfinite().all()
-
-
-# ---- the data ----
-
-
-def one_batch():
-    return latents((4, 4, 16, 16)), [conditioning(1)], 4
-
-
-def single_items():
-    return latents(*[(1, 4, 16, 16)] * 3), [conditioning(i) for i in range(3)], 3
-
-
-def buckets():
-    """As Resolution Bucket gives them: a batch per size, and as many conditions in each list."""
-    positive = [conditioning(0) + conditioning(1), conditioning(2) + conditioning(3) + conditioning(4)]
-    return latents((2, 4, 16, 16), (3, 4, 8, 24)), positive, 5
-
-
-def mixed_sizes():
-    return latents((1, 4, 17, 23), (1, 4, 16, 16), (2, 4, 17, 23)), [conditioning(i) for i in range(4)], 4
-
-
-@pytest.mark.parametrize("form", [one_batch, single_items, buckets, mixed_sizes])
-def test_forms_of_data(pack, unet, form):
-    data, positive, count = form()
-    output = distil(pack, unet, data, positive, batch_size=2)
-    assert f"learn from {count} latents" in output.ui.as_dict()["text"][0]
-
-
-def test_sdxl_with_its_pooled_text_and_sizes(pack):
-    """Of which a batch has one for each picture."""
-    import comfy.supported_models
-    from small_models import make_model, unet_config
-
-    class TinySDXL(comfy.supported_models.SDXL):
-        memory_usage_factor = 1.0
-        unet_extra_config: ClassVar = {}
-
-    config = unet_config(num_classes="sequential", adm_in_channels=1280 + 6 * 256)
-    model = make_model(TinySDXL(config), torch.float32, None)
-    data, positive, _ = mixed_sizes()
-    for number, [(_, options)] in enumerate(positive):
-        options["pooled_output"] = torch.full((1, 1280), float(number))
-    seen = []
-    adm = model.model.diffusion_model.label_emb[0][0]
-    adm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    distil(pack, model, data, positive, batch_size=2, negative=[positive[0]])
-    assert {len(y) for y in seen} >= {2}
-    heights = {tuple(y[0, 1280:].tolist()) for y in seen}
-    assert len(heights) == 2
-    model.detach()
-
-
-def test_every_sample_is_seen_once_a_pass(pack, unet, output):
-    """In another order each time; batches have one size, and texts whose lengths fit each other."""
-    network = FakeNetwork()
-    module = in_pack(pack, "nodes.host.dataset")
-    shapes = [(1, 4, 8, 8)] * 5 + [(1, 4, 8, 12)] * 2
-    samples = [module.Sample(torch.full(shape, float(i)), {}) for i, shape in enumerate(shapes)]
-    batches = module.Batches(network, module.Dataset(samples), 2, seed=3, dropout=0.0)
-    assert batches.order.per_epoch == 4
-    passes = [[batches(n)[0][:, 0, 0, 0].tolist() for n in range(4 * e, 4 * e + 4)] for e in range(3)]
-    for batch in passes:
-        seen = [value for values in batch for value in values]
-        assert set(seen) == set(range(7)) and len(seen) == 8
-    assert passes[0] != passes[1]
-    again = module.Batches(network, module.Dataset(samples), 2, seed=3, dropout=0.0)
-    assert again(9)[0].equal(batches(9)[0]) and again(9)[1].equal(batches(9)[1])
-    assert not batches(8)[1].equal(batches(9)[1])
-    other = module.Batches(network, module.Dataset(samples), 2, seed=4, dropout=0.0)
-    assert not other(9)[1].equal(batches(9)[1])
-
-
-class FakeNetwork:
-    """Gives back what it is asked to make a batch of."""
-
-    device = torch.device("cpu")
-    sigmas = torch.arange(1.0, 11.0)
-
-    def encode(self, condition, latent):
-        return dict(condition)
-
-    def fit(self, first, second):
-        return True
-
-    def join(self, encoded):
-        return encoded
-
-    def batch(self, *parts):
-        return parts
-
-
-def test_dropped_captions(pack, unet):
-    module = in_pack(pack, "nodes.host.dataset")
-    samples = [module.Sample(torch.zeros(1, 4, 8, 8), {"text": "a"})]
-    dataset = module.Dataset(samples, {"text": ""})
-    batches = module.Batches(FakeNetwork(), dataset, 1, seed=0, dropout=0.25)
-    dropped = [batches(n)[3][0]["text"] == "" for n in range(400)]
-    assert 70 < sum(dropped) < 130
-    without = module.Batches(FakeNetwork(), module.Dataset(samples), 1, seed=0, dropout=0.25)
-    assert all(without(n)[3][0]["text"] == "a" for n in range(50))
-
-
-@pytest.mark.parametrize(
-    ("data", "positive", "negative", "message"),
-    [
-        (latents((3, 4, 8, 8)), [conditioning(0), conditioning(1)], None, "holds 3 pictures.* 2 conditions"),
-        (latents((2, 3, 8, 8)), [conditioning(0)], None, r"\(B, 4, H, W\).*\(2, 3, 8, 8\)"),
-        ([], [conditioning(0)], None, "no latents"),
-        (latents((1, 4, 8, 8)), [conditioning(0)], [conditioning(0) * 2], "negative holds 2 conditions"),
-        ([{"samples": torch.full((1, 4, 8, 8), torch.nan)}], [conditioning(0)], None, "NaN"),
-        (latents((1, 4, 8, 8)), [[[torch.zeros(1, 5, 16), {"area": (8, 8, 0, 0)}]]], None, "with area"),
-        (latents((1, 4, 8, 8)), [[[torch.zeros(2, 5, 16), {}]]], None, "batch of 2 texts"),
-    ],
-)
-def test_bad_data(pack, unet, output, data, positive, negative, message):
-    with pytest.raises(ValueError, match=message):
-        distil(pack, unet, data, positive, negative=negative)
-    assert not output.exists()
 
 
 # ---- what the sampler would do ----

@@ -20,6 +20,7 @@ from small_models import (
     same_state,
     sample,
     state,
+    untouched,
 )
 from test_together import lora
 
@@ -186,16 +187,8 @@ def test_joint_attention_is_for_looking_only(pack):
 @pytest.mark.parametrize(("make", "size"), [(make_unet, (16, 12)), (make_pixart, (64, 48))])
 def test_nothing_is_left_behind(pack, make, size):
     model = make()
-    before, expected = state(model), sample(model, size)
-    patches, wrappers = dict(model.object_patches), dict(model.wrappers)
-    look(pack, model, size)
-    for name, module in model.model.named_modules():
-        own = type(module).forward.__get__(module)
-        assert module.__dict__.get("forward", own) == own, name
-    assert (model.object_patches, model.wrappers) == (patches, wrappers)
-    assert torch.equal(sample(model, size), expected)
-    model.detach()
-    assert same_state(before, model)
+    with untouched(model, size):
+        look(pack, model, size)
 
 
 def test_looking_changes_nothing_in_the_sampling(pack, unet, monkeypatch):
