@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +14,12 @@ from deltaconv_core.ops import tune
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """A process that knows nothing yet, with a file of its own; returns the file's path."""
+    """A process that knows nothing yet, with a file and a clock of its own; returns the file's path."""
     path = tmp_path / "cache" / "fastest.json"
     monkeypatch.setenv("DELTACONV_TUNE", "1")
     monkeypatch.setenv("DELTACONV_TUNE_CACHE", str(path))
     monkeypatch.setattr(tune, "_choices", {})
+    monkeypatch.setattr(tune, "time", SimpleNamespace(perf_counter=lambda: Trials.now))
     return path
 
 
@@ -28,7 +29,9 @@ def forget(monkeypatch):
 
 
 class Trials:
-    """Candidates that take a known time, and counts how often each ran."""
+    """Candidates that take a known time on the clock of `fresh`, and counts how often each ran."""
+
+    now = 0.0
 
     def __init__(self, **seconds):
         self.seconds = seconds
@@ -38,7 +41,7 @@ class Trials:
         self.runs[name] += 1
         if self.seconds[name] is None:
             raise RuntimeError("not on this device")
-        time.sleep(self.seconds[name])
+        Trials.now += self.seconds[name]
 
     def choose(self, default="slow", details=("K", 7), tokens=64, like=None):
         candidates = {name: name for name in self.seconds}
