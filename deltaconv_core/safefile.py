@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -16,6 +18,16 @@ from .errors import CheckpointError
 
 Pathlike = str | os.PathLike[str]
 PICKLE_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip, or a protocol number
+
+
+def read_header(path: Pathlike) -> dict[str, str]:
+    """The header's texts alone, without reading any tensor.
+
+    Raises:
+        CheckpointError: no such file, not safetensors, or truncated.
+    """
+    with _opened(Path(path)) as file:
+        return file.metadata() or {}
 
 
 def read_file(path: Pathlike, *, numbers: bool = False) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -30,17 +42,10 @@ def read_file(path: Pathlike, *, numbers: bool = False) -> tuple[dict[str, str],
             infinity, or of a dtype that weights do not have.
     """
     path = Path(path)
-    _check_start(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            names = file.keys()
-            tensors = {name: _checked(path, name, file.get_tensor(name), numbers) for name in names}
-    except (SafetensorError, KeyError, OSError, RuntimeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is not a whole safetensors file ({error}); download or save it again"
-        ) from error
-    return header, tensors
+    with _opened(path) as file:
+        names = file.keys()
+        tensors = {name: _checked(path, name, file.get_tensor(name), numbers) for name in names}
+        return file.metadata() or {}, tensors
 
 
 def write_file(
@@ -77,6 +82,19 @@ def write_file(
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot write {path} ({error}); choose another place or free some space"
+        ) from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; whatever is wrong with it is a CheckpointError."""
+    _check_start(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, KeyError, OSError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}); download or save it again"
         ) from error
 
 

@@ -108,7 +108,8 @@ def _patch_size(module: nn.Module) -> int:
         from diffusers import PixArtTransformer2DModel, Transformer2DModel
     except ImportError as error:
         raise DeltaConvError(
-            f"this needs the diffusers library ({error}); pip install 'deltaconv-core[diffusers]'"
+            f"this needs the diffusers library ({error}): pip install '.[diffusers]' in the folder of "
+            "ComfyUI-DeltaConv"
         ) from error
     stack: Any = module
     if isinstance(module, PixArtTransformer2DModel):

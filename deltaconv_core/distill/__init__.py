@@ -1,6 +1,6 @@
 """Distillation of self-attention into token mixers, whatever the host."""
 
-from .loop import Result, distill
+from .loop import Result, check_same_run, distill
 from .losses import min_snr_weight, output_losses
 from .processes import Processes
 from .run_folder import Row, RunFolder
@@ -21,6 +21,7 @@ __all__ = [
     "Settings",
     "Tap",
     "Taps",
+    "check_same_run",
     "distill",
     "min_snr_weight",
     "output_losses",

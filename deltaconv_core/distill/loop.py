@@ -106,6 +106,29 @@ def distill(
     return Result(trainer.step, trainer.rows, trainer.stopped)
 
 
+def check_same_run(folder: RunFolder, settings: Settings, notes: Mapping[str, str]) -> None:
+    """Refuses a folder whose run was started with other settings or notes; an empty one is right.
+
+    `distill` asks it again with all notes. A host asks it with what it knows before it prepares the data.
+
+    Raises:
+        DeltaConvError: with all that differs.
+        CheckpointError: the saved state is damaged.
+    """
+    if not folder.exists:
+        return
+    saved = folder.values()
+    free = {name: getattr(settings, name) for name in MAY_CHANGE}
+    then = replace(Settings.from_dict(saved["settings"]), **free).to_dict() | saved["notes"]
+    now = settings.to_dict() | dict(notes)
+    other = [f"{name} {then.get(name)!r}, now {now[name]!r}" for name in now if then.get(name) != now[name]]
+    if other:
+        raise DeltaConvError(
+            f"the run in {folder.path} was started with {'; '.join(other)}: go on with the same, or start a "
+            "new run"
+        )
+
+
 class _Trainer:
     """Everything that changes from step to step."""
 
@@ -220,8 +243,8 @@ class _Trainer:
         Raises:
             DeltaConvError: it belongs to other settings, notes or mixers.
         """
+        check_same_run(folder, self.settings, self.notes)
         state, rows = folder.load()
-        self._compare(folder, state)
         parts: dict[str, dict[str, Tensor]] = {"weights": {}, "average": {}, "optimizer": {}}
         for name, tensor in state.tensors.items():
             part, _, rest = name.partition(".")
@@ -244,19 +267,3 @@ class _Trainer:
         self.scaler.load_state_dict(state.values["scaler"])
         self.step = self.saved = state.step
         self.rows = rows
-
-    def _compare(self, folder: RunFolder, state: State) -> None:
-        before = Settings.from_dict(state.values["settings"])
-        free = {name: getattr(self.settings, name) for name in MAY_CHANGE}
-        now, then = self.settings.to_dict(), replace(before, **free).to_dict()
-        now, then = now | self.notes, then | state.values["notes"]
-        other = [
-            f"{name} {then.get(name)!r}, now {now.get(name)!r}"
-            for name in then | now
-            if then.get(name) != now.get(name)
-        ]
-        if other:
-            raise DeltaConvError(
-                f"the run in {folder.path} was started with {'; '.join(other)}: go on with the same, or "
-                "start a new run"
-            )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, DeltaConvError
-from ..safefile import Pathlike, read_file, write_file
+from ..safefile import Pathlike, read_file, read_header, write_file
 
 COLUMNS = ("step", "stage", "learning_rate", "feature", "teacher", "noise", "gradient_norm")
 HEADER_KEY = "deltaconv_run"
@@ -88,6 +88,14 @@ class RunFolder:
         header = {"format": FORMAT, "step": state.step, **state.values}
         write_file(self.state_file, state.tensors, {HEADER_KEY: json.dumps(header)}, numbers=True)
 
+    def values(self) -> dict[str, Any]:
+        """The plain values of the saved state, without its tensors.
+
+        Raises:
+            CheckpointError: no state there, or a damaged one.
+        """
+        return self._parsed(read_header(self.state_file)).values
+
     def load(self) -> tuple[State, list[Row]]:
         """The saved state and the log up to it, whose later rows are taken off; no log if only reading.
 
@@ -95,6 +103,12 @@ class RunFolder:
             CheckpointError: no state there, or a damaged one.
         """
         header, tensors = read_file(self.state_file, numbers=True)
+        state = self._parsed(header)
+        state.tensors = tensors
+        return state, self._cut_log(state.step) if self.writes else []
+
+    def _parsed(self, header: Mapping[str, str]) -> State:
+        """A state without its tensors."""
         try:
             values = json.loads(header[HEADER_KEY])
             step, version = values.pop("step"), values.pop("format")
@@ -105,7 +119,7 @@ class RunFolder:
                 f"{self.state_file} has format version {version!r}, this program reads {FORMAT}; go on with "
                 "the version of ComfyUI-DeltaConv that wrote it"
             )
-        return State(step, tensors, values), self._cut_log(step) if self.writes else []
+        return State(step, {}, values)
 
     def read_log(self) -> list[Row]:
         """The log's whole rows."""

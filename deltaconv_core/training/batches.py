@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..distill import Batch
 from ..distill.order import Order, generator
-from ..errors import DeltaConvError
 from .cache import read
 from .network import DiffusersNetwork
 from .processes import Processes
@@ -40,19 +39,13 @@ class Batches:
         dropout: float,
         processes: Processes,
     ) -> None:
-        if batch_size % processes.count:
-            raise DeltaConvError(
-                f"batches of {batch_size} pictures cannot be shared out among {processes.count} processes "
-                f"equally; choose a multiple of {processes.count} for --batch-size, or other processes"
-            )
         self.network = network
         self.samples = samples
         self.seed = seed
         self.dropout = dropout
         self.device = processes.device
         self.order = Order(samples.groups(), batch_size, seed)
-        each = batch_size // processes.count
-        self.part = slice(processes.number * each, (processes.number + 1) * each)
+        self.part = processes.part(batch_size)
 
     def __call__(self, number: int) -> Batch:
         chosen = [self.samples.samples[i] for i in self.order(number)]

@@ -328,4 +328,4 @@ class Options:
 
     def to_json(self) -> str:
         """A file for `--config`."""
-        return json.dumps(asdict(self), indent=1, default=str)
+        return json.dumps(asdict(self), indent=1, default=lambda path: str(path.resolve()))

@@ -37,7 +37,7 @@ class Processes:
             from accelerate import Accelerator, InitProcessGroupKwargs
         except ImportError as error:
             raise DeltaConvError(
-                f"this needs accelerate ({error}): pip install 'deltaconv-core[train]'"
+                f"this needs accelerate ({error}): pip install '.[train]' in the folder of ComfyUI-DeltaConv"
             ) from error
         waiting = InitProcessGroupKwargs(timeout=timedelta(minutes=timeout))
         try:
@@ -53,6 +53,20 @@ class Processes:
     def is_main(self) -> bool:
         """Whether this is the one that writes and prints."""
         return self.number == 0
+
+    def part(self, size: int) -> slice:
+        """This process's part of a batch of so many samples.
+
+        Raises:
+            DeltaConvError: it cannot be shared out equally.
+        """
+        if size % self.count:
+            raise DeltaConvError(
+                f"batches of {size} pictures cannot be shared out among {self.count} processes equally; "
+                f"choose a multiple of {self.count} for --batch-size, or other processes"
+            )
+        each = size // self.count
+        return slice(self.number * each, (self.number + 1) * each)
 
     def wait(self) -> None:
         """Waits until all are here."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..block import DeltaConvBlock
-from ..distill import Result, Settings, distill, warm_start
+from ..distill import Result, RunFolder, Settings, check_same_run, distill, warm_start
+from ..distill.optimizer import make_optimizer
 from ..distill.settings import DTYPES
 from ..errors import DeltaConvError
 from ..kernel_sizes import AUTO, Shape, block_specs
@@ -41,28 +42,37 @@ def train(options: Options) -> int:
     """
     processes = Processes(options.device == "cpu", options.timeout)
     settings = options.settings(_precision(options.precision, processes))
+    processes.part(options.batch_size)  # what can be refused, is refused before anything slow is done
+    make_optimizer([torch.zeros(1)], settings)
+    stop = Stop()
+    curves = options.output / "tensorboard" if options.tensorboard else None
+    progress = Progress(processes, settings.steps, stop, curves)
     pictures = find_pictures(options.data, options.caption_column)
     teacher = load_teacher(options, DTYPES[settings.precision])
     specs = _specs(options, teacher)
     sizes = options.resolution or teacher.resolution, options.max_ratio
-    cache = Cache(options.cache or options.output / "cache")
-    samples = encode(teacher, pictures, sizes, cache, processes, through(processes))
     notes = {
         "teacher": fingerprint(teacher.network),
         "prediction": teacher.prediction,
-        "data": samples.fingerprint,
+        "schedule": teacher.schedule,
+        "sizes": "{} pixels squared, ratio up to {}".format(*sizes),
         "batch_size": str(options.batch_size),
         "caption_dropout": str(options.caption_dropout),
         "blocks": json.dumps({site: spec.to_dict() for site, spec in specs.items()}),
     }
+    check_same_run(RunFolder(options.output), settings, notes)
+    cache = Cache(options.cache or options.output / "cache")
+    samples = encode(teacher, pictures, sizes, cache, processes, through(processes))
+    notes["data"] = samples.fingerprint
     metadata = _metadata(options, settings, samples, notes)
     output = Output(
         options.output, processes.is_main, teacher.sites.architecture, specs, metadata, options.to_json()
     )
     network = _network(teacher, specs, processes)
     batches = Batches(network, samples, options.batch_size, options.seed, options.caption_dropout, processes)
-    run = _Run(options, settings, processes, network, specs)
-    return run(batches, output, notes)
+    run = _Run(options, settings, processes, network, specs, progress)
+    with stop.listening():
+        return run(batches, output, notes)
 
 
 class _Run:
@@ -75,30 +85,29 @@ class _Run:
         processes: Processes,
         network: DiffusersNetwork,
         specs: Mapping[str, BlockSpec],
+        progress: Progress,
     ) -> None:
         self.options = options
         self.settings = settings
         self.processes = processes
         self.network = network
         self.specs = specs
+        self.progress = progress
 
     def __call__(self, batches: Batches, output: Output, notes: Mapping[str, str]) -> int:
         self.say(self._plan(batches))
-        stop = Stop()
-        curves = output.path / "tensorboard" if self.options.tensorboard else None
-        with stop.listening(), self.network.told():
+        with self.network.told():
             mixers = self._start()
-            progress = Progress(self.processes, self.settings.steps, stop, curves)
             try:
                 result = distill(
-                    self.network, mixers, batches, self.settings, output, progress, notes, self.processes
+                    self.network, mixers, batches, self.settings, output, self.progress, notes, self.processes
                 )
             except Stopped:
-                progress.close()
+                self.progress.close()
                 self.say(f"Stopped; the run is kept in {output.path}. The same command goes on with it.")
                 return 130
             finally:
-                progress.close()
+                self.progress.close()
         return self._end(result, output)
 
     def say(self, text: str) -> None:
@@ -109,10 +118,13 @@ class _Run:
     def _plan(self, batches: Batches) -> str:
         parameters = sum(spec.num_parameters for spec in self.specs.values()) / 1e6
         settings, count = self.settings, self.processes.count
+        groups = [len(group) for group in batches.samples.groups()]
+        few = sum(size for size in groups if size < self.options.batch_size)
         return (
             f"{len(self.specs)} blocks ({parameters:.3g} M parameters) learn from "
             f"{batches.samples.description}: batches of {self.options.batch_size}, {settings.accumulation} "
             f"to a step, {settings.precision}, processes: {count} ({self.processes.device})."
+            + (f" Pictures of sizes with less than a batch, seen more often: {few}." if few else "")
         )
 
     def _start(self) -> dict[str, DeltaConvBlock]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from .teacher import Teacher, fingerprint, text_encoders
 
 VERSION = 1
 """Of the way in which pictures become latents; another one makes all cached ones out of date."""
+PATIENCE = 60.0
+"""Seconds that what another process has encoded may take to show."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def encode(
     pipeline = teacher.pipeline
     vae, texts = fingerprint(pipeline.vae), _text_fingerprint(pipeline)
     latents = {
-        picture: cache.entry("latents", VERSION, vae, picture.digest, target)
+        picture: cache.entry("latents", VERSION, vae, _range(pipeline.vae), picture.digest, target)
         for picture, target in targets.items()
     }
     captions = {
@@ -109,8 +112,7 @@ def encode(
     _encode_captions(teacher, _missing(captions, processes), cache, processes, progress)
     teacher.free()
     processes.wait()
-    lost = [entry for entry in (*latents.values(), *captions.values()) if not entry.is_file()]
-    if lost:
+    if lost := _absent([*latents.values(), *captions.values()]):
         raise DeltaConvError(
             f"process {processes.number} does not see {lost[0]}, which another one encoded; put --cache and "
             "--output on a disk that all machines share"
@@ -134,6 +136,14 @@ def _missing(entries: Mapping[Any, Path], processes: Processes) -> list[tuple[An
     return [(what, entry) for entry, what in missing[processes.number :: processes.count]]
 
 
+def _absent(entries: Sequence[Path]) -> list[Path]:
+    """Those that are not there, even after a while: disks in a network remember what was not there."""
+    end = time.monotonic() + PATIENCE
+    while (absent := [entry for entry in entries if not entry.is_file()]) and time.monotonic() < end:
+        time.sleep(1)
+    return absent
+
+
 @torch.no_grad()
 def _encode_pictures(
     teacher: Teacher,
@@ -147,7 +157,7 @@ def _encode_pictures(
     if not missing:
         return
     vae = teacher.pipeline.vae.to(processes.device)
-    shift, scale = vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
+    shift, scale = _range(vae)
     for picture, entry in progress(missing, "pictures"):
         pixels = _pixels(fit(open_picture(picture.path), targets[picture])).to(processes.device)
         latent = (vae.encode(pixels).latent_dist.mean - shift) * scale
@@ -169,6 +179,11 @@ def _encode_captions(
         encoder.to(processes.device)
     for caption, entry in progress(missing, "captions"):
         cache.write(entry, teacher.kind.encode(teacher.pipeline, caption, processes.device))
+
+
+def _range(vae: Any) -> tuple[float, float]:
+    """What is taken from a VAE's latents, and what they are then multiplied by."""
+    return vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
 
 
 def _pixels(picture: Any) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -134,9 +134,33 @@ def width_of(file: Path) -> int:
     return width
 
 
+def details(file: Path, width: int, prediction: str | None) -> dict[str, dict[str, Any]]:
+    """In what a model differs from its family, by part.
+
+    Files of SDXL models that predict v say so by a tensor named v_pred, and by one named ztsnr that their
+    last timestep is noise alone; ComfyUI knows them by the same.
+
+    Args:
+        file, width: as `width_of` has taken and given them.
+        prediction: what the user says that it predicts; tells SD 2.x of 512 pixels from that of 768.
+    """
+    if width == 1024 and prediction == "epsilon":
+        return {"unet": {"sample_size": 64}}
+    with safe_open(file, framework="pt") as opened:
+        names = set(opened.keys())
+    if "v_pred" not in names:
+        return {}
+    return {"scheduler": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in names}}
+
+
 @contextmanager
-def configuration(width: int) -> Iterator[Path]:
-    """A folder, for a while, with the configuration of a family, as diffusers' folders have it."""
+def configuration(width: int, details: Mapping[str, Mapping[str, Any]]) -> Iterator[Path]:
+    """A folder, for a while, with the configuration of a family, as diffusers' folders have it.
+
+    Args:
+        width: of the family.
+        details: what is different, by part.
+    """
     parts = FAMILIES[width]
     xl = "text_encoder_2" in parts
     index: dict[str, Any] = {
@@ -154,9 +178,9 @@ def configuration(width: int) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="deltaconv-") as made:
         folder = Path(made)
         _write(folder / "model_index.json", index)
-        _write(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+        _write(folder / "scheduler" / "scheduler_config.json", {**SCHEDULER, **details.get("scheduler", {})})
         for name, config in parts.items():
-            _write(folder / name / "config.json", _whole(config))
+            _write(folder / name / "config.json", _whole({**config, **details.get(name, {})}))
         yield folder
 
 

@@ -61,6 +61,11 @@ class Teacher:
         return self.factor * int(max(size) if isinstance(size, (list, tuple)) else size)
 
     @property
+    def schedule(self) -> str:
+        """Differs for other alphas."""
+        return hashlib.sha256(str(self.alphas.tolist()).encode()).hexdigest()[:16]
+
+    @property
     def levels(self) -> int:
         """Of a U-Net; 0 for a transformer."""
         return len(getattr(self.network, "up_blocks", ()))
@@ -90,7 +95,8 @@ def load_teacher(options: Options, dtype: torch.dtype) -> Teacher:
             "PixArt have, which cannot be learned with"
         )
     alphas, prediction = _noise(pipeline.scheduler, options.prediction)
-    network.to(dtype)  # a single file's weights come as they are stored
+    if network.dtype != dtype:  # a single file's weights come as they are stored
+        network.to(dtype)
     for part in (pipeline.vae, *(text_encoders(pipeline) if dtype == torch.float32 else ())):
         part.float()
     for part in (network, pipeline.vae, *text_encoders(pipeline)):
@@ -121,7 +127,7 @@ def _check_libraries() -> None:
         import transformers
     except ImportError as error:
         raise DeltaConvError(
-            f"this needs diffusers ({error}): pip install 'deltaconv-core[train]'"
+            f"this needs diffusers ({error}): pip install '.[train]' in the folder of ComfyUI-DeltaConv"
         ) from error
     for library in (diffusers, transformers):
         quiet: Any = library.utils.logging
@@ -171,7 +177,8 @@ def _from_file(options: Options, dtype: torch.dtype) -> Any:
             "predicts; name it with --prediction: v_prediction for those of 768 pixels, epsilon for 512"
         )
     tokenizers = single_file.tokenizers(width, options.tokenizer)
-    with single_file.configuration(width) as folder:
+    details = single_file.details(options.model, width, options.prediction)
+    with single_file.configuration(width, details) as folder:
         return _out_of_one_file(options, folder, dtype, tokenizers)
 
 

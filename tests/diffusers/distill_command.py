@@ -11,7 +11,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -166,16 +165,9 @@ class Rank:
 
     def wait_for(self, file: Path) -> None:
         """Waits until a file is there."""
-        self._wait(file.exists, f"there is no {file}")
-
-    def wait_for_text(self, text: str) -> None:
-        """Waits until it has printed that."""
-        self._wait(lambda: self.log.exists() and text in self.log.read_text(), f"it never said {text!r}")
-
-    def _wait(self, ready: Callable[[], bool], otherwise: str) -> None:
         end = time.monotonic() + 240
-        while not ready():
-            assert self.process.is_alive() and time.monotonic() < end, f"{otherwise}: {self.log.read_text()}"
+        while not file.exists():
+            assert self.process.is_alive() and time.monotonic() < end, self.log.read_text()
             time.sleep(0.05)
 
 

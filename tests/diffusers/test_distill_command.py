@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -272,6 +273,27 @@ def test_bad_input(files, tmp_path, capsys, spoil, options, message):
 
 
 @pytest.mark.parametrize(
+    ("package", "options"),
+    [("tensorboard", {"tensorboard": True}), ("bitsandbytes", {"optimizer": "adamw8bit"})],
+)
+def test_a_missing_package_is_told_before_anything_is_encoded(
+    run, tmp_path, capsys, monkeypatch, package, options
+):
+    for module in ("torch.utils.tensorboard", "bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert run(**options, cache=tmp_path / "cache") == 2
+    assert f"pip install {package}" in last_error(capsys)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_another_schedule_is_another_teacher(run, files, tmp_path, capsys):
+    assert run() == 0
+    copy = shutil.copytree(files["sd"], tmp_path / "model")
+    change("model/scheduler/scheduler_config.json", beta_end=0.03)(tmp_path)
+    assert run(model=copy) == 2 and "schedule" in last_error(capsys)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ('{"modle": "x"}', "has modle, which distill does not know"),
@@ -304,16 +326,18 @@ def test_bad_command_lines(capsys, words):
     [
         ({"learning_rate": 1e-2}, "learning_rate 0.0003, now 0.01"),
         ({"batch_size": 1}, "batch_size '2', now '1'"),
-        ({"resolution": 48}, "data"),
+        ({"resolution": 48}, "sizes '32 pixels squared, ratio up to 2.0', now '48"),
         ({"blocks": "mid"}, "blocks"),
         ({"kind": "pixart"}, "teacher"),
     ],
 )
 def test_another_run_in_the_folder(run, tmp_path, capsys, options, message):
+    """Refused before anything is encoded for it."""
     if not (tmp_path / "run").exists():
         assert run() == 0
     before = (tmp_path / "run/config.json").read_text()
-    assert run(**options) == 2
+    assert run(**options, cache=tmp_path / "cache") == 2
+    assert not (tmp_path / "cache").exists()
     line = last_error(capsys)
     assert "was started with" in line and message in line
     assert (tmp_path / "run/config.json").read_text() == before

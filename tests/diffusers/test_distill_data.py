@@ -13,12 +13,14 @@ from distill_command import SIZES, draw, save_pipeline
 from PIL import Image
 
 from deltaconv_core.errors import DeltaConvError
+from deltaconv_core.training import samples as samples_module
 from deltaconv_core.training.batches import Batches
 from deltaconv_core.training.buckets import corner, fit, make_buckets, nearest
 from deltaconv_core.training.cache import Cache, read
 from deltaconv_core.training.kinds import Cut, PixArt, StableDiffusionXL
 from deltaconv_core.training.options import Options
 from deltaconv_core.training.pictures import find_pictures, open_picture
+from deltaconv_core.training.processes import Processes
 from deltaconv_core.training.samples import Sample, Samples, encode
 from deltaconv_core.training.teacher import load_teacher
 
@@ -198,6 +200,8 @@ class Alone:
     def __init__(self, number=0, count=1):
         self.number, self.count = number, count
 
+    part = Processes.part
+
     def wait(self):
         pass
 
@@ -260,9 +264,22 @@ def test_only_what_changed_is_encoded_again(models, tmp_path, counted):
     assert sum(calls()[0] + calls(resolution=48)[0]) == 1
 
 
-def test_other_encoders_encode_again(models, tmp_path, counted):
+def other_weights(vae):
     from safetensors.torch import load_file, save_file
 
+    file = vae / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["encoder.conv_in.bias"][0] += 1
+    save_file(weights, file)
+
+
+def other_scale(vae):
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps(config | {"scaling_factor": 1.5}))
+
+
+@pytest.mark.parametrize("change", [other_weights, other_scale])
+def test_another_vae_encodes_again(models, tmp_path, counted, change):
     data, cache = draw(tmp_path / "data", SIZES[:1]), tmp_path / "cache"
     encoded(models["sd"], data, cache)
     copy = tmp_path / "other"
@@ -270,16 +287,14 @@ def test_other_encoders_encode_again(models, tmp_path, counted):
     for path in models["sd"].rglob("*"):
         target = copy / path.relative_to(models["sd"])
         target.mkdir() if path.is_dir() else target.write_bytes(path.read_bytes())
-    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
-    weights = load_file(file)
-    weights["encoder.conv_in.bias"][0] += 1
-    save_file(weights, file)
+    change(copy / "vae")
     counted.update(pictures=0, captions=0)
     encoded(copy, data, cache)
     assert counted == {"pictures": 1, "captions": 0}
 
 
-def test_processes_share_the_encoding(models, tmp_path, counted):
+def test_processes_share_the_encoding(models, tmp_path, counted, monkeypatch):
+    monkeypatch.setattr(samples_module, "PATIENCE", 0)
     data = draw(tmp_path / "data")
     for number in range(2):
         with pytest.raises(DeltaConvError, match=f"process {number} does not see"):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import deltaconv_core
 from deltaconv_core.diffusers.sites import find_sites
-from deltaconv_core.training import single_file
+from deltaconv_core.training import single_file, teacher
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -96,7 +96,7 @@ def test_the_built_in_configurations(width, architecture, parameters, text):
     import diffusers
     import transformers
 
-    with single_file.configuration(width) as folder, torch.device("meta"):
+    with single_file.configuration(width, {}) as folder, torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(
             diffusers.UNet2DConditionModel.load_config(folder, subfolder="unet")
         )
@@ -116,6 +116,34 @@ def test_the_built_in_configurations(width, architecture, parameters, text):
     assert count(unet) == parameters and count(vae) == 83_653_863
     assert [count(encoder) for encoder in encoders] == text
     assert hasattr(diffusers, index["_class_name"])
+
+
+@pytest.mark.parametrize(
+    ("width", "names", "prediction", "size", "predicts", "last"),
+    [
+        (768, [], None, 64, "epsilon", 0.00466),
+        (1024, [], "epsilon", 64, "epsilon", 0.00466),
+        (1024, [], "v_prediction", 96, "v", 0.00466),
+        (2048, [], None, 128, "epsilon", 0.00466),
+        (2048, ["v_pred"], None, 128, "v", 0.00466),
+        (2048, ["v_pred", "ztsnr"], None, 128, "v", 0.0),
+    ],
+)
+def test_what_a_file_tells_of_itself(tmp_path, width, names, prediction, size, predicts, last):
+    """Size in latents, what is predicted, and how much of the signal the last timestep has."""
+    import diffusers
+
+    file = tmp_path / "model.safetensors"
+    save_file(
+        {single_file.CONTEXT: torch.zeros(640, width), **{name: torch.zeros(0) for name in names}}, file
+    )
+    details = single_file.details(file, single_file.width_of(file), prediction)
+    with single_file.configuration(width, details) as folder:
+        unet = diffusers.UNet2DConditionModel.load_config(folder, subfolder="unet")
+        scheduler = diffusers.DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    alphas, found = teacher._noise(scheduler, prediction)
+    assert (unet["sample_size"], found) == (size, predicts)
+    assert float(alphas[-1]) == pytest.approx(last, rel=1e-3)
 
 
 def count(module):

@@ -98,8 +98,8 @@ def test_one_that_is_killed_stops_the_others_and_they_go_on(job, tmp_path):
 
 def test_stopping_one_saves_and_ends_all(job, tmp_path):
     output = tmp_path / "run"
-    ranks = together(2, tmp_path, **job | {"output_steps": 10_000, "save_every": 10_000}, output=output)
-    ranks[0].wait_for_text("learn from")
+    ranks = together(2, tmp_path, **job | {"output_steps": 10_000, "save_every": 1}, output=output)
+    ranks[0].wait_for(output / "state.safetensors")  # by then, all of them listen
     ranks[1].kill(signal.SIGTERM)
     ends = [rank.end(60) for rank in ranks]
     assert [code for code, _ in ends] == [130, 130], ends
@@ -108,7 +108,8 @@ def test_stopping_one_saves_and_ends_all(job, tmp_path):
 
 
 def test_batches_that_cannot_be_shared_out(job, tmp_path):
-    ends = run(2, tmp_path, **job | {"batch_size": 3}, output=tmp_path / "run")
+    cache = tmp_path / "cache"
+    ends = run(2, tmp_path, **job | {"batch_size": 3, "cache": cache}, output=tmp_path / "run")
     assert [code for code, _ in ends] == [2, 2]
     assert "batches of 3 pictures cannot be shared out among 2 processes" in ends[0][1]
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists() and not cache.exists()
