@@ -18,12 +18,22 @@ from ...deltaconv_core.locality import LayerLocality, LayerStatistics
 from ...deltaconv_core.locality.moments import spread
 from ...deltaconv_core.sites import select
 from .attend import Forward, intercepted
+from .calls import COMPILED
 from .joint import JointSite, JointSites, Tokens, find_joint_sites
 from .patch import without_patch
 from .run import own_forward
 from .sites import Site, Sites, find_sites
 
 KEY = "deltaconv_look"
+
+GUIDANCE = (
+    "disable_cfg1_optimization",
+    "sampler_calc_cond_batch_function",
+    "sampler_cfg_function",
+    "sampler_post_cfg_function",
+    "sampler_pre_cfg_function",
+)
+"""ComfyUI's keys of what works on guidance (PAG, SAG, RescaleCFG, ...), with passes of its own."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,7 @@ def look(model: Any, positive: Any, latent: dict[str, Any], settings: Settings) 
     Raises:
         DeltaConvError: a MODEL whose attention cannot be looked at, or a selection that names no site.
     """
-    clone = without_patch(model).clone()
+    clone = _plain(model)
     joint = find_joint_sites(clone.get_model_object("diffusion_model"))
     found = find_sites(clone) if joint is None else None
     channels = found.channels if found else {id: site.channels for site in joint.sites for id in site.ids}
@@ -88,6 +98,15 @@ def look(model: Any, positive: Any, latent: dict[str, Any], settings: Settings) 
     finally:
         clone.unpatch_model(unpatch_weights=False)
     return _result(watch, found.architecture if found else joint.name, found is not None)
+
+
+def _plain(model: Any) -> Any:
+    """A clone without ΔConv, compiled code, which would hide the attention, and additions to guidance."""
+    clone = without_patch(model).clone()
+    clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILED)
+    for key in GUIDANCE:
+        clone.model_options.pop(key, None)
+    return clone
 
 
 @dataclass

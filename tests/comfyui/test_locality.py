@@ -22,7 +22,7 @@ from small_models import (
     state,
     untouched,
 )
-from test_together import lora
+from test_together import lora, pag, rescale_cfg, sag
 
 
 def look(pack, model, size=(16, 12), batch=1, steps=2, looks=2, blocks="all", positive=None):
@@ -249,6 +249,31 @@ def test_replacements_of_the_attention_are_left_out(pack, unet, checkpoint):
         for layer, expected in zip(look(pack, model).layers, plain.layers, strict=True):
             assert torch.equal(layer.mass, expected.mass)
     assert torch.equal(sample(patched), sample(patch(pack, unet, checkpoint)))
+
+
+def compiled(model):
+    """The wrapper of torch.compile, whose code was made before anybody looked."""
+    from comfy.patcher_extension import WrappersMP
+    from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
+
+    def hidden(*args, **call):
+        raise AssertionError("compiled code was called")
+
+    clone = model.clone()
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY, hidden)
+    return clone
+
+
+@pytest.mark.parametrize("add", [pag, sag, rescale_cfg, compiled])
+def test_guidance_and_compiled_code_do_not_count(pack, unet, add):
+    """SAG puts a replacement of its own into the middle, which is named."""
+    plain = {layer.site: layer for layer in look(pack, unet).layers}
+    seen = look(pack, add(unet))
+    assert [site.split(".")[0] for site in seen.unseen] == (["mid_block"] if add is sag else [])
+    assert len(seen.layers) + len(seen.unseen) == 5
+    for layer in seen.layers:
+        assert torch.equal(layer.mass, plain[layer.site].mass)
+        assert list(layer.by_moment) == ["1/2", "2/2"]
 
 
 # ---- the node ----
