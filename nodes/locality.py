@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..deltaconv_core.locality import Recommendation, check_limit, recommend
-from ..deltaconv_core.locality.figure import draw
+from ..deltaconv_core.locality.figure import check_matplotlib, draw
 from ..deltaconv_core.locality.moments import spread
 from ..deltaconv_core.locality.table import text
 from .host.look import Look, Settings, look
@@ -85,6 +85,7 @@ class AttentionLocality(io.ComfyNode):
         max_kernel_size: int,
     ) -> io.NodeOutput:
         check_limit(max_kernel_size)
+        check_matplotlib()
         seen = look(model, positive, latent, Settings(steps, looks, blocks, seed))
         advice = _advice(seen, max_kernel_size)
         title = (

@@ -303,6 +303,14 @@ def test_node_outputs(pack, unet, caplog):
     assert any("Looked at 5 self-attentions" in record.getMessage() for record in caplog.records)
 
 
+def test_matplotlib_is_looked_for_before_the_sampling(pack, unet, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(in_pack(pack, "nodes.locality"), "look", None)
+    errors = in_pack(pack, "deltaconv_core.errors")
+    with pytest.raises(errors.DeltaConvError, match="pip install matplotlib"):
+        run_node(pack, unet)
+
+
 def test_sites_that_are_never_called_are_named(pack, unet):
     model = unet.clone()
     model.set_model_attn1_replace(lambda q, k, v, options: q, "middle", 0)
