@@ -88,9 +88,7 @@ class AttentionLocality(io.ComfyNode):
         check_matplotlib()
         seen = look(model, positive, latent, Settings(steps, looks, blocks, seed))
         advice = _advice(seen, max_kernel_size)
-        title = (
-            f"Self-attention of {seen.architecture}, {_size(latent)} latent, steps {_moments(steps, looks)}"
-        )
+        title = f"Self-attention of {seen.architecture}, {seen.size[1]} × {seen.size[0]} latent, steps {_moments(steps, looks)}"
         picture = torch.from_numpy(draw(seen.layers, advice, title)).float().div(255).unsqueeze(0)
         table = f"{title}\n\n{text(seen.layers, advice)}"
         told = ui.PreviewText(tell(_report(seen, advice), cls.hidden)).as_dict()
@@ -102,11 +100,6 @@ def _advice(seen: Look, max_kernel_size: int) -> Recommendation:
     if seen.replaceable:
         return recommend(seen.layers, seen.architecture, max_kernel_size)
     return Recommendation(seen.architecture, skip=tuple(layer.site for layer in seen.layers))
-
-
-def _size(latent: dict[str, Any]) -> str:
-    height, width = latent["samples"].shape[-2:]
-    return f"{width} × {height}"
 
 
 def _moments(steps: int, looks: int) -> str:

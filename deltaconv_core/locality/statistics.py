@@ -37,7 +37,7 @@ class LayerStatistics:
         channels: of its tokens.
         order, cutoff: of the high-pass, see `HighPass`.
         exact_limit, sample, seed: which queries are looked at, see `choose_queries`.
-        check: called before each chunk; may raise to stop.
+        check: called before each chunk and before the result is made; may raise to stop.
     """
 
     site: str
@@ -100,6 +100,7 @@ class LayerStatistics:
         """
         if not self._calls or self._grid is None:
             raise DeltaConvError(f"the attention at {self.site} was never called")
+        self.check()
         calls = [sums for moment in self._calls.values() for sums in moment]
         total = _Sums.of(calls)
         if not total.mass.isfinite().all():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -60,12 +61,14 @@ class Look:
     Args:
         architecture: name of the model's shape or family.
         layers: in the order of the network.
+        size: (height, width) of the latent that was sampled.
         unseen: sites whose attention was never called.
         replaceable: whether ΔConv can stand in for these attentions.
     """
 
     architecture: str
     layers: list[LayerLocality]
+    size: tuple[int, int]
     unseen: list[str]
     replaceable: bool
 
@@ -76,7 +79,7 @@ def look(model: Any, positive: Any, latent: dict[str, Any], settings: Settings) 
     Args:
         model: ModelPatcher, which stays as it is. Whatever replaces its self-attention is left out.
         positive: conditioning.
-        latent: its size is that of the picture.
+        latent: its size is that of the picture; an empty one is made to fit the model, as a sampler does.
         settings: what the user chose.
 
     Raises:
@@ -87,6 +90,7 @@ def look(model: Any, positive: Any, latent: dict[str, Any], settings: Settings) 
     found = find_sites(clone) if joint is None else None
     channels = found.channels if found else {id: site.channels for site in joint.sites for id in site.ids}
     chosen = select(settings.blocks, channels)
+    samples = _fitting(clone, latent)
     at = spread(settings.steps, settings.looks)
     watch = Watch.of({id: channels[id] for id in chosen}, total=settings.steps + len(at) * len(chosen))
     if found:
@@ -94,10 +98,11 @@ def look(model: Any, positive: Any, latent: dict[str, Any], settings: Settings) 
     else:
         _watch_joint(clone, watch, joint)
     try:
-        _sample(clone, positive, latent, settings, lambda step: watch.turn_to(step, at, settings.steps))
+        _sample(clone, positive, samples, settings, lambda step: watch.turn_to(step, at, settings.steps))
     finally:
         clone.unpatch_model(unpatch_weights=False)
-    return _result(watch, found.architecture if found else joint.name, found is not None)
+    size = (samples.shape[-2], samples.shape[-1])
+    return _result(watch, found.architecture if found else joint.name, size, found is not None)
 
 
 def _plain(model: Any) -> Any:
@@ -193,11 +198,17 @@ def _watched_joint(watch: Watch, site: JointSite, forward: Forward) -> Forward:
     return run
 
 
+def _fitting(model: Any, latent: dict[str, Any]) -> torch.Tensor:
+    """An empty latent in the model's channels and, where this ComfyUI knows how, at the model's scale."""
+    fix = comfy.sample.fix_empty_latent_channels
+    known = {name: latent[name] for name in inspect.signature(fix).parameters if name in latent}
+    return fix(model, latent["samples"], **known)
+
+
 def _sample(
-    clone: Any, positive: Any, latent: dict[str, Any], settings: Settings, turn_to: Callable[[int], None]
+    clone: Any, positive: Any, samples: torch.Tensor, settings: Settings, turn_to: Callable[[int], None]
 ) -> None:
     """Euler steps from noise to picture, without guidance: one call of the network each."""
-    samples = comfy.sample.fix_empty_latent_channels(clone, latent["samples"])
     noise = comfy.sample.prepare_noise(samples, settings.seed)
     schedule = clone.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(schedule, "simple", settings.steps)
@@ -216,7 +227,7 @@ def _sample(
     )
 
 
-def _result(watch: Watch, architecture: str, replaceable: bool) -> Look:
+def _result(watch: Watch, architecture: str, size: tuple[int, int], replaceable: bool) -> Look:
     layers = [statistics.result() for statistics in watch.statistics.values() if statistics.seen]
     unseen = [id for id, statistics in watch.statistics.items() if not statistics.seen]
     if not layers:
@@ -224,4 +235,4 @@ def _result(watch: Watch, architecture: str, replaceable: bool) -> Look:
             f"none of the {len(unseen)} self-attentions was called in the usual way; something on this MODEL "
             "replaces them (attn1 replace patches, skipped blocks): look at the MODEL without it"
         )
-    return Look(architecture, layers, unseen, replaceable)
+    return Look(architecture, layers, size, unseen, replaceable)

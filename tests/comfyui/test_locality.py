@@ -279,11 +279,11 @@ def test_guidance_and_compiled_code_do_not_count(pack, unet, add):
 # ---- the node ----
 
 
-def run_node(pack, model, size=(16, 12), positive=None, **changes):
+def run_node(pack, model, size=(16, 12), positive=None, latent=None, **changes):
     node = in_pack(pack, "nodes.locality").AttentionLocality
     options = {"seed": 0, "steps": 2, "looks": 1, "blocks": "all", "max_kernel_size": 13} | changes
     channels = model.model.latent_format.latent_channels
-    latent = {"samples": torch.zeros(1, channels, *size)}
+    latent = latent or {"samples": torch.zeros(1, channels, *size)}
     with torch.inference_mode():
         return node.execute(model, conditioning(1) if positive is None else positive, latent, **options)
 
@@ -301,6 +301,21 @@ def test_node_outputs(pack, unet, caplog):
     assert read.architecture == "unet-32x2-64x3"
     assert len(read.kernel_sizes) + len(read.skip) == 5
     assert any("Looked at 5 self-attentions" in record.getMessage() for record in caplog.records)
+
+
+def test_an_empty_latent_is_made_to_fit(pack, unet, monkeypatch):
+    """Newer versions of ComfyUI scale it: what stands for 8 pixels may have to stand for 16."""
+    import comfy.sample
+
+    def fix(model, latent_image, downscale_ratio_spacial=None, downscale_ratio_temporal=None):
+        assert (downscale_ratio_spacial, downscale_ratio_temporal) == (8, None)
+        return latent_image[..., ::2, ::2]
+
+    monkeypatch.setattr(comfy.sample, "fix_empty_latent_channels", fix)
+    latent = {"samples": torch.zeros(1, 4, 32, 24), "downscale_ratio_spacial": 8}
+    table = run_node(pack, unet, latent=latent).args[1]
+    assert table.splitlines()[0] == "Self-attention of unet-32x2-64x3, 12 × 16 latent, steps 2 of 2"
+    assert " 16x12 |" in table
 
 
 def test_matplotlib_is_looked_for_before_the_sampling(pack, unet, monkeypatch):

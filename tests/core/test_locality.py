@@ -294,6 +294,17 @@ def test_a_device_without_float64(monkeypatch):
     assert_same(layer.result(), locality(grid, attention))
 
 
+def test_the_result_can_be_stopped():
+    def stop():
+        raise KeyboardInterrupt
+
+    layer = LayerStatistics("site", 64)
+    layer.add(*q_and_k(uniform((2, 3))), (2, 3))
+    layer.check = stop
+    with pytest.raises(KeyboardInterrupt):
+        layer.result()
+
+
 def test_few_tokens_are_all_looked_at_and_many_are_sampled():
     assert choose_queries(100).tolist() == list(range(100))
     assert len(choose_queries(16_384)) == 16_384
