@@ -88,7 +88,9 @@ class AttentionLocality(io.ComfyNode):
         check_matplotlib()
         seen = look(model, positive, latent, Settings(steps, looks, blocks, seed))
         advice = _advice(seen, max_kernel_size)
-        title = f"Self-attention of {seen.architecture}, {seen.size[1]} × {seen.size[0]} latent, steps {_moments(steps, looks)}"
+        height, width = seen.size
+        moments = _moments(steps, looks)
+        title = f"Self-attention of {seen.architecture}, {width} × {height} latent, steps {moments}"
         picture = torch.from_numpy(draw(seen.layers, advice, title)).float().div(255).unsqueeze(0)
         table = f"{title}\n\n{text(seen.layers, advice)}"
         told = ui.PreviewText(tell(_report(seen, advice), cls.hidden)).as_dict()
