@@ -59,12 +59,12 @@ def run(options: argparse.Namespace) -> int:
 
     check_matplotlib()
     dtype = DTYPES[options.dtype or ("float32" if device.type == "cpu" else "float16")]
-    pipeline = _load(options.model, dtype, options.variant)
+    pipeline = _load(options.model, device, dtype, options.variant)
     _make(options.output)
     picture = Picture(
         options.prompt, options.width, options.height, options.steps, options.looks, options.seed
     )
-    architecture, layers = look(pipeline.to(device), picture, options.blocks)
+    architecture, layers = look(pipeline, picture, options.blocks)
     advice = recommend(layers, architecture, options.max_kernel_size)
     title = f"Self-attention of {architecture}: {printable(options.model.resolve().name)}"
     write_csv(layers, advice, options.output)
@@ -82,7 +82,7 @@ def _make(folder: Path) -> None:
         raise DeltaConvError(f"--output: cannot write to {folder}: {error}") from error
 
 
-def _load(folder: Path, dtype: torch.dtype, variant: str | None) -> Any:
+def _load(folder: Path, device: torch.device, dtype: torch.dtype, variant: str | None) -> Any:
     if not (folder / "model_index.json").is_file():
         raise DeltaConvError(
             f"expected the folder of a diffusers pipeline, with a model_index.json; there is none in {folder}"
@@ -98,6 +98,6 @@ def _load(folder: Path, dtype: torch.dtype, variant: str | None) -> Any:
     options: dict[str, Any] = {} if dtype == torch.float32 else {"torch_dtype": dtype}
     options |= {"variant": variant} if variant else {}
     try:
-        return pipelines.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, AttributeError, ImportError) as error:
+        return pipelines.from_pretrained(folder, local_files_only=True, **options).to(device)
+    except (OSError, ValueError, AttributeError, ImportError, torch.cuda.OutOfMemoryError) as error:
         raise DeltaConvError(f"diffusers cannot load {folder}: {error}") from error

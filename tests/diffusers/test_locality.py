@@ -166,13 +166,17 @@ def test_a_size_that_the_pipeline_refuses(pipeline):
         look(pipeline, Picture("a cat", 33, 24))
 
 
-def test_too_little_memory(pipeline, monkeypatch):
+def test_too_little_memory(pipeline, tmp_path, monkeypatch, capsys):
     def full(*args, **call):
         raise torch.cuda.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(network_of(pipeline), "forward", full)
     with pytest.raises(DeltaConvError, match="cannot draw this picture: out of memory"):
         look(pipeline, Picture("a cat", 32, 24))
+    pipeline.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "to", full)
+    assert main(["locality", str(tmp_path / "model"), "--device", "cpu"]) == 2
+    assert "diffusers cannot load" in capsys.readouterr().err
 
 
 def test_weights_of_a_variant(tmp_path, monkeypatch, capsys):
