@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..deltaconv_core.locality import Recommendation, check_limit, recommend
-from ..deltaconv_core.locality.figure import draw
+from ..deltaconv_core.locality.figure import check_matplotlib, draw
 from ..deltaconv_core.locality.moments import spread
 from ..deltaconv_core.locality.table import text
 from .host.look import Look, Settings, look
@@ -85,11 +85,12 @@ class AttentionLocality(io.ComfyNode):
         max_kernel_size: int,
     ) -> io.NodeOutput:
         check_limit(max_kernel_size)
+        check_matplotlib()
         seen = look(model, positive, latent, Settings(steps, looks, blocks, seed))
         advice = _advice(seen, max_kernel_size)
-        title = (
-            f"Self-attention of {seen.architecture}, {_size(latent)} latent, steps {_moments(steps, looks)}"
-        )
+        height, width = seen.size
+        moments = _moments(steps, looks)
+        title = f"Self-attention of {seen.architecture}, {width} × {height} latent, steps {moments}"
         picture = torch.from_numpy(draw(seen.layers, advice, title)).float().div(255).unsqueeze(0)
         table = f"{title}\n\n{text(seen.layers, advice)}"
         told = ui.PreviewText(tell(_report(seen, advice), cls.hidden)).as_dict()
@@ -101,11 +102,6 @@ def _advice(seen: Look, max_kernel_size: int) -> Recommendation:
     if seen.replaceable:
         return recommend(seen.layers, seen.architecture, max_kernel_size)
     return Recommendation(seen.architecture, skip=tuple(layer.site for layer in seen.layers))
-
-
-def _size(latent: dict[str, Any]) -> str:
-    height, width = latent["samples"].shape[-2:]
-    return f"{width} × {height}"
 
 
 def _moments(steps: int, looks: int) -> str:

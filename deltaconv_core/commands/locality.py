@@ -8,19 +8,23 @@ from typing import Any
 
 import torch
 
+from ..bench.machine import DTYPES, pick_device
 from ..cli import printable
 from ..errors import DeltaConvError
 from ..locality import check_limit, recommend
+from ..locality.moments import spread
 from ..locality.recommend import LARGEST
 
 HELP = "show how local a diffusers model's self-attention is"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the model, the picture and where the results go."""
     parser.add_argument(
         "model", metavar="MODEL", type=Path, help="folder of a diffusers pipeline, with its model_index.json"
+    )
+    parser.add_argument(
+        "--variant", help="which of the weights in the folder, such as fp16 (default: those without a name)"
     )
     parser.add_argument(
         "--output", metavar="DIR", type=Path, default=Path("locality"), help="for the results (%(default)s)"
@@ -46,29 +50,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Looks, prints the table, and writes the pictures, tables and advice."""
     check_limit(options.max_kernel_size)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = _load(options.model, DTYPES[options.dtype or ("float32" if device == "cpu" else "float16")])
-    # What these need is optional, too.
-    from ..locality.figure import save
+    spread(options.steps, options.looks)
+    device = pick_device(options.device)
+    # What these need is optional.
+    from ..locality.figure import check_matplotlib, save
     from ..locality.pipelines import Picture, look
     from ..locality.table import text, write_csv
 
+    check_matplotlib()
+    dtype = DTYPES[options.dtype or ("float32" if device.type == "cpu" else "float16")]
+    pipeline = _load(options.model, device, dtype, options.variant)
+    _make(options.output)
     picture = Picture(
         options.prompt, options.width, options.height, options.steps, options.looks, options.seed
     )
-    architecture, layers = look(pipeline.to(device), picture, options.blocks)
+    architecture, layers = look(pipeline, picture, options.blocks)
     advice = recommend(layers, architecture, options.max_kernel_size)
     title = f"Self-attention of {architecture}: {printable(options.model.resolve().name)}"
-    options.output.mkdir(parents=True, exist_ok=True)
-    save(options.output / "locality.png", layers, advice, title)
     write_csv(layers, advice, options.output)
     (options.output / "recommendation.json").write_text(advice.to_json(), encoding="utf-8")
+    save(options.output / "locality.png", layers, advice, title)
     print(f"{title}\n\n{text(layers, advice)}\n")
     print(f"Written to {options.output}: locality.png, layers.csv, curves.csv, recommendation.json")
     return 0
 
 
-def _load(folder: Path, dtype: torch.dtype) -> Any:
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DeltaConvError(f"--output: cannot write to {folder}: {error}") from error
+
+
+def _load(folder: Path, device: torch.device, dtype: torch.dtype, variant: str | None) -> Any:
     if not (folder / "model_index.json").is_file():
         raise DeltaConvError(
             f"expected the folder of a diffusers pipeline, with a model_index.json; there is none in {folder}"
@@ -81,8 +95,9 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
         ) from None
     pipelines: Any = DiffusionPipeline
     # float32 is what diffusers loads unasked; newer versions warn of this name, older ones know no other.
-    options = {} if dtype == torch.float32 else {"torch_dtype": dtype}
+    options: dict[str, Any] = {} if dtype == torch.float32 else {"torch_dtype": dtype}
+    options |= {"variant": variant} if variant else {}
     try:
-        return pipelines.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, AttributeError, ImportError) as error:
+        return pipelines.from_pretrained(folder, local_files_only=True, **options).to(device)
+    except (OSError, ValueError, AttributeError, ImportError, torch.cuda.OutOfMemoryError) as error:
         raise DeltaConvError(f"diffusers cannot load {folder}: {error}") from error

@@ -44,7 +44,7 @@ def fit_components(mean: Tensor, count: Tensor, queries: float) -> TwoComponents
         count: likewise, the number of pairs with that offset.
         queries: how many queries there are.
     """
-    mean, count = mean.double().cpu(), count.double().cpu()
+    mean, count = mean.cpu().double(), count.cpu().double()
     height, width = mean.shape
     y, x = torch.arange(height) - height // 2, torch.arange(width) - width // 2
     distance = torch.hypot(y[:, None].double(), x[None, :].double())

@@ -24,6 +24,18 @@ MAP_RADIUS = 12  # tokens shown to each side of the query
 BAR_NAMES = 30  # with more layers, not every bar is named
 
 
+def check_matplotlib() -> None:
+    """For those who draw after long work.
+
+    Raises:
+        DeltaConvError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise DeltaConvError("drawing needs matplotlib: pip install matplotlib") from None
+
+
 def draw(layers: Sequence[LayerLocality], advice: Recommendation, title: str) -> NDArray[np.uint8]:
     """The picture, (height, 1024, 3) uint8.
 
@@ -49,12 +61,11 @@ def save(path: Path, layers: Sequence[LayerLocality], advice: Recommendation, ti
 def _canvas(layers: Sequence[LayerLocality], advice: Recommendation, title: str) -> Any:
     if not layers:
         raise DeltaConvError("expected at least one layer to draw")
-    try:
-        import matplotlib as mpl
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise DeltaConvError("drawing needs matplotlib: pip install matplotlib") from None
+    check_matplotlib()
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     shown = _some(layers, MAPS)
     map_rows = -(-len(shown) // MAPS_A_ROW)
     columns = max(5, -(-len(shown) // map_rows))

@@ -54,7 +54,8 @@ def look(pipeline: Any, picture: Picture, blocks: str = "all") -> tuple[str, lis
         The architecture, and the layers in the order of the network.
 
     Raises:
-        DeltaConvError: a pipeline whose attention cannot be looked at, or a selection that names no site.
+        DeltaConvError: a pipeline whose attention cannot be looked at or that cannot draw this picture, or a
+            selection that names no site.
     """
     network = network_of(pipeline)
     found = find_sites(network)
@@ -141,4 +142,9 @@ def _draw(pipeline: Any, picture: Picture) -> None:
         "output_type": "latent",
         "use_resolution_binning": False,  # PixArt: the size that was asked for
     }
-    pipeline(picture.prompt, **{name: value for name, value in options.items() if name in known})
+    try:
+        pipeline(picture.prompt, **{name: value for name, value in options.items() if name in known})
+    except DeltaConvError:
+        raise
+    except (ValueError, torch.cuda.OutOfMemoryError) as error:
+        raise DeltaConvError(f"the pipeline cannot draw this picture: {error}") from error

@@ -5,9 +5,8 @@ No more than `BUDGET` bytes of attention maps exist at once, whatever the number
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ class LayerStatistics:
         channels: of its tokens.
         order, cutoff: of the high-pass, see `HighPass`.
         exact_limit, sample, seed: which queries are looked at, see `choose_queries`.
-        check: called before each chunk; may raise to stop.
+        check: called before each chunk and before the result is made; may raise to stop.
     """
 
     site: str
@@ -53,12 +52,12 @@ class LayerStatistics:
     def __post_init__(self) -> None:
         self._grid: tuple[int, int] | None = None
         self._chosen = torch.arange(0)
-        self._sums: dict[str, _Sums] = {}
+        self._calls: dict[str, list[_Sums]] = {}
 
     @property
     def seen(self) -> bool:
         """Whether there was any call."""
-        return bool(self._sums)
+        return bool(self._calls)
 
     @torch.no_grad()
     def add(
@@ -85,11 +84,13 @@ class LayerStatistics:
         image = self._checked(q, k, grid, image)
         keys = k.float()
         chunk = max(1, BUDGET // (4 * len(q) * q.shape[1] * k.shape[2]))
+        parts = []
         for at in torch.split(self._chosen.to(q.device), chunk):
             self.check()
             rows = None if mask is None else mask if mask.shape[-2] == 1 else mask[..., image, :][..., at, :]
             maps, outside = attention_maps(q[:, :, image][:, :, at], keys, image, rows)
-            self._add(maps.reshape(*maps.shape[:-1], *grid), outside, at, moment)
+            parts.append(self._look(maps.reshape(*maps.shape[:-1], *grid), outside, at))
+        self._calls.setdefault(moment, []).append(_Sums.of(parts))
 
     def result(self) -> LayerLocality:
         """What was gathered.
@@ -97,16 +98,21 @@ class LayerStatistics:
         Raises:
             DeltaConvError: there was no call, or the attention was NaN.
         """
-        if not self._sums or self._grid is None:
+        if not self._calls or self._grid is None:
             raise DeltaConvError(f"the attention at {self.site} was never called")
-        moments = list(self._sums.values())
-        total = sum(moments[1:], start=moments[0])
+        self.check()
+        calls = [sums for moment in self._calls.values() for sums in moment]
+        total = _Sums.of(calls)
         if not total.mass.isfinite().all():
             raise DeltaConvError(
                 f"the attention at {self.site} holds NaN: the model computes it out of the range of its "
                 "dtype (try bfloat16 or float32), or its weights are damaged"
             )
-        errors = [sums.errors() for sums in moments]
+        # The same queries are looked at each time, so errors of several calls may all go the same way.
+        mass_error, high_error = (
+            torch.stack(errors).sum(dim=0) / total.seen
+            for errors in zip(*(sums.errors() for sums in calls), strict=True)
+        )
         mean = self._around.total / self._around.count.clamp(min=1)
         return LayerLocality(
             site=self.site,
@@ -115,19 +121,18 @@ class LayerStatistics:
             heads=len(total.mass),
             queries=len(self._chosen),
             mass=total.mass.mean(dim=0) / total.seen,
-            # The same queries are looked at each time, so errors of several timesteps may go together.
-            mass_error=torch.stack([mass for mass, _ in errors]).mean(dim=0),
+            mass_error=mass_error,
             mass_by_head=total.mass / total.seen,
             high=total.high_curve(),
-            high_error=torch.stack([high for _, high in errors]).mean(dim=0),
+            high_error=high_error,
             high_without_sinks=total.sinkless_curve(),
             high_share=total.high[-1].item() / total.seen,
             first=total.first.item() / total.seen,
             last=total.last.item() / total.seen,
             outside=total.outside.item() / total.seen,
-            around=mean.double().cpu(),
+            around=mean.cpu().double(),
             components=fit_components(mean, self._around.count, total.seen),
-            by_moment={name: sums.high_curve() for name, sums in self._sums.items()},
+            by_moment={name: _Sums.of(moment).high_curve() for name, moment in self._calls.items()},
         )
 
     def _checked(self, q: Tensor, k: Tensor, grid: tuple[int, int], image: slice | None) -> slice:
@@ -151,7 +156,7 @@ class LayerStatistics:
             )
         return image
 
-    def _add(self, maps: Tensor, outside: Tensor, at: Tensor, moment: str) -> None:
+    def _look(self, maps: Tensor, outside: Tensor, at: Tensor) -> _Sums:
         """A chunk of maps, (B, heads, Q, H, W)."""
         width = maps.shape[-1]
         y, x = at // width, at % width
@@ -160,15 +165,18 @@ class LayerStatistics:
             self._around.add(one, y.tolist(), x.tolist())
         mass = window_mass(maps, y, x)
         high = self._high_pass(mean).clamp(min=0)
-        part = _Sums.of_chunk(maps, mass, high, window_mass(high, y, x), outside, at)
-        self._sums[moment] = self._sums[moment] + part if moment in self._sums else part
+        return _Sums.of_chunk(maps, mass, high, window_mass(high, y, x), outside, at)
 
 
 @dataclass
 class _Sums:
-    """Sums over queries and batch, float64 on the CPU; see `LayerLocality` for what they become."""
+    """Sums over queries and batch, float64 on the CPU; see `LayerLocality` for what they become.
+
+    Squares and products are of means over the batch: its pictures are looked at by the same queries.
+    """
 
     seen: int
+    batch: int  # of one call
     population: int
     mass: Tensor  # (heads, R)
     mass_squares: Tensor  # (R,) of the mean over heads
@@ -187,26 +195,28 @@ class _Sums:
         """Args: maps (B, heads, Q, H, W), mass (B, heads, Q, R), high (B, Q, H, W), window (B, Q, R), outside
         (B, heads, Q), at (Q,)."""
         batch, heads, _, height, width = maps.shape
-        whole = window[..., -1:]
+        shared = window.mean(dim=0)
         flat = maps.flatten(-2)
         return cls(
             seen=batch * len(at),
-            population=batch * height * width,
+            batch=batch,
+            population=height * width,
             mass=_total(mass, (0, 2)),
-            mass_squares=_total(mass.mean(dim=1).square(), (0, 1)),
+            mass_squares=_total(mass.mean(dim=(0, 1)).square(), (0,)),
             high=_total(window, (0, 1)),
-            high_squares=_total(window.square(), (0, 1)),
-            high_times_whole=_total(window * whole, (0, 1)),
+            high_squares=_total(shared.square(), (0,)),
+            high_times_whole=_total(shared * shared[:, -1:], (0,)),
             sinkless=_total(window - _in_sinks(high, at), (0, 1)),
             first=_total(flat[..., 0]) / heads,
             last=_total(flat[..., -1]) / heads,
             outside=_total(outside) / heads,
         )
 
-    def __add__(self, other: _Sums) -> _Sums:
-        """The population stays: it is looked at again at another timestep, or in another chunk."""
-        added = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        return _Sums(**{**added, "population": self.population})
+    @classmethod
+    def of(cls, parts: Sequence[_Sums]) -> _Sums:
+        """All together; batch and population stay, as all parts look at the same tokens."""
+        added = {f.name: sum(getattr(part, f.name) for part in parts) for f in fields(cls)}
+        return cls(**{**added, "batch": parts[0].batch, "population": parts[0].population})
 
     def high_curve(self) -> Tensor:
         return _curve(self.high, self.seen)
@@ -215,22 +225,21 @@ class _Sums:
         return _curve(self.sinkless, self.seen)
 
     def errors(self) -> tuple[Tensor, Tensor]:
-        """Standard errors of `mass` and of `high`; the latter is a ratio of two sums, so by linearization."""
-        _, mass = mean_and_error(self.mass.mean(dim=0), self.mass_squares, self.seen, self.population)
-        whole = self.high[-1]
+        """Standard errors in one call of `mass` and of `high` (a ratio: by linearization), times `seen`."""
+        queries = self.seen // self.batch
+        mean = self.mass.mean(dim=0) / self.batch
+        _, mass = mean_and_error(mean, self.mass_squares, queries, self.population)
         ratio = self.high_curve()
         squares = (
             self.high_squares - 2 * ratio * self.high_times_whole + ratio.square() * self.high_times_whole[-1]
         )
-        _, high = mean_and_error(torch.zeros_like(squares), squares.clamp(min=0), self.seen, self.population)
-        return mass, high / (whole / self.seen).clamp(min=NOTHING)
-
-
-_T = TypeVar("_T")
+        _, high = mean_and_error(torch.zeros_like(squares), squares.clamp(min=0), queries, self.population)
+        whole = (self.high[-1] / self.seen).clamp(min=NOTHING)
+        return mass * self.seen, high / whole * self.seen
 
 
 def _total(values: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
-    return (values.sum() if dims is None else values.sum(dim=dims)).double().cpu()
+    return (values.sum() if dims is None else values.sum(dim=dims)).cpu().double()
 
 
 def _curve(sums: Tensor, seen: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +19,22 @@ from ...deltaconv_core.locality import LayerLocality, LayerStatistics
 from ...deltaconv_core.locality.moments import spread
 from ...deltaconv_core.sites import select
 from .attend import Forward, intercepted
+from .calls import COMPILED
 from .joint import JointSite, JointSites, Tokens, find_joint_sites
 from .patch import without_patch
 from .run import own_forward
 from .sites import Site, Sites, find_sites
 
 KEY = "deltaconv_look"
+
+GUIDANCE = (
+    "disable_cfg1_optimization",
+    "sampler_calc_cond_batch_function",
+    "sampler_cfg_function",
+    "sampler_post_cfg_function",
+    "sampler_pre_cfg_function",
+)
+"""ComfyUI's keys of what works on guidance (PAG, SAG, RescaleCFG, ...), with passes of its own."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +61,14 @@ class Look:
     Args:
         architecture: name of the model's shape or family.
         layers: in the order of the network.
+        size: (height, width) of the latent that was sampled.
         unseen: sites whose attention was never called.
         replaceable: whether ΔConv can stand in for these attentions.
     """
 
     architecture: str
     layers: list[LayerLocality]
+    size: tuple[int, int]
     unseen: list[str]
     replaceable: bool
 
@@ -66,17 +79,18 @@ def look(model: Any, positive: Any, latent: dict[str, Any], settings: Settings) 
     Args:
         model: ModelPatcher, which stays as it is. Whatever replaces its self-attention is left out.
         positive: conditioning.
-        latent: its size is that of the picture.
+        latent: its size is that of the picture; an empty one is made to fit the model, as a sampler does.
         settings: what the user chose.
 
     Raises:
         DeltaConvError: a MODEL whose attention cannot be looked at, or a selection that names no site.
     """
-    clone = without_patch(model).clone()
+    clone = _plain(model)
     joint = find_joint_sites(clone.get_model_object("diffusion_model"))
     found = find_sites(clone) if joint is None else None
     channels = found.channels if found else {id: site.channels for site in joint.sites for id in site.ids}
     chosen = select(settings.blocks, channels)
+    samples = _fitting(clone, latent)
     at = spread(settings.steps, settings.looks)
     watch = Watch.of({id: channels[id] for id in chosen}, total=settings.steps + len(at) * len(chosen))
     if found:
@@ -84,10 +98,20 @@ def look(model: Any, positive: Any, latent: dict[str, Any], settings: Settings) 
     else:
         _watch_joint(clone, watch, joint)
     try:
-        _sample(clone, positive, latent, settings, lambda step: watch.turn_to(step, at, settings.steps))
+        _sample(clone, positive, samples, settings, lambda step: watch.turn_to(step, at, settings.steps))
     finally:
         clone.unpatch_model(unpatch_weights=False)
-    return _result(watch, found.architecture if found else joint.name, found is not None)
+    size = (samples.shape[-2], samples.shape[-1])
+    return _result(watch, found.architecture if found else joint.name, size, found is not None)
+
+
+def _plain(model: Any) -> Any:
+    """A clone without ΔConv, compiled code, which would hide the attention, and additions to guidance."""
+    clone = without_patch(model).clone()
+    clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILED)
+    for key in GUIDANCE:
+        clone.model_options.pop(key, None)
+    return clone
 
 
 @dataclass
@@ -174,11 +198,17 @@ def _watched_joint(watch: Watch, site: JointSite, forward: Forward) -> Forward:
     return run
 
 
+def _fitting(model: Any, latent: dict[str, Any]) -> torch.Tensor:
+    """An empty latent in the model's channels and, where this ComfyUI knows how, at the model's scale."""
+    fix = comfy.sample.fix_empty_latent_channels
+    known = {name: latent[name] for name in inspect.signature(fix).parameters if name in latent}
+    return fix(model, latent["samples"], **known)
+
+
 def _sample(
-    clone: Any, positive: Any, latent: dict[str, Any], settings: Settings, turn_to: Callable[[int], None]
+    clone: Any, positive: Any, samples: torch.Tensor, settings: Settings, turn_to: Callable[[int], None]
 ) -> None:
     """Euler steps from noise to picture, without guidance: one call of the network each."""
-    samples = comfy.sample.fix_empty_latent_channels(clone, latent["samples"])
     noise = comfy.sample.prepare_noise(samples, settings.seed)
     schedule = clone.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(schedule, "simple", settings.steps)
@@ -197,7 +227,7 @@ def _sample(
     )
 
 
-def _result(watch: Watch, architecture: str, replaceable: bool) -> Look:
+def _result(watch: Watch, architecture: str, size: tuple[int, int], replaceable: bool) -> Look:
     layers = [statistics.result() for statistics in watch.statistics.values() if statistics.seen]
     unseen = [id for id, statistics in watch.statistics.items() if not statistics.seen]
     if not layers:
@@ -205,4 +235,4 @@ def _result(watch: Watch, architecture: str, replaceable: bool) -> Look:
             f"none of the {len(unseen)} self-attentions was called in the usual way; something on this MODEL "
             "replaces them (attn1 replace patches, skipped blocks): look at the MODEL without it"
         )
-    return Look(architecture, layers, unseen, replaceable)
+    return Look(architecture, layers, size, unseen, replaceable)

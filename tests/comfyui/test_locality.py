@@ -22,7 +22,7 @@ from small_models import (
     state,
     untouched,
 )
-from test_together import lora
+from test_together import lora, pag, rescale_cfg, sag
 
 
 def look(pack, model, size=(16, 12), batch=1, steps=2, looks=2, blocks="all", positive=None):
@@ -251,14 +251,39 @@ def test_replacements_of_the_attention_are_left_out(pack, unet, checkpoint):
     assert torch.equal(sample(patched), sample(patch(pack, unet, checkpoint)))
 
 
+def compiled(model):
+    """The wrapper of torch.compile, whose code was made before anybody looked."""
+    from comfy.patcher_extension import WrappersMP
+    from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
+
+    def hidden(*args, **call):
+        raise AssertionError("compiled code was called")
+
+    clone = model.clone()
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY, hidden)
+    return clone
+
+
+@pytest.mark.parametrize("add", [pag, sag, rescale_cfg, compiled])
+def test_guidance_and_compiled_code_do_not_count(pack, unet, add):
+    """SAG puts a replacement of its own into the middle, which is named."""
+    plain = {layer.site: layer for layer in look(pack, unet).layers}
+    seen = look(pack, add(unet))
+    assert [site.split(".")[0] for site in seen.unseen] == (["mid_block"] if add is sag else [])
+    assert len(seen.layers) + len(seen.unseen) == 5
+    for layer in seen.layers:
+        assert torch.equal(layer.mass, plain[layer.site].mass)
+        assert list(layer.by_moment) == ["1/2", "2/2"]
+
+
 # ---- the node ----
 
 
-def run_node(pack, model, size=(16, 12), positive=None, **changes):
+def run_node(pack, model, size=(16, 12), positive=None, latent=None, **changes):
     node = in_pack(pack, "nodes.locality").AttentionLocality
     options = {"seed": 0, "steps": 2, "looks": 1, "blocks": "all", "max_kernel_size": 13} | changes
     channels = model.model.latent_format.latent_channels
-    latent = {"samples": torch.zeros(1, channels, *size)}
+    latent = latent or {"samples": torch.zeros(1, channels, *size)}
     with torch.inference_mode():
         return node.execute(model, conditioning(1) if positive is None else positive, latent, **options)
 
@@ -276,6 +301,29 @@ def test_node_outputs(pack, unet, caplog):
     assert read.architecture == "unet-32x2-64x3"
     assert len(read.kernel_sizes) + len(read.skip) == 5
     assert any("Looked at 5 self-attentions" in record.getMessage() for record in caplog.records)
+
+
+def test_an_empty_latent_is_made_to_fit(pack, unet, monkeypatch):
+    """Newer versions of ComfyUI scale it: what stands for 8 pixels may have to stand for 16."""
+    import comfy.sample
+
+    def fix(model, latent_image, downscale_ratio_spacial=None, downscale_ratio_temporal=None):
+        assert (downscale_ratio_spacial, downscale_ratio_temporal) == (8, None)
+        return latent_image[..., ::2, ::2]
+
+    monkeypatch.setattr(comfy.sample, "fix_empty_latent_channels", fix)
+    latent = {"samples": torch.zeros(1, 4, 32, 24), "downscale_ratio_spacial": 8}
+    table = run_node(pack, unet, latent=latent).args[1]
+    assert table.splitlines()[0] == "Self-attention of unet-32x2-64x3, 12 × 16 latent, steps 2 of 2"
+    assert " 16x12 |" in table
+
+
+def test_matplotlib_is_looked_for_before_the_sampling(pack, unet, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(in_pack(pack, "nodes.locality"), "look", None)
+    errors = in_pack(pack, "deltaconv_core.errors")
+    with pytest.raises(errors.DeltaConvError, match="pip install matplotlib"):
+        run_node(pack, unet)
 
 
 def test_sites_that_are_never_called_are_named(pack, unet):

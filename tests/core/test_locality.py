@@ -271,6 +271,40 @@ def test_half_precision_inputs(dtype):
     assert torch.equal(half.result().mass, full.result().mass)
 
 
+class OnDevice(torch.Tensor):
+    """On a device without float64, such as Apple's MPS; what is computed from it stays there."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs)
+        if func is torch.Tensor.cpu:
+            return out.as_subclass(torch.Tensor)
+        assert getattr(out, "dtype", None) != torch.float64, f"float64 on the device: {func.__name__}"
+        return out
+
+
+def test_a_device_without_float64(monkeypatch):
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, **more: zeros(*size, **more).as_subclass(OnDevice))
+    grid = (4, 6)
+    (attention,) = random_attention(grid)
+    layer = LayerStatistics("site", 64)
+    layer.add(*(t.as_subclass(OnDevice) for t in q_and_k(attention)), grid)
+    monkeypatch.undo()
+    assert_same(layer.result(), locality(grid, attention))
+
+
+def test_the_result_can_be_stopped():
+    def stop():
+        raise KeyboardInterrupt
+
+    layer = LayerStatistics("site", 64)
+    layer.add(*q_and_k(uniform((2, 3))), (2, 3))
+    layer.check = stop
+    with pytest.raises(KeyboardInterrupt):
+        layer.result()
+
+
 def test_few_tokens_are_all_looked_at_and_many_are_sampled():
     assert choose_queries(100).tolist() == list(range(100))
     assert len(choose_queries(16_384)) == 16_384
@@ -279,14 +313,24 @@ def test_few_tokens_are_all_looked_at_and_many_are_sampled():
     assert not torch.equal(chosen, choose_queries(16_385, seed=1))
 
 
-def test_the_error_of_a_sample_is_the_one_stated():
-    """Over many draws, the deviation from the exact answer is as large as the standard error says."""
+@pytest.mark.parametrize(("batch", "calls"), [(1, 1), (3, 1), (1, 3)])
+def test_the_error_of_a_sample_is_the_one_stated(batch, calls):
+    """Over many draws, the deviation from the exact answer is as large as the standard error says; pictures
+    that the same queries look at, in one call or in several at one timestep, make it no smaller."""
     grid = (12, 15)
     widths = torch.linspace(0.5, 4, 180).double()
     attention = torch.stack([gaussian(grid, float(w))[i] for i, w in enumerate(widths)])
     exact = locality(grid, attention)
     assert exact.exact and not exact.mass_error.any() and not exact.high_error.any()
-    draws = [locality(grid, attention, exact_limit=1, sample=60, seed=seed) for seed in range(60)]
+    q, k = (t.expand(batch, -1, -1, -1) for t in q_and_k(attention))
+
+    def sampled(seed):
+        layer = LayerStatistics("site", 64, exact_limit=1, sample=60, seed=seed)
+        for _ in range(calls):
+            layer.add(q, k, grid, moment="1/1")
+        return layer.result()
+
+    draws = [sampled(seed) for seed in range(60)]
     assert all(draw.queries == 60 and not draw.exact for draw in draws)
     for curve, error in (("mass", "mass_error"), ("high", "high_error")):
         for r in (0, 2, 5):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,9 @@ def test_the_command(pipeline, tmp_path, capsys):
     [
         ([], "with a model_index.json; there is none in"),
         (["--max-kernel-size", "4"], "odd kernel_size"),
+        (["--steps", "0"], "at least one step and one look, got 0 steps"),
+        (["--looks", "0"], "got 20 steps and 0 looks"),
+        (["--device", "nonsense"], "cannot use the device 'nonsense'"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, arguments, message):
@@ -155,6 +159,55 @@ def test_a_damaged_folder_is_one_line(tmp_path, capsys):
     )
     assert main(["locality", str(tmp_path)]) == 2
     assert "diffusers cannot load" in capsys.readouterr().err
+
+
+def test_a_size_that_the_pipeline_refuses(pipeline):
+    with pytest.raises(DeltaConvError, match=r"cannot draw this picture: .*divisible by .* 24 and 33"):
+        look(pipeline, Picture("a cat", 33, 24))
+
+
+def test_too_little_memory(pipeline, tmp_path, monkeypatch, capsys):
+    def full(*args, **call):
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(network_of(pipeline), "forward", full)
+    with pytest.raises(DeltaConvError, match="cannot draw this picture: out of memory"):
+        look(pipeline, Picture("a cat", 32, 24))
+    pipeline.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "to", full)
+    assert main(["locality", str(tmp_path / "model"), "--device", "cpu"]) == 2
+    assert "diffusers cannot load" in capsys.readouterr().err
+
+
+def test_weights_of_a_variant(tmp_path, monkeypatch, capsys):
+    """A folder that holds no others, as published for fp16; and a picture that fails costs no tables."""
+    torch.manual_seed(0)
+    stable_diffusion(tmp_path).save_pretrained(tmp_path / "model", variant="fp16")
+    output = tmp_path / "out"
+    monkeypatch.setattr("deltaconv_core.locality.figure.save", None)
+    arguments = ["locality", str(tmp_path / "model"), "--output", str(output), "--width", "32"]
+    options = ["--height", "24", "--steps", "1", "--device", "cpu", "--blocks", "up"]
+    assert main(arguments + options) == 2
+    assert "diffusers cannot load" in capsys.readouterr().err
+    with pytest.raises(TypeError):
+        main([*arguments, *options, "--variant", "fp16"])
+    names = sorted(path.name for path in output.iterdir())
+    assert names == ["curves.csv", "layers.csv", "recommendation.json"]
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "folder"])
+def test_what_the_results_need_is_checked_before_the_sampling(tmp_path, monkeypatch, capsys, missing):
+    torch.manual_seed(0)
+    stable_diffusion(tmp_path).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("deltaconv_core.locality.pipelines.look", None)
+    output = tmp_path / "out"
+    if missing == "folder":
+        output.write_text("a file")
+    else:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["locality", str(tmp_path / "model"), "--output", str(output), "--device", "cpu"]) == 2
+    told = capsys.readouterr().err
+    assert ("pip install matplotlib" if missing == "matplotlib" else "--output: cannot write to") in told
 
 
 def test_other_models_are_refused():
