@@ -91,7 +91,7 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype, variant: str |
         from diffusers import DiffusionPipeline
     except ImportError:
         raise DeltaConvError(
-            "this needs the diffusers library: pip install 'deltaconv-core[diffusers]'"
+            "this needs the diffusers library: pip install '.[diffusers]' in the folder of ComfyUI-DeltaConv"
         ) from None
     pipelines: Any = DiffusionPipeline
     # float32 is what diffusers loads unasked; newer versions warn of this name, older ones know no other.
