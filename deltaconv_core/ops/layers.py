@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -49,3 +51,15 @@ def with_weights(layer: Any, x: Tensor, function: Callable[[Tensor, Tensor | Non
     if type(layer) not in PLAIN:
         return layer.with_weights(x, function)  # type: ignore[no-any-return]
     return function(layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Where autocast is on for x's device, it is off inside.
+
+    It does not know Triton kernels, interpolates in float32, and leaves out products that are told where to
+    write.
+    """
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)

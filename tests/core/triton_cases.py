@@ -283,6 +283,33 @@ def test_whole_block(name, compiled):
         torch.testing.assert_close(run_block(x, ODD), y)
 
 
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", SPECS)
+def test_whole_block_under_autocast(name, dtype, grad):
+    """The block's weights and the tokens are float32, as in distillation."""
+    torch.manual_seed(0)
+    block = DeltaConvBlock(SPECS[name]).to(DEVICE)
+    x = torch.randn(2, 35, block.spec.dim, device=DEVICE)
+    weights = dict(block.named_parameters())
+    upstream = torch.randn_like(x)
+    exact = run(
+        lambda *w: slow.reference_block(x, ODD, block.spec, dict(zip(weights, w, strict=True))),
+        list(weights.values()),
+        upstream,
+    )
+    with torch.autocast(DEVICE, dtype), torch.set_grad_enabled(grad):
+        y = block(x, ODD)
+    assert y.dtype == torch.float32
+    tolerance = 8 * torch.finfo(dtype).eps
+    assert relative_error(y, exact[0]) < tolerance
+    if grad:
+        y.backward(upstream)
+        for (name, w), gradient in zip(weights.items(), exact[1:], strict=True):
+            assert relative_error(w.grad, gradient) < tolerance, name
+
+
 def test_operators_as_pytorch_wants_them():
     operators = getattr(torch.ops, NAMESPACE)
     u, weight = torch.randn(1, 2, 3, 4, device=DEVICE), torch.randn(4, 1, 3, 3, device=DEVICE)
