@@ -93,7 +93,7 @@ class DeltaConvBlock(nn.Module):
         """Mixes the tokens.
 
         Args:
-            x: (B, H * W, C) floating point, row by row; any strides.
+            x: (B, H * W, C) floating point, row by row; any strides, B may be 0.
             grid: (H, W), both at least 1.
 
         Returns:
@@ -105,6 +105,8 @@ class DeltaConvBlock(nn.Module):
             DeltaConvError: tokens that do not fit the grid or the block.
         """
         self._check(x, grid)
+        if not len(x):
+            return x.clone()
         return self._mix(x.to(ops.compute_dtype(x)), (int(grid[0]), int(grid[1]))).to(x.dtype)
 
     def _mix(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deltaconv_core.ops.slow import SlowBackend
 from deltaconv_core.ops.triton import BACKEND, backend
 
 HERE = Path(__file__).parent
@@ -161,6 +162,12 @@ def test_where_nothing_can_be_measured_the_first_tile_size_is_taken(tuning, monk
         launch(5)
     launch(5)
     assert kernel.launches == [1, 2]
+
+
+def test_the_largest_kernels_are_pytorchs():
+    u, weight = torch.randn(1, 3, 4, 2), torch.randn(2, 1, 33, 33)
+    expected = SlowBackend().depthwise_gate(u, weight, None, "simple")
+    torch.testing.assert_close(BACKEND.depthwise_gate(u, weight, None, "simple"), expected)
 
 
 def test_a_cpu_is_a_reason():
