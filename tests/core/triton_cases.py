@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from deltaconv_core import BlockSpec, DeltaConvBlock
 from deltaconv_core import reference as slow
@@ -308,6 +309,31 @@ def test_whole_block_under_autocast(name, dtype, grad):
         y.backward(upstream)
         for (name, w), gradient in zip(weights.items(), exact[1:], strict=True):
             assert relative_error(w.grad, gradient) < tolerance, name
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_operations_are_counted_as_those_of_plain_pytorch(name):
+    block = DeltaConvBlock(SPECS[name]).to(DEVICE)
+    x = torch.randn(2, 35, block.spec.dim, device=DEVICE)
+    counted = {}
+    for side in ("torch", "triton"):
+        # The kernels multiply smaller stages before they enlarge them, and sum what comes out.
+        with select.forced(side), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            block(x, ODD)
+        counted[side] = counter.get_total_flops()
+    if block.spec.merge == "concat":
+        assert counted["triton"] == counted["torch"]
+    else:
+        assert counted["triton"] > counted["torch"]
+
+
+def test_operations_of_gradients_are_counted():
+    operators = getattr(torch.ops, NAMESPACE)
+    u, weight = torch.randn(1, 2, 3, 4, device=DEVICE), torch.randn(4, 1, 5, 5, device=DEVICE)
+    g = torch.randn(1, 2, 3, 2, device=DEVICE)
+    with FlopCounterMode(display=False) as counter:
+        operators.depthwise_gate_gradients(g, u, weight, None, "simple", [True, False, False])
+    assert counter.get_total_flops() == 2 * 2 * u.numel() * 25
 
 
 def test_operators_as_pytorch_wants_them():
