@@ -17,11 +17,16 @@ def call_layer(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     """Applies a layer in x's dtype, whatever dtype its weights are stored in.
 
     A layer that casts its weights itself (ComfyUI's castable layers, which also move and patch them) is
-    called and its weights are left alone; a plain layer of another dtype runs on cast weights.
+    called and its weights are left alone; a plain layer of another dtype runs on cast weights. Whatever else
+    has another dtype is called on a cast input, unless its dtype is one that nobody computes in.
     """
     y: Tensor
-    if layer.weight.dtype == x.dtype or getattr(layer, "comfy_cast_weights", False):
+    own = layer.weight.dtype
+    if own == x.dtype or getattr(layer, "comfy_cast_weights", False):
         y = layer(x)
+        return y
+    if not gives_weights(layer):
+        y = layer(x if own.itemsize == 1 else x.to(own)).to(x.dtype)
         return y
     weight = layer.weight.to(x.dtype)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
