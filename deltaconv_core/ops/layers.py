@@ -65,6 +65,11 @@ def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     write.
     """
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _knows_autocast(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _knows_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
