@@ -11,7 +11,8 @@ forward), and
   what a large copy reaches on this device;
 - of products: operations per second, as a part of what a large matrix product reaches in this dtype.
 
-What would take longer than --patience at that rate, or more memory than there is, is left out, and says so.
+What would take longer than --patience at that rate, or more memory than there is, or fails, is left out, and
+says so.
 ΔConv is the authors' block by each backend, lean ΔConv that of new distillations by the backend chosen here.
 Presets hold the self-attention layers of a model at a size of picture, each distinct one once; "paper" is the
 layer of the paper's table 1, "kernel" those that a GPU's kernels are judged by.
@@ -28,7 +29,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from measure import Results, add_machine, available, circumstances, parser, peak
+from measure import Results, add_machine, available, circumstances, parser, peak, reason
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -165,6 +166,13 @@ def distinct(layers: list[Layer]) -> list[Layer]:
     return [layer for layer in layers if layer in alike.values()]
 
 
+class Failed(Exception):
+    """A method cannot run."""
+
+    def __init__(self, name: str, error: RuntimeError) -> None:
+        super().__init__(name, reason(error))
+
+
 @dataclass(frozen=True)
 class Case:
     """A layer, and how it is run."""
@@ -177,27 +185,35 @@ class Case:
 
     def tokens(self) -> Tensor:
         height, width = self.layer.grid
-        return torch.randn(self.batch, height * width, self.layer.spec.dim, device=self.device).to(self.dtype)
+        x = torch.randn(self.batch, height * width, self.layer.spec.dim, device=self.device)
+        return x.to(self.dtype).requires_grad_(self.backward)
 
     def module(self, method: Method) -> nn.Module:
         return method.make(self.layer, self.device, self.dtype)
 
-    def runner(self, method: Method, module: nn.Module) -> Callable[[], None]:
-        """One pass of the layer."""
-        x, grid = self.tokens().requires_grad_(self.backward), self.layer.grid
+    def runner(self, name: str, module: nn.Module, x: Tensor) -> Callable[[], None]:
+        """One pass of the layer; `Failed` where PyTorch fails."""
+        context, grid = METHODS[name].context, self.layer.grid
 
         def forward() -> None:
-            with torch.inference_mode(), method.context():
+            with torch.inference_mode(), context():
                 module(x, grid)
 
         def both() -> None:
-            x.grad = None
-            module.zero_grad(set_to_none=True)
-            with method.context():
+            with context():
                 y = module(x, grid)
                 y.backward(torch.ones_like(y))
+            x.grad = None
+            module.zero_grad(set_to_none=True)
 
-        return both if self.backward else forward
+        def run() -> None:
+            try:
+                (both if self.backward else forward)()
+            except RuntimeError as error:
+                x.grad = None
+                raise Failed(name, error) from None
+
+        return run
 
     def flops(self, method: Method) -> int:
         """Backward is twice forward for all that counts; the counter errs about depth-wise convolutions."""
@@ -223,10 +239,10 @@ class Case:
             return f"would take {scores / 2**30:,.0f} GiB"
         few = replace(self, layer=replace(self.layer, grid=(16, 16)))
         try:
-            few.runner(METHODS[name], few.module(METHODS[name]))()
+            few.runner(name, few.module(METHODS[name]), few.tokens())()
         except DeltaConvError as error:  # a backend of ΔConv: "... is forced, but <reason>; <advice>"
             return str(error).partition(" but ")[2].partition(";")[0]
-        except RuntimeError:  # what PyTorch says names other kernels, and not why this one is out
+        except Failed:  # what PyTorch says names other kernels, and not why this one is out
             if name.startswith("attention"):
                 return "not on this device"
             raise
@@ -239,6 +255,7 @@ def measure(
     """Method -> its figures, or why there are none; where runs are long, there are fewer of them."""
     figures: dict[str, dict[str, Any]] = {}
     runs: dict[str, Callable[[], None]] = {}
+    x = case.tokens()  # of all methods: several of them might not fit
     for name in names:
         flops = case.flops(METHODS[name])
         figures[name] = {"flops": flops}
@@ -247,18 +264,29 @@ def measure(
             continue
         try:
             module = case.module(METHODS[name])
-            runs[name] = case.runner(METHODS[name], module)
+            runs[name] = case.runner(name, module, x)
             figures[name] |= {"memory": peak(runs[name], case.device), "bytes": case.least_bytes(module)}
-        except torch.OutOfMemoryError:
-            runs.pop(name, None)
-            figures[name]["skipped"] = "out of memory"
+        except Failed as failed:
+            figures[name]["skipped"] = failed.args[1]
+            del runs[name]
     longest = max((figures[name]["flops"] / rates[1] for name in runs), default=1.0)
     turns = max(1, min(repeats, int(patience / longest)))
-    for name, taken in bench.alternate(runs, case.device, turns).items():
+    for name, taken in timed(runs, case.device, turns, figures).items():
         seconds, known = statistics.median(taken), figures[name]
         known |= {"seconds": seconds, "of_bandwidth": known["bytes"] / seconds / rates[0]}
         known["of_products"] = known["flops"] / seconds / rates[1]
     return figures
+
+
+def timed(
+    runs: dict[str, Callable[[], None]], device: torch.device, turns: int, figures: dict[str, dict[str, Any]]
+) -> dict[str, list[float]]:
+    """Method -> seconds of each turn. One that fails after all is left out, and the others start again."""
+    try:
+        return bench.alternate(runs, device, turns)
+    except Failed as failed:
+        name, figures[name]["skipped"] = failed.args
+    return timed({other: run for other, run in runs.items() if other != name}, device, turns, figures)
 
 
 def title(row: dict[str, Any]) -> str:

@@ -102,6 +102,13 @@ class Results:
         return self.rows[-1]
 
 
+def reason(error: RuntimeError) -> str:
+    """Why something did not run, in one line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def peak(run: Callable[[], object], device: torch.device) -> int | None:
     """The most bytes in use while something runs, above those before; None where nobody tells.
 

@@ -14,8 +14,8 @@ Random weights and input, one forward pass of a real MODEL, alternating runs, me
 
 Prints for each the time of a pass, that as a part of PyTorch attention's and in units of no self-attention's,
 and the peak of memory above the loaded model. Every architecture and size runs in a process of its own. What
-does not fit into memory, or would take longer than --patience by what it took at a smaller size, is left out,
-and says so.
+does not fit into memory, fails, or would take longer than --patience by what it took at a smaller size, is
+left out, and says so. No turn starts after those before took longer than --patience together.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from measure import Results, add_machine, circumstances, parser, peak
+from measure import Results, add_machine, circumstances, parser, peak, reason
 from parity_models import ARCHITECTURES, build
 
 from deltaconv_core import bench
@@ -74,7 +74,7 @@ def main() -> int:
     command.add_argument("--size", nargs="+", help="of the picture, such as 768 or 1024x576")
     command.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     command.add_argument("--batch", type=int, default=1, help="samples in a pass (%(default)s)")
-    command.add_argument("--patience", type=float, default=1800, help="seconds for a pass (%(default)s)")
+    command.add_argument("--patience", type=float, default=1800, help="in seconds (%(default)s)")
     add_machine(command, repeats=3)
     args = command.parse_args()
     device = bench.pick_device(args.device)
@@ -153,11 +153,16 @@ def measure(job: Job) -> dict[str, Any]:
         for name in job.variants:
             figures[name] = host.first(name, device)
             print(f"  {name}: {figures[name].get('skipped') or 'runs'}", flush=True)
-        left = [name for name in job.variants if "skipped" not in figures[name]]
-        times: dict[str, list[float]] = {name: [] for name in left}
+        times: dict[str, list[float]] = {n: [] for n in job.variants if "skipped" not in figures[n]}
         for turn in range(job.repeats):
-            for name in left:
-                times[name].append(host.one_pass(name))
+            if sum(map(sum, times.values())) > job.patience:
+                break
+            for name in list(times):
+                try:
+                    times[name].append(host.one_pass(name))
+                except RuntimeError as error:
+                    figures[name]["skipped"] = reason(error)
+                    del times[name]
             print(f"  turn {turn + 1} of {job.repeats}", flush=True)
     for name, seconds in times.items():
         figures[name] |= {"seconds": statistics.median(seconds), "times": seconds}
@@ -194,10 +199,10 @@ class Host:
             self.made[name] = self.make(name)
             management.load_models_gpu([self.made[name]])
             return {"memory": peak(lambda: self.one_pass(name), device)}
-        except management.OOM_EXCEPTION:
+        except RuntimeError as error:
             self.made.pop(name, None)
             management.soft_empty_cache()
-            return {"skipped": "out of memory"}
+            return {"skipped": reason(error)}
 
     def one_pass(self, name: str) -> float:
         """Seconds of a pass."""

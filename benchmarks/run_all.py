@@ -28,8 +28,8 @@ ON_CPU = {
     "paper": "--patience 30",
 }
 ON_GPU = {
-    "network": "--repeats 5",
-    "block": "--preset kernel paper sd15-1024 sdxl-1024 pixart_sigma-1024 --repeats 20",
+    "network": "--repeats 5 --patience 60",
+    "block": "--preset kernel sd15-1024 sdxl-1024 pixart_sigma-1024 paper --repeats 20 --patience 20",
     "block backward": "--preset kernel --backward --repeats 20",
     "paper": "--repeats 20",
 }

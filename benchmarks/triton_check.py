@@ -19,13 +19,14 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltaconv_core import BlockSpec, DeltaConvBlock
+from deltaconv_core import BlockSpec, DeltaConvBlock, bench
 from deltaconv_core.ops import select
 from deltaconv_core.ops.triton import BACKEND
 from deltaconv_core.reference import reference_block
@@ -176,19 +177,14 @@ def relative_error(got: Tensor, truth: Tensor) -> float:
 
 
 def times(function: Callable[[], Any]) -> tuple[float, ...]:
-    """Median milliseconds of each side; they take turns."""
-    measured: dict[str, list[float]] = {side: [] for side in SIDES}
-    for run in range(RUNS + 3):
-        for side in SIDES:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            with select.forced(side):
-                start.record()
-                function()
-                end.record()
-            torch.cuda.synchronize()
-            if run >= 3:  # the first ones compile and choose
-                measured[side].append(start.elapsed_time(end))
-    return tuple(statistics.median(measured[side]) for side in SIDES)
+    """Median milliseconds of each side."""
+
+    def by(side: str) -> None:
+        with select.forced(side):
+            function()
+
+    taken = bench.alternate({side: partial(by, side) for side in SIDES}, torch.device("cuda"), RUNS)
+    return tuple(1000 * statistics.median(taken[side]) for side in SIDES)
 
 
 def large_offsets() -> bool:

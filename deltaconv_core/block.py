@@ -93,17 +93,20 @@ class DeltaConvBlock(nn.Module):
         """Mixes the tokens.
 
         Args:
-            x: (B, H * W, C) floating point, row by row; any strides.
+            x: (B, H * W, C) floating point, row by row; any strides, B may be 0.
             grid: (H, W), both at least 1.
 
         Returns:
-            (B, H * W, C) in x's dtype. The computation runs in that dtype too, whatever the weights are
-            stored in, except for float16: its gate is float32, and on a CPU all of it.
+            (B, H * W, C) in x's dtype. The computation runs in that dtype too (under autocast in autocast's),
+            whatever the weights are stored in, except for float16: its gate is float32, and on a CPU all of
+            it (not under autocast).
 
         Raises:
             DeltaConvError: tokens that do not fit the grid or the block.
         """
         self._check(x, grid)
+        if not len(x):
+            return x.clone()
         return self._mix(x.to(ops.compute_dtype(x)), (int(grid[0]), int(grid[1]))).to(x.dtype)
 
     def _mix(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -115,17 +118,18 @@ class DeltaConvBlock(nn.Module):
         if not all(map(ops.gives_weights, (self.conv_out, *(s.conv_spatial for s in self.stages())))):
             return self._mix_by_layers(u, everywhere)
         backend = ops.backend_for(u)
-        stages = self._all_stages(backend, u)
-        del u  # its memory may serve the output
+        with ops.no_autocast(u):  # from here on everything has u's dtype, which is the one of autocast
+            stages = self._all_stages(backend, u)
+            del u  # its memory may serve the output
 
-        def project(weight: Tensor, bias: Tensor | None) -> Tensor:
-            # A sum image by image would round the gradient of the bias twice.
-            if bias is None or torch.is_grad_enabled():
-                y = backend.project(stages, weight, everywhere, grid, self.spec.merge)
-                return y if bias is None else y + bias
-            return backend.project(stages, weight, everywhere + bias, grid, self.spec.merge)
+            def project(weight: Tensor, bias: Tensor | None) -> Tensor:
+                # A sum image by image would round the gradient of the bias twice.
+                if bias is None or torch.is_grad_enabled():
+                    y = backend.project(stages, weight, everywhere, grid, self.spec.merge)
+                    return y if bias is None else y + bias
+                return backend.project(stages, weight, everywhere + bias, grid, self.spec.merge)
 
-        return ops.with_weights(self.conv_out, x, project)
+            return ops.with_weights(self.conv_out, everywhere, project)
 
     def _all_stages(self, backend: ops.Backend, u: Tensor) -> list[Tensor]:
         pairs = list(zip(self.stages(), self.spec.scales, strict=True))

@@ -1,6 +1,7 @@
 """Measuring: what self-attention costs on this machine, and what ΔConv costs in its place."""
 
 from ..device_names import device_name
+from ..ops.tune import synchronize
 from .counting import count_flops
 from .layers import (
     Layer,
@@ -15,7 +16,7 @@ from .layers import (
 from .machine import DTYPES, copy_bandwidth, describe, matmul_rate, pick_device, pick_dtype
 from .sizes import LATENT, latent_of, parse_size
 from .table import stage_table, sums
-from .timing import Span, alternate, synchronize
+from .timing import Span, alternate
 
 __all__ = [
     "DTYPES",

@@ -9,14 +9,11 @@ from typing import Any
 
 import torch
 
+from ..ops.tune import synchronize
+
 FLUSHED = 2**28  # bytes written before a run on a GPU, more than any of its caches holds
-AHEAD = 5_000_000  # clock cycles for which a GPU is kept busy while the host queues what is timed
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until the device has done all that it was given; a CPU has, always."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+CYCLES = 2e9  # of a GPU's clock in a second, about
+AHEAD = 0.0025, 0.1  # seconds, at least and at most, for which it is busy while the host queues what is timed
 
 
 class Span:
@@ -50,7 +47,7 @@ class Span:
             synchronize(self.device)
             return time.perf_counter()
         event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     @property
@@ -83,17 +80,23 @@ def alternate(
         Name -> `repeats` times in seconds.
     """
     spans: dict[str, list[Span]] = {name: [] for name in runs}
+    queued = dict.fromkeys(runs, 0.0)  # seconds that the host needed in the turn before
     for _ in range(repeats + 1):
         for name, run in runs.items():
             check()
-            _prepare(device)
+            _prepare(device, 2 * queued[name])
+            begun = time.perf_counter()
             with Span(device) as span:
                 run()
+            queued[name] = time.perf_counter() - begun
             spans[name].append(span)
     return {name: [span.seconds for span in taken[1:]] for name, taken in spans.items()}
 
 
-def _prepare(device: torch.device) -> None:
+def _prepare(device: torch.device, ahead: float) -> None:
+    """Empties a GPU's caches and keeps it busy for some seconds, within the limits of AHEAD."""
     if device.type == "cuda":
+        least, most = AHEAD
         torch.empty(FLUSHED, dtype=torch.int8, device=device).zero_()
-        torch.cuda._sleep(AHEAD)  # type: ignore[no-untyped-call]
+        with torch.cuda.device(device):
+            torch.cuda._sleep(int(CYCLES * min(max(ahead, least), most)))  # type: ignore[no-untyped-call]

@@ -2,7 +2,7 @@
 
 from .backends import Backend
 from .half import compute_dtype, half_product, project_half
-from .layers import call_layer, gives_weights, with_weights
+from .layers import call_layer, gives_weights, no_autocast, with_weights
 from .pyramid import context, enlarge, gate, merge, shrink, stage_size
 from .select import backend_for
 
@@ -17,6 +17,7 @@ __all__ = [
     "gives_weights",
     "half_product",
     "merge",
+    "no_autocast",
     "project_half",
     "shrink",
     "stage_size",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -15,11 +17,16 @@ def call_layer(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     """Applies a layer in x's dtype, whatever dtype its weights are stored in.
 
     A layer that casts its weights itself (ComfyUI's castable layers, which also move and patch them) is
-    called and its weights are left alone; a plain layer of another dtype runs on cast weights.
+    called and its weights are left alone; a plain layer of another dtype runs on cast weights. Whatever else
+    has another dtype is called on a cast input, unless its dtype is one that nobody computes in.
     """
     y: Tensor
-    if layer.weight.dtype == x.dtype or getattr(layer, "comfy_cast_weights", False):
+    own = layer.weight.dtype
+    if own == x.dtype or getattr(layer, "comfy_cast_weights", False):
         y = layer(x)
+        return y
+    if not gives_weights(layer):
+        y = layer(x if own.itemsize == 1 else x.to(own)).to(x.dtype)
         return y
     weight = layer.weight.to(x.dtype)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
@@ -49,3 +56,20 @@ def with_weights(layer: Any, x: Tensor, function: Callable[[Tensor, Tensor | Non
     if type(layer) not in PLAIN:
         return layer.with_weights(x, function)  # type: ignore[no-any-return]
     return function(layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Where autocast is on for x's device, it is off inside.
+
+    It does not know Triton kernels, interpolates in float32, and leaves out products that are told where to
+    write.
+    """
+    kind = x.device.type
+    if _knows_autocast(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _knows_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)

@@ -1,7 +1,7 @@
 """Which backend computes a block.
 
-Triton where it can, plain PyTorch otherwise. DELTACONV_BACKEND=torch|triton|reference forces one. What runs,
-and why Triton does not, is logged once for each kind of tensor.
+Triton where it can, plain PyTorch otherwise. DELTACONV_BACKEND=torch|triton|reference forces one. Why Triton
+does not run on a GPU is logged once for each dtype.
 """
 
 from __future__ import annotations

@@ -110,6 +110,14 @@ def fixed(**choices: str) -> Iterator[None]:
         _fixed.update(before)
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits until the device, current or not, has done all that it was given; a CPU has, always."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif wait := getattr(torch.get_device_module(device), "synchronize", None):
+        wait()
+
+
 def cache_file() -> Path | None:
     """Where choices are kept between processes; None: nowhere."""
     stated = os.environ.get("DELTACONV_TUNE_CACHE")
@@ -183,15 +191,14 @@ def _time(
 ) -> dict[str, float]:
     """Name -> shortest run in seconds, by turns; without those that failed."""
     left, times = dict(candidates), dict.fromkeys(candidates, math.inf)
-    synchronize = getattr(torch.get_device_module(device), "synchronize", None) or (lambda: None)
     start = time.perf_counter()
     for turn in range(ROUNDS):
         for name, candidate in list(left.items()):
             try:
-                synchronize()
+                synchronize(device)
                 begun = time.perf_counter()
                 trial(candidate)
-                synchronize()
+                synchronize(device)
             except RuntimeError as error:
                 log.debug("ΔConv: %s cannot run here: %s", name, error)
                 del left[name]

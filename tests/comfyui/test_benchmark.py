@@ -226,6 +226,31 @@ def test_networks(pack, name, skipped):
     assert text.count("\n| ") == 2 + len(network.VARIANTS)
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "in its turn"])
+def test_a_variant_that_fails_is_left_out(pack, monkeypatch, late):
+    calls, one_pass = [], network.Host.one_pass
+
+    def failing(host, name):
+        calls.append(name)
+        if name == network.DELTACONV and calls.count(name) > late:
+            raise RuntimeError("too many entries\nand so on")
+        return one_pass(host, name)
+
+    monkeypatch.setattr(network.Host, "one_pass", failing)
+    variants = (network.PYTORCH, network.DELTACONV, network.NOTHING)
+    found = network.measure(job("pixart_sigma", variants=variants, repeats=2))["variants"]
+    assert (
+        found[network.DELTACONV]["skipped"] == "too many entries"
+        and calls.count(network.DELTACONV) == 1 + late
+    )
+    assert all(len(found[name]["times"]) == 2 for name in variants[::2])
+
+
+def test_turns_end_with_the_patience(pack):
+    one = job("pixart_sigma", variants=(network.PYTORCH, network.NOTHING), repeats=3, patience=0.0)
+    assert {len(known["times"]) for known in network.measure(one)["variants"].values()} == {1}
+
+
 def test_variants_differ(pack):
     """Every variant computes something of its own; HyperTile needs more than one tile."""
     host = network.Host(pack.__name__, job("sd15", size=(512, 512)))

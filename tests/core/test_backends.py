@@ -245,6 +245,58 @@ def test_a_forced_backend_runs_wherever_it_can(triton):
         assert ops.backend_for(on_gpu()).name == "torch"
 
 
+class Watching(plain.PlainBackend):
+    """Stands for a backend of kernels, which take one dtype and know nothing of autocast."""
+
+    def depthwise_gate(self, u, weight, bias, kind):
+        self.check(u, weight)
+        return super().depthwise_gate(u, weight, bias, kind)
+
+    def project(self, stages, weight, bias, grid, merge):
+        wide = torch.float32 if self.dtype == torch.float16 else self.dtype
+        assert {g.dtype for g in stages} == {wide}
+        self.check(weight, bias)
+        return super().project(stages, weight, bias, grid, merge)
+
+    def check(self, *tensors):
+        assert {t.dtype for t in tensors} == {self.dtype} and not torch.is_autocast_enabled("cpu")
+
+
+class InterpolatesInFloat32(torch.overrides.TorchFunctionMode):
+    """What autocast does on a GPU, and does not on a CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (F.interpolate, torch.ops.aten.upsample_bilinear2d) and torch.is_autocast_enabled(
+            "cpu"
+        ):
+            args = (args[0].float(), *args[1:])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("projection", plain.PROJECTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_ends_before_the_backend(triton, dtype, projection, grad):
+    torch.manual_seed(0)
+    backend = Watching()
+    backend.dtype = dtype
+    triton(SimpleNamespace(BACKEND=backend))
+    block = DeltaConvBlock(BlockSpec(16, 3, (1.0, 0.5, 1 / 3), pooling="bilinear", depthwise_bias=True))
+    x = torch.randn(2, 35, 16)
+    truth = block(x, (7, 5))
+    with (
+        select.forced("triton"),
+        tune.fixed(projection=projection),
+        InterpolatesInFloat32(),
+        torch.autocast("cpu", dtype),
+        torch.set_grad_enabled(grad),
+    ):
+        y = block(x, (7, 5))
+        assert torch.is_autocast_enabled("cpu")
+    assert y.dtype == torch.float32
+    assert error(y, truth) < 8 * torch.finfo(dtype).eps
+
+
 class Lending(nn.Linear):
     """A host's layer whose forward must not be needed."""
 
@@ -276,19 +328,21 @@ def meddled(layer, how):
 
 @pytest.mark.parametrize("how", ["hook", "pre-hook", "forward", "parametrization"])
 @pytest.mark.parametrize("where", ["conv_out", "gates.1.conv_spatial", "conv_up", "conv_pool"])
-def test_layers_that_do_more_than_their_weights_say(where, how):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_that_do_more_than_their_weights_say(where, how, dtype):
+    """Their weights are float32 in any case."""
     torch.manual_seed(0)
     spec = BlockSpec(8, 3)
     block, twin = DeltaConvBlock(spec), DeltaConvBlock(spec)
     twin.load_state_dict(block.state_dict())
-    x = torch.randn(2, 12, 8)
+    x = torch.randn(2, 12, 8).to(dtype)
     meddled(block.get_submodule(where), how)
     if how != "parametrization":
         layer = twin.get_submodule(where)
         layer.weight.data.mul_(2)
         if layer.bias is not None and how != "pre-hook":
             layer.bias.data.mul_(2)
-    torch.testing.assert_close(block(x, (3, 4)), twin(x, (3, 4)))
+    assert error(block(x, (3, 4)), twin(x, (3, 4))) < 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("grad", [False, True])

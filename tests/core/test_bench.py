@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from deltaconv_core import BlockSpec, Checkpoint, DeltaConvBlock, DeltaConvError, bench, save_checkpoint
 from deltaconv_core.bench import layers as layers_module
+from deltaconv_core.bench import timing
 from deltaconv_core.cli import main
 from deltaconv_core.cost import attention_flops, block_flops
 from deltaconv_core.sites import ARCHITECTURES, release_specs
@@ -39,6 +41,69 @@ def test_a_span_measures_what_is_in_it():
         for _ in range(300):
             x @ x
     assert 0 < short.seconds < long.seconds
+
+
+class Gpu:
+    """Stands for torch.cuda of a machine with two GPUs, the first of which is the current one."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.current, self.seen, gpu = 0, 0, [], self
+
+        class Event:
+            def __init__(self, enable_timing):
+                pass
+
+            def record(self, stream):
+                gpu.seen.append(("record", stream))
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, other):
+                return 1.0
+
+        class Current:
+            def __init__(self, device):
+                self.device = device
+
+            def __enter__(self):
+                gpu.current = self.device.index
+
+            def __exit__(self, *_):
+                gpu.current = 0
+
+        def sleep(cycles):
+            gpu.seen.append(("sleep", gpu.current, round(1000 * cycles / timing.CYCLES, 3)))
+
+        for name, stand_in in {
+            "Event": Event,
+            "device": Current,
+            "_sleep": sleep,
+            "current_stream": lambda device: device.index,
+            "synchronize": lambda device: gpu.seen.append(("wait", device.index)),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(timing.torch, "empty", lambda *_, device, **__: torch.zeros(1))
+        monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+
+def test_a_gpu_that_is_not_the_current_one(monkeypatch):
+    gpu, second = Gpu(monkeypatch), torch.device("cuda", 1)
+    bench.synchronize(second)
+    assert gpu.seen == [("wait", 1)]
+    gpu.seen.clear()
+    assert bench.alternate({"a": lambda: None}, second, 1) == {"a": [0.001]}
+    assert gpu.seen == [("sleep", 1, 2.5), ("record", 1), ("record", 1)] * 2
+
+
+def test_a_gpu_is_busy_until_the_host_has_queued_a_run(monkeypatch):
+    gpu, seconds = Gpu(monkeypatch), iter((9.0, 0.01, 0.0, 0.0))
+
+    def run():
+        gpu.now += next(seconds)
+
+    bench.alternate({"a": run}, torch.device("cuda", 0), 3)
+    assert [entry[2] for entry in gpu.seen if entry[0] == "sleep"] == [2.5, 100, 20, 2.5]
 
 
 # ---- operations ----

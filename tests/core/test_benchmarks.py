@@ -115,6 +115,49 @@ def test_what_would_take_too_long_is_not_run(monkeypatch, capsys):
     assert capsys.readouterr().out.count("would take about") == 2 * len(block.METHODS)
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried ..."), "out of memory"),
+        (RuntimeError("\ntoo many entries\nand so on"), "too many entries"),
+        (RuntimeError(), "RuntimeError"),
+    ],
+    ids=["memory", "sentence", "nothing"],
+)
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "in its turn"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_method_that_fails_is_left_out(monkeypatch, error, reason, late, backward):
+    """It passes the trial on a small grid; the others are measured."""
+    layer = block.presets(small=True)["paper"][0]
+    case = block.Case(layer, 1, backward, CPU, torch.float32)
+    calls = []
+
+    class Failing(bench.SelfAttention):
+        def attend(self, q, k, v, grid):
+            if grid == layer.grid and q.device == CPU:
+                calls.append(grid)
+                if len(calls) > late:
+                    raise error
+            return super().attend(q, k, v, grid)
+
+    names = ["LinFusion", "attention, math", "ΔConv, torch"]
+    made = block.Method(lambda layer, device, dtype: Failing(layer.spec.dim, layer.heads, device, dtype))
+    monkeypatch.setitem(block.METHODS, "attention, math", made)
+    figures = block.measure(case, names, 2, 60.0, (1e9, 1e12))
+    assert figures["attention, math"]["skipped"] == reason and len(calls) == 1 + late
+    assert all(figures[name]["seconds"] > 0 for name in names[::2])
+    assert reason in block.table(figures)
+
+
+def test_all_methods_share_the_tokens(monkeypatch):
+    made, tokens = [], block.Case.tokens
+    monkeypatch.setattr(block.Case, "tokens", lambda case: made.append(case) or tokens(case))
+    layer = block.presets(small=True)["paper"][0]
+    case = block.Case(layer, 1, False, CPU, torch.float32)
+    block.measure(case, ["LinFusion", "ΔConv, torch"], 1, 60.0, (1e9, 1e12))
+    assert made.count(case) == 1
+
+
 def test_presets_hold_each_layer_once():
     found = block.presets()
     assert [(layer.spec.dim, layer.spec.kernel_size, layer.grid) for layer in found["sdxl-1024"]] == [

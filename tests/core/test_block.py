@@ -208,6 +208,15 @@ def test_refuses_tokens_that_do_not_fit(shape, grid, message):
         seeded_block(VARIANTS["release"])(torch.zeros(shape), grid)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_no_image_at_all(dtype):
+    x = torch.zeros(0, 35, 8, dtype=dtype, requires_grad=True)
+    y = DeltaConvBlock(BlockSpec(8, 3))(x, (7, 5))
+    assert y.shape == x.shape and y.dtype == dtype
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
 def test_refuses_whole_numbers():
     with pytest.raises(DeltaConvError, match="floating point tokens, got torch.int64"):
         seeded_block(VARIANTS["release"])(torch.zeros(1, 35, 16, dtype=torch.int64), (7, 5))

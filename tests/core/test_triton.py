@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import logging
 import os
 import re
 import subprocess
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deltaconv_core.ops.slow import SlowBackend
 from deltaconv_core.ops.triton import BACKEND, backend
 
 HERE = Path(__file__).parent
@@ -37,25 +40,34 @@ def test_kernels(interpreted):
 
 
 FLOATS = {"factor", "row_ratio", "col_ratio", "first_rows", "first_cols", "second_rows", "second_cols"}
+PROJECT = {"HAS_STAGE": True, "HAS_BIAS": True, "SMALLER": 2, "HALF": False, "LARGEST": 2.0**15}
+PROJECT |= {"WIDE": False, "FLOAT32": "ieee"}
+PROJECTED = ("stage", "weight", "bias", "first", "second", "out")
 BUILDS = {
     "depthwise_gate._depthwise": (
-        {"u": 16, "weight": 16, "bias": 16, "upstream": 32, "out": 16},
+        {"u": "fp16", "weight": "fp16", "bias": "fp16", "upstream": "fp32", "out": "fp16"},
         {"HALF": 80, "K": 5, "STEP": 1, "SIGMOID": True, "HAS_BIAS": True},
     ),
-    "depthwise_gate._weight_gradient": ({"u": 16, "gradient": 16, "out": 32}, {"K": 5, "KERNEL_COLS": 8}),
-    "pool._pool": ({"source": 16, "out": 16}, {"ADJOINT": True}),
-    "enlarge._adjoint": ({"source": 16, "out": 16}, {}),
-    "project._project": (
-        {"stage": 32, "weight": 16, "bias": 16, "first": 32, "second": 32, "out": 16},
-        {"HAS_STAGE": True, "HAS_BIAS": True, "SMALLER": 2, "HALF": True, "LARGEST": 2.0**15, "WIDE": False,
-         "FLOAT32": "ieee"},
+    "depthwise_gate._weight_gradient": (
+        {"u": "fp16", "gradient": "fp16", "out": "fp32"},
+        {"K": 5, "KERNEL_COLS": 8},
     ),
-}  # fmt: skip
+    "pool._pool": ({"source": "fp16", "out": "fp16"}, {"ADJOINT": True}),
+    "enlarge._adjoint": ({"source": "fp16", "out": "fp16"}, {}),
+    "project._project float16": (
+        dict(zip(PROJECTED, ("fp32", "fp16", "fp16", "fp32", "fp32", "fp16"), strict=True)),
+        PROJECT | {"HALF": True},
+    ),
+    "project._project bfloat16": (dict.fromkeys(PROJECTED, "bf16"), PROJECT),
+    "project._project float32": (dict.fromkeys(PROJECTED, "fp32"), PROJECT),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="kernels are interpreted")
-@pytest.mark.parametrize("target", [("cuda", 80, 32), ("hip", "gfx942", 64)], ids=["A100", "MI300"])
+@pytest.mark.parametrize(
+    "target", [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)], ids=["A100", "H100", "MI300"]
+)
 @pytest.mark.parametrize("name", BUILDS)
 def test_kernels_compile_without_a_gpu(name, target, tmp_path, monkeypatch):
     triton = pytest.importorskip("triton")
@@ -63,14 +75,14 @@ def test_kernels_compile_without_a_gpu(name, target, tmp_path, monkeypatch):
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    module, _, kernel = name.partition(".")
-    tuner = getattr(importlib.import_module(f"deltaconv_core.ops.triton.{module}"), kernel)
+    module, kernel = name.split()[0].split(".")
+    tuner = getattr(importlib.import_module(f"deltaconv_core.ops.triton.{module}"), kernel).tuner
     pointers, constants = BUILDS[name]
     config = tuner.configs[-1]
     constants = {**constants, **config.kwargs}
     signature = {
         argument: "constexpr" if argument in constants
-        else f"*fp{pointers[argument]}" if argument in pointers
+        else f"*{pointers[argument]}" if argument in pointers
         else "fp32" if argument in FLOATS
         else "i32"
         for argument in tuner.fn.arg_names
@@ -85,6 +97,77 @@ def test_kernels_compile_without_a_gpu(name, target, tmp_path, monkeypatch):
     source = ASTSource(tuner.fn, signature, constants, attributes)
     built = triton.compile(source, target=GPUTarget(*target), options={"num_warps": config.num_warps})
     assert built.metadata.shared <= 64 * 1024  # what every GPU has
+
+
+class Kernel:
+    """Stands for a compiled kernel; its launches are kept."""
+
+    arg_names = ("x",)
+
+    def __init__(self):
+        self.fn, self.launches = (lambda x: None), []
+
+    def __getitem__(self, grid):
+        return functools.partial(self.run, grid=grid)
+
+    def run(self, *arguments, **options):
+        self.launches.append(options["ROWS"])
+
+
+@pytest.fixture
+def tuning(monkeypatch):
+    pytest.importorskip("triton")
+    tuning = importlib.import_module("deltaconv_core.ops.triton.tuning")
+    monkeypatch.setattr(tuning, "INTERPRETED", False)
+    monkeypatch.setattr(tuning, "_tell", functools.cache(tuning._tell.__wrapped__))
+    options = {"do_bench": tuning._options()["do_bench"]}  # and nothing on disk
+    monkeypatch.setattr(tuning, "_options", lambda: options)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tuning.triton.testing, "do_bench", lambda launch, **_: [next(tuning.times)] * 3)
+    tuning.times = iter((2.0, 1.0, 3.0))
+    return tuning
+
+
+CONFIGS = [({"ROWS": rows}, 4) for rows in (1, 2, 3)]
+
+
+def test_tile_sizes_are_chosen_once(tuning, caplog):
+    kernel = Kernel()
+    launch = tuning.tuned(CONFIGS, {}, key=["x"])(kernel)[lambda tiles: (1,)]
+    with caplog.at_level(logging.INFO):
+        launch(5)
+        launch(5)
+    assert kernel.launches == [2, 2]
+    assert [record.message for record in caplog.records if "times their tile sizes" in record.message]
+    assert len(caplog.records) == 1
+
+
+def out_of_memory(*_, **__):
+    raise torch.cuda.OutOfMemoryError("256 MiB")
+
+
+@pytest.mark.parametrize(
+    ("place", "stand_in"),
+    [
+        ("torch.cuda.is_current_stream_capturing", lambda: True),
+        ("triton.testing.do_bench", out_of_memory),
+    ],
+    ids=["capture", "out of memory"],
+)
+def test_where_nothing_can_be_measured_the_first_tile_size_is_taken(tuning, monkeypatch, place, stand_in):
+    kernel = Kernel()
+    launch = tuning.tuned(CONFIGS, {}, key=["x"])(kernel)[lambda tiles: (1,)]
+    with monkeypatch.context() as patch:
+        patch.setattr(place, stand_in)
+        launch(5)
+    launch(5)
+    assert kernel.launches == [1, 2]
+
+
+def test_the_largest_kernels_are_pytorchs():
+    u, weight = torch.randn(1, 3, 4, 2), torch.randn(2, 1, 33, 33)
+    expected = SlowBackend().depthwise_gate(u, weight, None, "simple")
+    torch.testing.assert_close(BACKEND.depthwise_gate(u, weight, None, "simple"), expected)
 
 
 def test_a_cpu_is_a_reason():

@@ -78,6 +78,14 @@ def test_is_bounded(fresh, monkeypatch):
     assert late.runs == {"slow": tune.LEAST_ROUNDS, "fast": tune.LEAST_ROUNDS, "hopeless": 2}
 
 
+def test_waits_for_the_device_that_is_measured(fresh, monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    second = torch.device("cuda", 1)
+    tune._time({"a": 1}, second, lambda candidate: None)
+    assert waited and set(waited) == {second}
+
+
 @pytest.mark.parametrize(
     ("times", "choice"),
     [

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from deltaconv_core import BlockSpec, DeltaConvBlock
 from deltaconv_core import reference as slow
@@ -281,6 +282,58 @@ def test_whole_block(name, compiled):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=name)
     with torch.no_grad():
         torch.testing.assert_close(run_block(x, ODD), y)
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", SPECS)
+def test_whole_block_under_autocast(name, dtype, grad):
+    """The block's weights and the tokens are float32, as in distillation."""
+    torch.manual_seed(0)
+    block = DeltaConvBlock(SPECS[name]).to(DEVICE)
+    x = torch.randn(2, 35, block.spec.dim, device=DEVICE)
+    weights = dict(block.named_parameters())
+    upstream = torch.randn_like(x)
+    exact = run(
+        lambda *w: slow.reference_block(x, ODD, block.spec, dict(zip(weights, w, strict=True))),
+        list(weights.values()),
+        upstream,
+    )
+    with torch.autocast(DEVICE, dtype), torch.set_grad_enabled(grad):
+        y = block(x, ODD)
+    assert y.dtype == torch.float32
+    tolerance = 8 * torch.finfo(dtype).eps
+    assert relative_error(y, exact[0]) < tolerance
+    if grad:
+        y.backward(upstream)
+        for (name, w), gradient in zip(weights.items(), exact[1:], strict=True):
+            assert relative_error(w.grad, gradient) < tolerance, name
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_operations_are_counted_as_those_of_plain_pytorch(name):
+    block = DeltaConvBlock(SPECS[name]).to(DEVICE)
+    x = torch.randn(2, 35, block.spec.dim, device=DEVICE)
+    counted = {}
+    for side in ("torch", "triton"):
+        # The kernels multiply smaller stages before they enlarge them, and sum what comes out.
+        with select.forced(side), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            block(x, ODD)
+        counted[side] = counter.get_total_flops()
+    if block.spec.merge == "concat":
+        assert counted["triton"] == counted["torch"]
+    else:
+        assert counted["triton"] > counted["torch"]
+
+
+def test_operations_of_gradients_are_counted():
+    operators = getattr(torch.ops, NAMESPACE)
+    u, weight = torch.randn(1, 2, 3, 4, device=DEVICE), torch.randn(4, 1, 5, 5, device=DEVICE)
+    g = torch.randn(1, 2, 3, 2, device=DEVICE)
+    with FlopCounterMode(display=False) as counter:
+        operators.depthwise_gate_gradients(g, u, weight, None, "simple", [True, False, False])
+    assert counter.get_total_flops() == 2 * 2 * u.numel() * 25
 
 
 def test_operators_as_pytorch_wants_them():

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from .. import pyramid
+from ..plain import PlainBackend
 from ..pyramid import Size
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST_TRITON = 3
 OLDEST_GPU = (8, 0)  # compute capability; triton supports no older one
+LARGEST_KERNEL = 31  # all taps of a row are unrolled
 
 
 class TritonBackend:
@@ -39,7 +41,9 @@ class TritonBackend:
         return pyramid.shrink(u.permute(0, 3, 1, 2), scale, pooling).permute(0, 2, 3, 1).contiguous()
 
     def depthwise_gate(self, u: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-        """(B, H, W, c) -> (B, H, W, c / 2); float32 for float16."""
+        """(B, H, W, c) -> (B, H, W, c / 2); float32 for float16. Kernels above 31 x 31 are PyTorch's."""
+        if weight.shape[3] > LARGEST_KERNEL:
+            return PlainBackend().depthwise_gate(u, weight, bias, kind)
         from . import depthwise_gate as kernels
 
         return kernels.depthwise_gate(u, weight, bias, kind)

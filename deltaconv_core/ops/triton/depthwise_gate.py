@@ -10,6 +10,7 @@ which is written in parts and added up in a fixed order.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -196,11 +197,28 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
     return (*(g if asked else None for g, asked in zip(gradients, wanted, strict=True)), None)
 
 
+def _flops(u: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(u) * weight[-1] ** 2
+
+
+def _gradient_flops(
+    upstream: Sequence[int],
+    u: Sequence[int],
+    weight: Sequence[int],
+    bias: Any,
+    kind: str,
+    wanted: list[bool],
+    **_: Any,
+) -> int:
+    return (1 + wanted[0] + wanted[1]) * _flops(u, weight)
+
+
 @operator(
     "depthwise_gate_gradients",
     "(Tensor upstream, Tensor u, Tensor weight, Tensor? bias, str kind, bool[] wanted)"
     " -> (Tensor, Tensor, Tensor)",
     _empty_gradients,
+    flops=_gradient_flops,
 )
 def _gradients(
     upstream: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, kind: str, wanted: list[bool]
@@ -223,6 +241,7 @@ def _gradients(
     _empty,
     _backward,
     _remember,
+    _flops,
 )
 def _gate(u: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     return _sums(FORWARD, u.contiguous(), weight, bias, None, _empty(u, weight, bias, kind), kind)

@@ -11,6 +11,7 @@ float16: stages are float32 there. A row is divided by a power of two before it 
 sum multiplied by it: the largest so far, as in a running softmax.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -148,6 +149,10 @@ def _empty(
     return weight.new_empty(stages[0].shape[0], height * width, weight.shape[0])
 
 
+def _flops(stages: Sequence[Sequence[int]], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * weight[0] * sum(map(math.prod, stages))
+
+
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     stages, weight, bias, ctx.height, ctx.width, ctx.concat = inputs
     ctx.bias_dtype = bias.dtype
@@ -189,6 +194,7 @@ def _joined(gradients: list[Tensor], concat: bool) -> Tensor:
     _empty,
     _backward,
     _remember,
+    _flops,
 )
 def _project_stages(
     stages: list[Tensor], weight: Tensor, bias: Tensor, height: int, width: int, concat: bool
