@@ -114,11 +114,11 @@ class DeltaConvBlock(nn.Module):
         # Two steps, in float32 at least: faster than one, and no less exact.
         columns = x.reshape(len(x), *grid, -1).mean(dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
         mean = columns.mean(dim=1, keepdim=True).to(x.dtype)
-        everywhere = ops.call_layer(self.conv_pool, mean)  # (B, 1, C)
+        everywhere = ops.call_layer(self.conv_pool, mean).to(u.dtype)  # (B, 1, C)
         if not all(map(ops.gives_weights, (self.conv_out, *(s.conv_spatial for s in self.stages())))):
             return self._mix_by_layers(u, everywhere)
         backend = ops.backend_for(u)
-        with ops.no_autocast(u):  # from here on everything has u's dtype, which is the one of autocast
+        with ops.no_autocast(u):  # u has its dtype, and all that follows has u's
             stages = self._all_stages(backend, u)
             del u  # its memory may serve the output
 

@@ -297,6 +297,18 @@ def test_autocast_ends_before_the_backend(triton, dtype, projection, grad):
     assert error(y, truth) < 8 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("where", ["conv_up", "conv_pool"])
+def test_autocast_beside_layers_that_have_to_be_called(triton, where):
+    """Such a layer answers in the dtype of what it is given."""
+    backend = Watching()
+    triton(SimpleNamespace(BACKEND=backend))
+    block, x = DeltaConvBlock(BlockSpec(16, 3)).bfloat16(), torch.randn(2, 35, 16)
+    meddled(block.get_submodule(where), "forward")
+    backend.dtype = torch.float32 if where == "conv_up" else torch.bfloat16
+    with select.forced("triton"), torch.autocast("cpu", torch.bfloat16):
+        assert block(x, (7, 5)).dtype == torch.float32
+
+
 class Lending(nn.Linear):
     """A host's layer whose forward must not be needed."""
 
