@@ -61,6 +61,9 @@ def distill(
     user's cancel) included, the state of the last whole step is saved first. A run that finds a state in
     its folder goes on from it, bit by bit as if it had never stopped (on the same device and library).
 
+    Where a loss or gradient is no finite number, the run ends with its last saved state, if there is one: a
+    state is saved only when the step after it was sound, or when the run ends for another reason.
+
     Where several processes train together, each gives `batches` of its own with the same number of samples,
     and a step is what it would be with all of them in one batch.
 
@@ -89,14 +92,15 @@ def distill(
         try:
             while trainer.step < settings.steps:
                 task = tasks[0] if settings.stage(trainer.step) == LAYER_WISE else tasks[1]
-                row = trainer.take_step(task, batches)
-                if folder is not None and trainer.step % settings.save_every == 0:
-                    trainer.save(folder)
+                row = trainer.take_step(task, batches, folder)
                 if on_step is not None:
                     on_step(row)
         except Diverged as error:
+            if folder is not None and trainer.saved:
+                trainer.restore(folder)
             trainer.stopped = (
-                f"{error}; the weights of step {trainer.step} are kept. Try a smaller learning_rate"
+                f"{error}; the weights of step {trainer.step} are kept. Start a new run with a smaller "
+                "learning_rate"
             )
             log.warning("ΔConv distillation stopped: %s", trainer.stopped)
         finally:
@@ -167,8 +171,10 @@ class _Trainer:
             self.processes.check_same(f"step {self.step} of {self.settings.to_dict()} with {self.notes}")
             self.processes.share([*self.weights.values(), *self.average.values.values()])
 
-    def take_step(self, task: LayerWise | EndToEnd, batches: Callable[[int], Batch]) -> Row:
-        """One optimizer step.
+    def take_step(
+        self, task: LayerWise | EndToEnd, batches: Callable[[int], Batch], folder: RunFolder | None
+    ) -> Row:
+        """One optimizer step; before it, what is due is saved, once this batch has shown it to be sound.
 
         Raises:
             Diverged: before anything was changed.
@@ -190,11 +196,14 @@ class _Trainer:
         norm = float(torch.nn.utils.clip_grad_norm_(self.weights.values(), clip))
         row = self._row({name: float(value) for name, value in totals.items()}, norm)
         self._check(row)
+        if folder is not None and self.step % self.settings.save_every == 0:
+            self.save(folder)
         self._update(row)
         return row
 
     def _backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss / self.settings.accumulation).backward()  # type: ignore[no-untyped-call]
+        with torch.autocast(self.device.type, enabled=False):  # backward is as forward was
+            self.scaler.scale(loss / self.settings.accumulation).backward()  # type: ignore[no-untyped-call]
 
     def _row(self, losses: dict[str, float], norm: float) -> Row:
         stage, rate = self.settings.stage(self.step), self.settings.rate(self.step)
@@ -233,7 +242,8 @@ class _Trainer:
             "optimizer": values,
             "scaler": self.scaler.state_dict(),
         }
-        folder.save(State(self.step, tensors, described), self.rows[self.saved :])
+        new = [row for row in self.rows if row.step > self.saved]
+        folder.save(State(self.step, tensors, described), new)
         self.saved = self.step
 
     @torch.no_grad()

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,13 +80,9 @@ class RunFolder:
         """
         if not self.writes:
             return
-        try:
+        with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            self._append(rows)
-        except OSError as error:
-            raise DeltaConvError(
-                f"cannot write the run folder {self.path} ({error}); free some space or choose another place"
-            ) from error
+            _append(self.log_file, rows)
         header = {"format": FORMAT, "step": state.step, **state.values}
         write_file(self.state_file, state.tensors, {HEADER_KEY: json.dumps(header)}, numbers=True)
 
@@ -101,6 +99,7 @@ class RunFolder:
 
         Raises:
             CheckpointError: no state there, or a damaged one.
+            DeltaConvError: the log cannot be written.
         """
         header, tensors = read_file(self.state_file, numbers=True)
         state = self._parsed(header)
@@ -122,27 +121,41 @@ class RunFolder:
         return State(step, {}, values)
 
     def read_log(self) -> list[Row]:
-        """The log's whole rows."""
+        """The log's whole rows, the last of each step: a save that failed may have left some behind."""
         if not self.log_file.is_file():
             return []
         with self.log_file.open(newline="") as file:
-            return [_read_row(row) for row in csv.DictReader(file) if row["gradient_norm"]]
+            rows = [_read_row(row) for row in csv.DictReader(file) if row["gradient_norm"]]
+        return list({row.step: row for row in rows}.values())
 
     def _cut_log(self, step: int) -> list[Row]:
         rows = [row for row in self.read_log() if row.step <= step]
-        self.log_file.unlink(missing_ok=True)
-        self._append(rows)
+        part = self.log_file.with_name(f".{self.log_file.name}.part")
+        with self._writing():
+            part.unlink(missing_ok=True)
+            _append(part, rows)
+            os.replace(part, self.log_file)
         return rows
 
-    def _append(self, rows: list[Row]) -> None:
-        new = not self.log_file.is_file()
-        with self.log_file.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(COLUMNS)
-            for row in rows:
-                losses = [row.losses.get(name, "") for name in ("feature", "teacher", "noise")]
-                writer.writerow([row.step, row.stage, row.learning_rate, *losses, row.gradient_norm])
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DeltaConvError(
+                f"cannot write the run folder {self.path} ({error}); free some space or choose another place"
+            ) from error
+
+
+def _append(path: Path, rows: list[Row]) -> None:
+    new = not path.is_file()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(COLUMNS)
+        for row in rows:
+            losses = [row.losses.get(name, "") for name in ("feature", "teacher", "noise")]
+            writer.writerow([row.step, row.stage, row.learning_rate, *losses, row.gradient_norm])
 
 
 def _read_row(row: Mapping[str, str]) -> Row:
@@ -152,11 +165,15 @@ def _read_row(row: Mapping[str, str]) -> Row:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors and plain values, both named `<parameter number>.<name>`."""
+    """An optimizer's state as tensors and plain values, both named `<parameter number>.<name>`.
+
+    Read off the optimizer itself: bitsandbytes gives out another form in `state_dict` than it takes back.
+    """
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
-    for number, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in enumerate(parameters):
+        for name, value in optimizer.state.get(parameter, {}).items():
             (tensors if isinstance(value, Tensor) else values)[f"{number}.{name}"] = value
     return tensors, values
 

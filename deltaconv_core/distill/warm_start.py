@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..block import DeltaConvBlock
+from ..errors import DeltaConvError
 
 
 @torch.no_grad()
@@ -27,13 +28,22 @@ def warm_start(block: DeltaConvBlock, attention: Callable[[Tensor], Tensor]) -> 
 
     Args:
         block: of C channels, changed in place.
-        attention: (B, 1, C) in the block's dtype and on its device -> (B, 1, C).
+        attention: (B, 1, C) in the block's dtype and on its device -> (B, 1, C). Where it rounds to fewer
+            bits, so is the map: it is a difference of two answers.
+
+    Raises:
+        DeltaConvError: the attention gives NaN or infinity.
     """
     weight = block.conv_pool.weight
     tokens = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
     bias = attention(torch.zeros_like(tokens[:1, None]))[0, 0]
     weight.copy_((attention(tokens[:, None])[:, 0] - bias).T)
     block.conv_pool.bias.copy_(bias)
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        raise DeltaConvError(
+            f"an attention of {len(weight)} channels gives NaN or infinite values for a single token; its "
+            "weights are damaged, or too large for the dtype it computes in: try precision bf16 or fp32"
+        )
     nn.init.zeros_(block.conv_out.weight)
     nn.init.zeros_(block.conv_out.bias)
     _ready(block)

@@ -10,6 +10,8 @@ import comfy.model_management
 import comfy.model_patcher
 import torch
 
+from ...deltaconv_core.errors import DeltaConvError
+
 
 @contextmanager
 def borrowed(model: Any, dtype: torch.dtype, memory: float) -> Iterator[Any]:
@@ -82,11 +84,20 @@ def _clone(model: Any) -> Any:
     """A clone of the plain kind.
 
     Newer versions of ComfyUI page the weights of some MODELs in and out under the layers ("dynamic"), which
-    a backward pass could not rely on; they can rebuild such a MODEL as a plain one.
+    a backward pass could not rely on; they can load such a MODEL once more as a plain one.
+
+    Raises:
+        DeltaConvError: they cannot, because its loader did not say how.
     """
-    if getattr(model, "is_dynamic", lambda: False)():
+    if not getattr(model, "is_dynamic", lambda: False)():
+        return model.clone()
+    try:
         return model.clone(disable_dynamic=True)
-    return model.clone()
+    except RuntimeError as error:
+        raise DeltaConvError(
+            f"ComfyUI cannot load this MODEL without its dynamic VRAM ({error}), in which nothing can be "
+            "trained; start ComfyUI with --disable-dynamic-vram"
+        ) from error
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from ...deltaconv_core.errors import DeltaConvError
 from .distill_network import ComfyNetwork
 
 # Parts of a conditioning that a sampler acts on outside the model; a batch here would pass them over.
-OUTSIDE = ("area", "control", "gligen", "hooks", "mask")
+OUTSIDE = ("area", "control", "gligen", "hooks", "mask", "strength", "start_percent", "end_percent")
+NEUTRAL = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,8 @@ def _pictures(model: Any, samples: Tensor) -> Iterator[Tensor]:
 def _conditions(given: Sequence[Any], name: str) -> list[dict[str, Any]]:
     conditions = comfy.sampler_helpers.convert_cond([one for group in given for one in group])
     for condition in conditions:
-        outside = [key for key in OUTSIDE if condition.get(key) is not None]
+        there = {key: condition[key] for key in OUTSIDE if condition.get(key) is not None}
+        outside = [key for key, value in there.items() if key not in NEUTRAL or value != NEUTRAL[key]]
         if outside:
             raise DeltaConvError(
                 f"{name} has conditioning with {', '.join(outside)}, which distillation would pass over; "

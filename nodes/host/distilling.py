@@ -136,7 +136,7 @@ class Distillation:
             mixers = {id: DeltaConvBlock(spec, dtype=torch.float32) for id, spec in self.specs.items()}
         for id, mixer in mixers.items():
             comfy.model_management.throw_exception_if_processing_interrupted()
-            warm_start(mixer.to(network.device), _in_dtype(network.attentions[id], self.job.settings))
+            warm_start(mixer.to(network.device), network.attentions[id])  # in float32, as its layers cast
         return mixers
 
     def _preview(self, network: ComfyNetwork, mixers: Mapping[str, DeltaConvBlock]) -> Preview | None:
@@ -164,10 +164,12 @@ def loss_map(rows: Iterable[Row]) -> dict[str, list[float]]:
     The stages' losses differ by orders of magnitude; as they are, one of them would be a flat line in a plot.
 
     ComfyUI's Plot Loss Graph divides by the difference of the largest and the smallest loss. Where there is
-    none, as after a single step, the smallest step that a number can make is added as a last point.
+    none, as after a single step, the smallest step that a number can make is added as a last point. Steps
+    that loss scaling skipped, whose loss may be no number, are left out; a run without a log gets a flat one.
     """
     first: dict[str, float] = {}
-    losses = [row.loss / (first.setdefault(row.stage, row.loss) or 1.0) for row in rows]
+    sound = [row for row in rows if math.isfinite(row.loss)]
+    losses = [row.loss / (first.setdefault(row.stage, row.loss) or 1.0) for row in sound] or [1.0]
     if len(set(losses)) < 2:
         losses.append(math.nextafter(losses[-1], math.inf))
     return {"loss": losses}
@@ -185,20 +187,24 @@ class _Progress:
 
     def __call__(self, row: Row) -> None:
         steps = self.job.settings.steps
-        due = self.preview is not None and (row.step % self.job.preview_every == 0 or row.step == steps)
-        picture = ("JPEG", self.preview(), 1024) if due else None
-        self.bar.update_absolute(row.step, steps, picture)
+        due = row.step % (self.job.preview_every or steps) == 0 or row.step == steps
+        picture = self._draw() if due else None
+        self.bar.update_absolute(row.step, steps, picture and ("JPEG", picture, 1024))
         if time.monotonic() - self.shown >= SHOW_EVERY or row.step == steps:
             losses = ", ".join(f"{name} {value:.4g}" for name, value in row.losses.items())
             show(f"step {row.step} of {steps}, {row.stage}: {losses}", self.hidden)
             self.shown = time.monotonic()
         comfy.model_management.throw_exception_if_processing_interrupted()
 
-
-def _in_dtype(attention: torch.nn.Module, settings: Settings) -> Any:
-    """The attention as `warm_start` calls it: single tokens in and out in float32."""
-    dtype = DTYPES[settings.precision]
-    return lambda tokens: attention(tokens.to(dtype)).to(tokens.dtype)
+    def _draw(self) -> Any:
+        """A preview; where memory is too short for one, there are none from now on."""
+        try:
+            return self.preview and self.preview()
+        except comfy.model_management.OOM_EXCEPTION:
+            log.warning("ΔConv distillation: too little memory for previews; it goes on without them")
+            self.preview = None
+            comfy.model_management.soft_empty_cache()
+            return None
 
 
 def _say_how_to_go_on(folder: RunFolder, error: BaseException, hidden: Any) -> None:
@@ -216,10 +222,21 @@ def _say_how_to_go_on(folder: RunFolder, error: BaseException, hidden: Any) -> N
 
 
 def _fingerprint(model: Any) -> str:
-    """Differs for another base model, or with patches (LoRAs) at other places or of other strengths: from the
-    first values of every weight."""
+    """Differs for another base model, other patches (LoRAs) or strengths, or another kind of prediction or
+    schedule: from the first values of every tensor."""
     digest = hashlib.sha256()
     for key, ((weight, _), *patches) in sorted(model.get_key_patches("diffusion_model.").items()):
-        first = weight.flatten()[:8].float().tolist()
-        digest.update(f"{key} {tuple(weight.shape)} {first} {[(p[0], p[2]) for p in patches]}".encode())
+        digest.update(f"{key} {_first(weight)} {[(p[0], p[2], _first(p[1])) for p in patches]}".encode())
+    sampling = model.get_model_object("model_sampling")
+    kinds = [kind.__name__ for kind in type(sampling).__mro__]
+    digest.update(f"{kinds} {getattr(sampling, 'sigmas', torch.zeros(0)).tolist()}".encode())
     return digest.hexdigest()[:16]
+
+
+def _first(value: Any) -> Any:
+    """The shape and first values of each tensor in a weight or patch; other things are passed over."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.flatten()[:8].float().tolist()
+    if isinstance(value, (list, tuple)):
+        return [_first(item) for item in value]
+    return _first(value.weights) if hasattr(value, "weights") else None  # an adapter, as LoRAs are

@@ -298,6 +298,69 @@ def test_another_teacher_cannot_go_on(pack, unet):
         distil(pack, other, resume="test_00001")
 
 
+def with_lora(model, seed):
+    import comfy.lora
+
+    key = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_v.weight"
+    up, down = torch.randn(2, 64, 4, generator=torch.Generator().manual_seed(seed))
+    loaded = comfy.lora.load_lora({"a.lora_up.weight": up, "a.lora_down.weight": down.T}, {"a": key})
+    clone = model.clone()
+    assert clone.add_patches(loaded, 0.5) == [key]
+    return clone
+
+
+def predicting_v(model):
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    return ModelSamplingDiscrete().patch(with_lora(model, 0), "v_prediction", False)[0]
+
+
+@pytest.mark.parametrize(
+    "change", [lambda model: model, lambda model: with_lora(model, 1), predicting_v], ids=["no", "lora", "v"]
+)
+def test_another_lora_or_prediction_cannot_go_on(pack, unet, change):
+    """With the same strength, at the same place."""
+    distil(pack, with_lora(unet, 0))
+    distil(pack, with_lora(unet, 0), resume="test_00001")
+    with pytest.raises(ValueError, match="teacher"):
+        distil(pack, change(unet), resume="test_00001")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_blocks_start_exactly(pack, precision):
+    """W_out W_v, though the output's bias is far larger, whatever the training computes in."""
+    unet, site = make_unet(), "middle_block.1.transformer_blocks.0.attn1"
+    attention = unet.model.diffusion_model.get_submodule(site)
+    with torch.no_grad():
+        attention.to_out[0].bias += 100
+        product = (attention.to_out[0].weight @ attention.to_v.weight).detach()
+    started = []
+    module = in_pack(pack, "nodes.host.distilling")
+    start = module.warm_start
+
+    def watched(block, attention):
+        start(block, attention)
+        started.append(block.conv_pool.weight.detach().clone())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "warm_start", watched)
+        distil(pack, unet, preset="custom", precision=precision, layer_steps=1, output_steps=0, blocks="mid")
+    assert relative_error(started[0], product) < 1e-4
+
+
+def test_a_model_in_dynamic_vram_that_cannot_be_loaded_plainly(pack, unet, monkeypatch):
+    def clone(disable_dynamic=False, **more):
+        raise RuntimeError("cached_patcher_init is not initialized")
+
+    model = unet.clone()
+    model.is_dynamic, model.clone = lambda: True, clone
+    with (
+        pytest.raises(ValueError, match=r"cached_patcher_init.*--disable-dynamic-vram"),
+        in_pack(pack, "nodes.host.borrow").borrowed(model, torch.float32, 0),
+    ):
+        pass
+
+
 def test_runs_never_overwrite_each_other(pack, unet, output):
     for _ in range(2):
         distil(pack, unet)
@@ -429,7 +492,11 @@ def test_each_stage_of_the_loss_map_starts_at_one(pack):
     for step, value in ((3, 0.5), (4, 0.125)):
         losses = {"feature": 2.0, "teacher": value, "noise": 1.0}
         rows.append(row(step, "end to end", 1e-3, losses, 1.0))
-    assert in_pack(pack, "nodes.host.distilling").loss_map(rows) == {"loss": [1.0, 0.25, 1.0, 0.25]}
+    loss_map = in_pack(pack, "nodes.host.distilling").loss_map
+    assert loss_map(rows) == {"loss": [1.0, 0.25, 1.0, 0.25]}
+    skipped = row(1, "layer-wise", 1e-3, {"feature": float("inf")}, float("nan"))
+    assert loss_map([skipped, *rows]) == loss_map(rows)
+    assert loss_map([]) == {"loss": [1.0, pytest.approx(1.0)]} and len(set(loss_map([])["loss"])) == 2
 
 
 def test_equal_runs_give_equal_files(pack, unet, tmp_path):
@@ -442,6 +509,13 @@ def test_equal_runs_give_equal_files(pack, unet, tmp_path):
     assert metadata["data"].startswith("2 latents (2 of 16x16)")
 
 
+def colored_unet():
+    """One whose latents ComfyUI knows the colors of."""
+    model = make_unet(channels=3)
+    model.model.latent_format.latent_rgb_factors = torch.eye(3).tolist()
+    return model
+
+
 def test_previews(pack, monkeypatch):
     """Student beside teacher; before any learning of weights they differ, without blocks they would not."""
     import comfy.utils
@@ -452,18 +526,26 @@ def test_previews(pack, monkeypatch):
         "update_absolute",
         lambda self, value, total=None, preview=None: pictures.append((value, preview)),
     )
-    model = make_unet(channels=3)
-    in_format = model.model.latent_format
-    in_format.latent_rgb_factors = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
-    distil(
-        pack, model, latents((1, 3, 16, 24)), [conditioning(1)], preview_every=2, negative=[conditioning(0)]
-    )
+    model, data = colored_unet(), latents((1, 3, 16, 24))
+    distil(pack, model, data, [conditioning(1)], preview_every=2, negative=[conditioning(0)])
     assert [value for value, preview in pictures if preview] == [2, 4]
     _, picture, _ = pictures[1][1]
     assert picture.size == (2 * 24 * 16, 16 * 16)
     left, right = (picture.crop((x, 0, x + 384, 256)).tobytes() for x in (0, 384))
     assert left != right
     assert len(set(left)) > 20
+
+
+def test_a_preview_without_memory_for_it_does_not_end_the_run(pack, monkeypatch, caplog):
+    import comfy.model_management as management
+
+    def full(self):
+        raise management.OOM_EXCEPTION("out of memory")
+
+    monkeypatch.setattr(in_pack(pack, "nodes.host.preview").Preview, "__call__", full)
+    data = latents((1, 3, 16, 24))
+    assert distil(pack, colored_unet(), data, [conditioning(1)], preview_every=1).args[3] == 4
+    assert caplog.text.count("too little memory for previews") == 1
 
 
 def test_presets(pack):

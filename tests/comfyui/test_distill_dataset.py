@@ -110,6 +110,14 @@ def test_dropped_captions(pack, unet):
     assert all(without(n)[3][0]["text"] == "a" for n in range(50))
 
 
+def timed(start, end):
+    return [[torch.zeros(1, 5, 16), {"start_percent": start, "end_percent": end}]]
+
+
+def test_the_whole_range_of_timesteps_is_no_range(pack, unet):
+    distil(pack, unet, latents((1, 4, 8, 8)), [timed(0.0, 1.0)])
+
+
 @pytest.mark.parametrize(
     ("data", "positive", "negative", "message"),
     [
@@ -119,6 +127,7 @@ def test_dropped_captions(pack, unet):
         (latents((1, 4, 8, 8)), [conditioning(0)], [conditioning(0) * 2], "negative holds 2 conditions"),
         ([{"samples": torch.full((1, 4, 8, 8), torch.nan)}], [conditioning(0)], None, "NaN"),
         (latents((1, 4, 8, 8)), [[[torch.zeros(1, 5, 16), {"area": (8, 8, 0, 0)}]]], None, "with area"),
+        (latents((1, 4, 8, 8)), [timed(0.2, 1.0)], None, "with start_percent"),
         (latents((1, 4, 8, 8)), [[[torch.zeros(2, 5, 16), {}]]], None, "batch of 2 texts"),
     ],
 )

@@ -80,6 +80,12 @@ def test_warm_start_is_uniform_attention(biased):
     torch.testing.assert_close(block.conv_pool.weight, expected)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_warm_start_from_an_attention_out_of_range(value):
+    with pytest.raises(DeltaConvError, match="16 channels gives NaN or infinite values.*fp32"):
+        warm_start(DeltaConvBlock(BlockSpec(16, 5)), lambda tokens: tokens * value)
+
+
 @pytest.mark.parametrize("gate", ["simple", "sigmoid", "scaled"])
 @pytest.mark.parametrize(("ratio", "bias"), [(0.5, False), (3.0, True)])
 def test_warm_start_readies_the_convolutions(gate, ratio, bias):

@@ -13,7 +13,7 @@ import torch
 from tiny_network import batches, make_mixers, make_network
 
 from deltaconv_core import BlockSpec, DeltaConvBlock
-from deltaconv_core.distill import Batch, RunFolder, Settings, distill, random_start
+from deltaconv_core.distill import Batch, RunFolder, Settings, distill, loop, random_start, run_folder
 from deltaconv_core.errors import CheckpointError, DeltaConvError
 
 SETTINGS = Settings(
@@ -162,13 +162,66 @@ def test_a_kill_while_the_state_is_written_leaves_the_old_one(tmp_path, monkeypa
     def die(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("os.replace", die)
     with pytest.raises(CheckpointError, match="No space left"):
-        trained(folder=folder)
+        trained(folder=folder, on_step=lambda row: monkeypatch.setattr("os.replace", die))
     monkeypatch.undo()
     state, rows = folder.load()
     assert state.step == 3 and len(rows) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "state.safetensors"]
+
+
+def test_a_failed_save_doubles_no_row_of_the_log(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    write = run_folder.write_file
+
+    def failing_once(*args, **more):
+        monkeypatch.setattr(run_folder, "write_file", write)
+        raise CheckpointError("No space left on device")
+
+    monkeypatch.setattr(run_folder, "write_file", failing_once)
+    with pytest.raises(CheckpointError):
+        trained(folder=folder)
+    assert folder.load()[0].step == 3
+    _, result = trained(folder=folder)
+    assert [row.step for row in result.rows] == [row.step for row in folder.read_log()] == [*range(1, 9)]
+
+
+def test_a_lost_log_starts_again(tmp_path):
+    folder = RunFolder(tmp_path)
+    with pytest.raises(Cancel):
+        trained(folder=folder, on_step=stop_at(5))
+    folder.log_file.unlink()
+    _, result = trained(folder=folder)
+    assert [row.step for row in result.rows] == [row.step for row in folder.read_log()] == [6, 7, 8]
+
+
+class Nested(torch.optim.AdamW):
+    """Gives its tensors out in a dictionary of their own, as bitsandbytes does, and takes them back flat."""
+
+    def state_dict(self):
+        state = super().state_dict()
+        return state | {"state": {number: {"nested": one} for number, one in state["state"].items()}}
+
+
+def test_an_optimizer_that_gives_its_state_out_in_another_form(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "make_optimizer", lambda weights, settings: Nested(list(weights), lr=1e-2))
+    expected, _ = trained()
+    with pytest.raises(Cancel):
+        trained(folder=RunFolder(tmp_path), on_step=stop_at(5))
+    assert same(trained(folder=RunFolder(tmp_path))[0], expected)
+
+
+def test_backward_is_outside_autocast(monkeypatch):
+    seen = set()
+    backward = torch.Tensor.backward
+
+    def watched(self, *args, **more):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return backward(self, *args, **more)
+
+    monkeypatch.setattr(torch.Tensor, "backward", watched)
+    trained(other(precision="bf16"))
+    assert seen == {False}
 
 
 def test_nan_stops_with_the_last_good_weights(tmp_path, caplog):
@@ -177,11 +230,39 @@ def test_nan_stops_with_the_last_good_weights(tmp_path, caplog):
         return Batch(batch.noisy * (math.nan if number == 10 else 1), batch.target, batch.snr)
 
     mixers, result = trained(folder=RunFolder(tmp_path), data=poisoned)
-    assert result.step == 5 and "step 6 (end to end)" in result.stopped and "nan" in result.stopped
+    assert "step 6 (end to end)" in result.stopped and "nan" in result.stopped
+    assert result.step == len(result.rows) == 3 and "the weights of step 3 are kept" in result.stopped
     assert "learning_rate" in caplog.text
-    good = trained(folder=RunFolder(tmp_path), on_step=stop_at(0))[0]
     assert all(torch.isfinite(w).all() for w in weights(mixers).values())
-    assert same(good, trained()[0])  # the state is that of step 5, and the run goes on from it
+    assert same(trained(folder=RunFolder(tmp_path))[0], trained()[0])  # it goes on from step 3
+    assert trained(data=poisoned)[1].step == 5  # nothing was saved that it could go back to
+
+
+@pytest.mark.parametrize(("save_every", "kept"), [(3, 3), (1, 4)])
+def test_weights_that_exploded_are_not_the_last_good_ones(tmp_path, save_every, kept):
+    """Those of step 5 give no number in step 6, so they are not kept, though due to be saved."""
+    network, folder = make_network(), RunFolder(tmp_path)
+    mixers = make_mixers(network)
+
+    def explode(row):
+        if row.step == 5:
+            for weight in weights(mixers).values():
+                weight.fill_(1e30)
+
+    result = distill(network, mixers, batches, other(save_every=save_every), folder, explode)
+    assert "step 6" in result.stopped and result.step == kept == folder.load()[0].step
+    assert same(trained(folder=folder)[0], trained()[0])
+
+
+def test_a_state_is_saved_once_the_next_step_was_sound(tmp_path):
+    folder, saved = RunFolder(tmp_path), {}
+
+    def look(row):
+        saved[row.step] = folder.load()[0].step if folder.exists else None
+
+    trained(other(save_every=2), folder, look)
+    assert saved == {1: None, 2: None, 3: 2, 4: 2, 5: 4, 6: 4, 7: 6, 8: 6}
+    assert folder.load()[0].step == 8
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
