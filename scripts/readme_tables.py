@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 import textwrap
@@ -92,7 +93,9 @@ def machine(figures: Json) -> str:
 def network(rows: Iterable[Json]) -> list[str]:
     """A line for each architecture and size: the time of each variant in units of the bound."""
     lines = []
-    for row in rows:
+    for row in sorted(
+        rows, key=lambda row: (list(TITLES).index(row["architecture"]), math.prod(row["size"]))
+    ):
         bound = row["variants"][BOUND]["seconds"]
         line = {"model": TITLES[row["architecture"]], "size": "{}×{}".format(*row["size"])}
         for name in VARIANTS:
