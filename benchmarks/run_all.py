@@ -22,8 +22,8 @@ from deltaconv_core import bench
 HERE = Path(__file__).parent
 MODELS = ("sd15-1024", "sdxl-1024", "pixart_sigma-1024")
 ON_CPU = {
-    "network": "--architecture sd15 --size 512 768",
-    "network of others": "--architecture sdxl pixart_sigma --size 512",
+    "network": "--architecture sd15 --size 512 768 1024",
+    "network of others": "--architecture sdxl pixart_sigma --size 512 1024",
     "block": "--preset sd15-512 sd15-768 sd15-1024 --repeats 5",
     "paper": "--patience 30",
 }
