@@ -196,7 +196,7 @@ class _Trainer:
         norm = float(torch.nn.utils.clip_grad_norm_(self.weights.values(), clip))
         row = self._row({name: float(value) for name, value in totals.items()}, norm)
         self._check(row)
-        if folder is not None and self.step % self.settings.save_every == 0:
+        if folder is not None and not self.skipped and self.step - self.saved >= self.settings.save_every:
             self.save(folder)
         self._update(row)
         return row

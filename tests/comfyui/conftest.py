@@ -47,3 +47,26 @@ def output(tmp_path, comfy_host, monkeypatch):
 
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     return tmp_path / "deltaconv_runs"
+
+
+@pytest.fixture
+def stop_after(pack, monkeypatch):
+    """Makes ComfyUI's "cancel" (or another error) come right after a step."""
+    import comfy.model_management as management
+
+    progress = in_pack(pack, "nodes.host.distilling")._Progress
+    step = progress.__call__
+
+    def make(number, error=None):
+        def stopping(self, row):
+            if row.step == number:
+                if error is not None:
+                    raise error
+                management.interrupt_current_processing(True)
+            step(self, row)
+
+        monkeypatch.setattr(progress, "__call__", stopping)
+        return monkeypatch
+
+    yield make
+    management.interrupt_current_processing(False)
