@@ -29,16 +29,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from measure import Results, add_machine, available, circumstances, parser, peak, reason
+from harness import Results, add_machine, available, circumstances, parser, peak, reason
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deltaconv_core import BlockSpec, DeltaConvBlock, DeltaConvError, bench
 from deltaconv_core.bench import Layer
-from deltaconv_core.linear_attention import LinearAttention
-from deltaconv_core.markdown import markdown
-from deltaconv_core.neighborhood import neighborhood_attention
-from deltaconv_core.ops import select
+from deltaconv_core.block.ops import choose
+from deltaconv_core.mixers.linear_attention import LinearAttention
+from deltaconv_core.mixers.neighborhood import neighborhood_attention
+from deltaconv_core.util.text import markdown
 
 KERNELS = {
     "math": SDPBackend.MATH,
@@ -93,8 +93,8 @@ def lean(layer: Layer, device: torch.device, dtype: torch.dtype) -> nn.Module:
 METHODS = {
     **{f"attention, {n}": Method(attention, partial(sdpa_kernel, kind)) for n, kind in KERNELS.items()},
     "LinFusion": Method(linear),
-    "ΔConv, torch": Method(deltaconv, partial(select.forced, "torch")),
-    "ΔConv, triton": Method(deltaconv, partial(select.forced, "triton")),
+    "ΔConv, torch": Method(deltaconv, partial(choose.forced, "torch")),
+    "ΔConv, triton": Method(deltaconv, partial(choose.forced, "triton")),
     "lean ΔConv": Method(lean),
     "neighborhood attention": Method(Neighborhood),
 }
@@ -219,7 +219,7 @@ class Case:
         """Backward is twice forward for all that counts; the counter errs about depth-wise convolutions."""
         counted = replace(self, device=torch.device("meta"))
         module, x = counted.module(method), counted.tokens()
-        with torch.inference_mode(not self.backward), select.forced("torch"):
+        with torch.inference_mode(not self.backward), choose.forced("torch"):
             return bench.count_flops(lambda: module(x, self.layer.grid)) * (3 if self.backward else 1)
 
     def least_bytes(self, module: nn.Module) -> int:

@@ -30,7 +30,7 @@ from typing import Any
 import parity
 import torch
 from authors_block import random_weights, scaled_noise
-from measure import circumstances
+from harness import circumstances
 from parity_models import ARCHITECTURES, Architecture, attentions, build, convolutions, make_inputs
 from safetensors.torch import save_file
 from torch import Tensor

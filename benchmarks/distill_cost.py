@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import circumstances, highest, resident
+from harness import circumstances, highest, resident
 from parity_models import ARCHITECTURES, build
 
 WAYS = ("layer-wise", "end to end", "two models")
@@ -110,10 +110,10 @@ def prepare(pack: str, architecture: str, latent: int, small: bool, stack: ExitS
     host = f"{pack}.nodes.host"
     shape = ARCHITECTURES[architecture]
     model = build(shape, small)
-    found = import_module(f"{host}.sites").find_sites(model)
-    clone = stack.enter_context(import_module(f"{host}.borrow").borrowed(model, torch.float32, 0))
-    network = import_module(f"{host}.distill_network").ComfyNetwork(clone, found.sites)
-    specs = import_module(f"{host}.kernels").block_specs(found, found.sites, "auto")
+    found = import_module(f"{host}.model.sites").find_sites(model)
+    clone = stack.enter_context(import_module(f"{host}.model.borrow").borrowed(model, torch.float32, 0))
+    network = import_module(f"{host}.distill.network").ComfyNetwork(clone, found.sites)
+    specs = import_module(f"{host}.model.specs").block_specs(found, found.sites, "auto")
     block = import_module(".deltaconv_core", pack).DeltaConvBlock
     mixers = {id: block(spec) for id, spec in specs.items()}
     for id, mixer in mixers.items():

@@ -18,7 +18,7 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "core"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "core" / "weights"))
 
 LIMIT = 200e6  # bytes
 MEGABYTE = os.urandom(1 << 20)
@@ -82,8 +82,8 @@ def measure(kind: str, url: str, folder: Path) -> tuple[int, float]:
     import safetensors.numpy  # noqa: F401
     from fetching import record
 
-    from deltaconv_core.fetch import resolve
-    from deltaconv_core.manifest import HubSource, UrlSource
+    from deltaconv_core.weights.fetch import resolve
+    from deltaconv_core.weights.manifest import HubSource, UrlSource
 
     source = (
         HubSource("owner/name", "weights.safetensors")

@@ -20,7 +20,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from measure import highest, resident
+from harness import highest, resident
 from parity_models import ARCHITECTURES, build, make_inputs
 
 LIMIT = 4 * 2**30
@@ -45,7 +45,7 @@ def main() -> int:
     context = make_inputs(architecture, args.small, (args.latent, args.latent))["context"][:1]
     positive = [[context, {"pooled_output": torch.zeros(1, 1280)}]]
     latent = torch.zeros(1, 4, args.latent, args.latent)
-    host = import_module(".nodes.host.look", pack)
+    host = import_module(".nodes.host.locality.look", pack)
     settings = host.Settings(steps=1, looks=1, blocks=args.blocks, seed=0)
     seen: list[Any] = []
     gc.collect()

@@ -32,11 +32,11 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from measure import Results, add_machine, circumstances, parser, peak, reason
+from harness import Results, add_machine, circumstances, parser, peak, reason
 from parity_models import ARCHITECTURES, build
 
 from deltaconv_core import bench
-from deltaconv_core.markdown import markdown
+from deltaconv_core.util.text import markdown
 
 COMFYUI, PYTORCH, HYPERTILE, TOME = "ComfyUI's attention", "PyTorch attention", "HyperTile", "ToMe"
 LINFUSION, DELTACONV, LEAN, NOTHING = "LinFusion", "ΔConv", "lean ΔConv", "no self-attention"
@@ -176,9 +176,9 @@ class Host:
         self.pack, self.job = pack, job
         self.attention = import_module("comfy.ldm.modules.attention")
         self.picked = self.attention.optimized_attention
-        self.passes = self.module("nodes.host.passes")
+        self.passes = self.module("nodes.host.bench.passes")
         self.model = build(ARCHITECTURES[job.architecture], job.small, bench.DTYPES[job.dtype])
-        self.found = self.module("nodes.host.sites").find_sites(self.model)
+        self.found = self.module("nodes.host.model.sites").find_sites(self.model)
         self.given = self.passes.random_input(self.model, job.batch, bench.latent_of(job.size))
         self.made: dict[str, Any] = {}
 
@@ -224,12 +224,12 @@ class Host:
 
     def deltaconv(self, form: str) -> Any:
         """Blocks with random weights, put on as ΔConv Patch Model puts them."""
-        core, host = self.module("deltaconv_core"), self.module("nodes.host.apply")
-        kernels = self.module("nodes.host.kernels")
+        core, host = self.module("deltaconv_core"), self.module("nodes.host.patch.apply")
+        kernels = self.module("nodes.host.model.specs")
         specs = kernels.block_specs(self.found, self.found.sites, kernels.AUTO, form)
         with torch.inference_mode(False):
             blocks = {id: core.DeltaConvBlock(spec) for id, spec in specs.items()}
-        whole = self.module("deltaconv_core.switch").SamplingRange()
+        whole = self.module("deltaconv_core.sites.sampling_range").SamplingRange()
         checkpoint = core.Checkpoint(self.found.architecture, blocks)
         return host.apply_checkpoint(self.model, checkpoint, host.Settings("all", whole, None))[0]
 
@@ -240,7 +240,8 @@ class Host:
         for site in self.found.sites.values():
             attention = utils.get_attr(base, site.path)
             heads = getattr(attention, "heads", None) or attention.num_heads
-            mixer = self.module("deltaconv_core.linear_attention").LinearAttention(site.channels, heads)
+            linear = self.module("deltaconv_core.mixers.linear_attention")
+            mixer = linear.LinearAttention(site.channels, heads)
             mixer.to(clone.load_device, bench.DTYPES[self.job.dtype])
             clone.add_object_patch(f"{site.path}.forward", standing(mixer, site))
         return clone

@@ -27,13 +27,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from measure import Results, add_machine, circumstances, parser
+from harness import Results, add_machine, circumstances, parser
 from torch import Tensor
 
 from deltaconv_core import BlockSpec, DeltaConvBlock, bench
-from deltaconv_core.cost import block_flops
-from deltaconv_core.linear_attention import LinearAttention
-from deltaconv_core.markdown import markdown
+from deltaconv_core.block.flops import block_flops
+from deltaconv_core.mixers.linear_attention import LinearAttention
+from deltaconv_core.util.text import markdown
 
 META = torch.device("meta")
 PAPER = BlockSpec(640, 9)

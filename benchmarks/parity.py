@@ -31,7 +31,7 @@ from typing import Any
 import authors_block
 import torch
 from authors_block import Form, Weights, random_weights, scaled_noise
-from measure import circumstances
+from harness import circumstances
 from parity_models import (
     ARCHITECTURES,
     Place,

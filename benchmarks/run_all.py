@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
-from measure import RESULTS, parser, result_file
+from harness import RESULTS, parser, result_file
 
 from deltaconv_core import bench
 

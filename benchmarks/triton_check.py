@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from deltaconv_core import BlockSpec, DeltaConvBlock, bench
-from deltaconv_core.ops import select
-from deltaconv_core.ops.triton import BACKEND
-from deltaconv_core.reference import reference_block
+from deltaconv_core.block.ops import choose
+from deltaconv_core.block.ops.triton import BACKEND
+from deltaconv_core.block.reference import reference_block
 
 SIDES = ("triton", "torch")
 RUNS = 20
@@ -120,7 +120,7 @@ def measure(size: tuple[int, int], spec: BlockSpec, dtype: torch.dtype) -> Row:
     truth = exact(block, x, size, upstream)
     found = {}
     for side in SIDES:
-        with select.forced(side):
+        with choose.forced(side):
             found[side] = gradients(forward, block, x, upstream)
     errors = {side: {k: relative_error(found[side][k], truth[k]) for k in truth} for side in SIDES}
     rounding = torch.finfo(dtype).eps / 2
@@ -180,7 +180,7 @@ def times(function: Callable[[], Any]) -> tuple[float, ...]:
     """Median milliseconds of each side."""
 
     def by(side: str) -> None:
-        with select.forced(side):
+        with choose.forced(side):
             function()
 
     taken = bench.alternate({side: partial(by, side) for side in SIDES}, torch.device("cuda"), RUNS)

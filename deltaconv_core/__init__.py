@@ -1,9 +1,9 @@
 """ΔConv in plain PyTorch: the block, its checkpoints, and everything around them that needs no host."""
 
 from .block import DeltaConvBlock
-from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from .block.spec import BlockSpec
 from .errors import CheckpointError, DeltaConvError, FetchError, ManifestError
-from .spec import BlockSpec
+from .weights.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 __all__ = [
     "BlockSpec",

@@ -8,14 +8,14 @@ from .benchmark import Benchmark
 from .demo_model import DemoLatent, DemoModel
 from .demo_prompt import DemoPrompt
 from .distill import Distill
-from .host import folder
+from .host.files import model_folder
 from .load_weights import LoadWeights
 from .locality import AttentionLocality
 from .neighborhood import NeighborhoodAttention
 from .patch_model import PatchModel
 from .save_weights import SaveWeights
 
-folder.register()
+model_folder.register()
 
 
 class DeltaConvExtension(ComfyExtension):

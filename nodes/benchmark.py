@@ -7,9 +7,9 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..deltaconv_core.bench import device_name, stage_table
-from .host.blocks import compute_dtype
-from .host.kernels import FORMS, LEAN
-from .host.measure import ATTENTION, DELTACONV, NOTHING, Measured, Settings, measure
+from .host.bench.measure import ATTENTION, DELTACONV, NOTHING, Measured, Settings, measure
+from .host.model.specs import FORMS, LEAN
+from .host.patch.blocks import compute_dtype
 from .host.report import Report, left_out, tell
 from .sockets import CATEGORY, Weights
 

@@ -30,7 +30,7 @@ class DemoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        from .host.demo_unet import load_demo_model
+        from .host.demo.unet import load_demo_model
 
         # Nodes run in inference mode; weights made there could not be trained through or distilled from.
         with torch.inference_mode(False), torch.no_grad():

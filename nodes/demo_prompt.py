@@ -41,7 +41,7 @@ class DemoPrompt(io.ComfyNode):
 
     @classmethod
     def execute(cls, text: str) -> io.NodeOutput:
-        from .host.demo_unet import load_words
+        from .host.demo.unet import load_words
 
         words = load_words(str(teacher_file()))
         return io.NodeOutput([[words[torch.tensor(token_rows(parse_prompt(text)))].unsqueeze(0), {}]])

@@ -10,11 +10,11 @@ from comfy_api.latest import io, ui
 from ..deltaconv_core.distill import Settings
 from ..deltaconv_core.distill.settings import DTYPES, FEATURES, OPTIMIZERS
 from ..deltaconv_core.errors import DeltaConvError
-from .host import runs
-from .host.dataset import read_dataset
-from .host.distilling import EVERYWHERE, Distillation, Job, loss_map
-from .host.kernels import AUTO, FORMS, LEAN
-from .host.presets import CUSTOM, PRESETS, Preset, settled
+from .host.distill import runs
+from .host.distill.dataset import read_dataset
+from .host.distill.presets import CUSTOM, PRESETS, Preset, settled
+from .host.distill.session import EVERYWHERE, Distillation, Job, loss_map
+from .host.model.specs import AUTO, FORMS, LEAN
 from .host.report import Report, tell
 from .sockets import CATEGORY, LossMap, Weights
 

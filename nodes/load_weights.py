@@ -6,8 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..deltaconv_core.report import Report, assumptions
-from .host import folder
+from ..deltaconv_core.sites.report import Report, assumptions
+from .host.files import model_folder
 from .host.report import tell
 from .sockets import CATEGORY, Weights
 
@@ -23,7 +23,7 @@ class LoadWeights(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "weights",
-                    options=folder.choices(),
+                    options=model_folder.choices(),
                     tooltip="Files in models/deltaconv, then published weights, which are fetched when "
                     "first used.",
                 ),
@@ -34,15 +34,15 @@ class LoadWeights(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, weights: str) -> bool | str:
-        return folder.refusal(weights) or True
+        return model_folder.refusal(weights) or True
 
     @classmethod
     def fingerprint_inputs(cls, weights: str) -> Any:
-        return folder.fingerprint(weights)
+        return model_folder.fingerprint(weights)
 
     @classmethod
     def execute(cls, weights: str) -> io.NodeOutput:
-        checkpoint = folder.load(weights)
+        checkpoint = model_folder.load(weights)
         parameters = sum(block.spec.num_parameters for block in checkpoint.blocks.values())
         line = (
             f"{weights}: {len(checkpoint.blocks)} blocks for {checkpoint.architecture} "

@@ -9,9 +9,9 @@ from comfy_api.latest import io, ui
 
 from ..deltaconv_core.locality import Recommendation, check_limit, recommend
 from ..deltaconv_core.locality.figure import check_matplotlib, draw
-from ..deltaconv_core.locality.moments import spread
+from ..deltaconv_core.locality.sampled_steps import spread
 from ..deltaconv_core.locality.table import text
-from .host.look import Look, Settings, look
+from .host.locality.look import Look, Settings, look
 from .host.report import Report, left_out, tell
 from .sockets import BLOCKS_TOOLTIP, CATEGORY
 

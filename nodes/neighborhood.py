@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from .host.neighborhood import add_neighborhood
+from .host.patch.neighborhood import add_neighborhood
 from .host.report import tell
 from .sockets import BLOCKS_TOOLTIP, CATEGORY
 

@@ -7,11 +7,11 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..deltaconv_core.errors import DeltaConvError
-from ..deltaconv_core.switch import SamplingRange
-from .host import folder
-from .host.apply import Settings, apply_checkpoint
+from ..deltaconv_core.sites.sampling_range import SamplingRange
+from .host.files import model_folder
+from .host.model.sites import find_sites
+from .host.patch.apply import Settings, apply_checkpoint
 from .host.report import tell
-from .host.sites import find_sites
 from .sockets import BLOCKS_TOOLTIP, CATEGORY, Weights
 
 APPLY, LEAVE_OUT = "apply", "leave out"
@@ -30,8 +30,8 @@ class PatchModel(io.ComfyNode):
                 io.Model.Input("model", tooltip="A U-Net (SD 1.x, SD 2.x, SDXL, ...) or PixArt."),
                 io.Combo.Input(
                     "weights",
-                    options=[folder.AUTO, *folder.choices()],
-                    default=folder.AUTO,
+                    options=[model_folder.AUTO, *model_folder.choices()],
+                    default=model_folder.AUTO,
                     tooltip="Files in models/deltaconv, then published weights, which are fetched when "
                     "first used. 'auto' takes the recommended ones for the model.",
                 ),
@@ -85,11 +85,11 @@ class PatchModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, weights: str) -> bool | str:
-        return folder.refusal(weights) or True
+        return model_folder.refusal(weights) or True
 
     @classmethod
     def fingerprint_inputs(cls, weights: str, **_: Any) -> Any:
-        return folder.fingerprint(weights)
+        return model_folder.fingerprint(weights)
 
     @classmethod
     def execute(
@@ -109,7 +109,8 @@ class PatchModel(io.ComfyNode):
         strength = base_weights_strength if base_weights == APPLY else None
         settings = Settings(blocks, SamplingRange(start_percent, end_percent), strength)
         if deltaconv is None:
-            name = folder.recommended(find_sites(model).architecture) if weights == folder.AUTO else weights
-            deltaconv = folder.load(name)
+            auto = weights == model_folder.AUTO
+            name = model_folder.recommended(find_sites(model).architecture) if auto else weights
+            deltaconv = model_folder.load(name)
         patched, report = apply_checkpoint(model, deltaconv, settings)
         return io.NodeOutput(patched, ui=ui.PreviewText(tell(report, cls.hidden)))

@@ -6,10 +6,10 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..deltaconv_core.checkpoint import save_checkpoint
-from .host import folder
+from ..deltaconv_core.weights.checkpoint import save_checkpoint
+from .host.files import model_folder
+from .host.files.save import DTYPES, prepared
 from .host.report import Report, tell
-from .host.save import DTYPES, prepared
 from .sockets import CATEGORY, Weights
 
 
@@ -74,7 +74,7 @@ class SaveWeights(io.ComfyNode):
     ) -> io.NodeOutput:
         texts = {"title": title, "author": author, "license": license}
         checkpoint = prepared(deltaconv, dtype, texts, keep_base_weights)
-        path = folder.free_path(filename_prefix)
+        path = model_folder.free_path(filename_prefix)
         save_checkpoint(checkpoint, path)
         size = path.stat().st_size / (1 << 20)
         line = (

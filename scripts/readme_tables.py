@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from deltaconv_core.markdown import markdown
+from deltaconv_core.util.text import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- speed: begin, by scripts/readme_tables.py -->", "<!-- speed: end -->"

@@ -1,18 +1,9 @@
 """Measuring: what self-attention costs on this machine, and what ΔConv costs in its place."""
 
-from ..device_names import device_name
-from ..ops.tune import synchronize
+from ..block.ops.fastest import synchronize
+from ..util.devices import device_name
 from .counting import count_flops
-from .layers import (
-    Layer,
-    SelfAttention,
-    StageCost,
-    heads_of,
-    layers_of,
-    measure_stages,
-    stage_cost,
-    stage_of,
-)
+from .layers import Layer, SelfAttention, StageCost, heads_of, layers_of, measure_stages, stage_cost, stage_of
 from .machine import DTYPES, copy_bandwidth, describe, matmul_rate, pick_device, pick_dtype
 from .sizes import LATENT, latent_of, parse_size
 from .table import stage_table, sums

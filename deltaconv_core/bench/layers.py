@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..block import DeltaConvBlock
+from ..block.spec import BlockSpec
 from ..errors import DeltaConvError
 from ..sites import ARCHITECTURES, Transformer, release_specs
-from ..spec import BlockSpec
 from .counting import count_flops
 from .timing import alternate
 

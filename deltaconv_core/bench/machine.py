@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..device_names import cpu_name, device_name
 from ..errors import DeltaConvError
+from ..util.devices import cpu_name, device_name
 from .timing import alternate
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

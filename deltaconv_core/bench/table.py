@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..markdown import markdown
+from ..util.text import markdown
 from .layers import StageCost
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..ops.tune import synchronize
+from ..block.ops.fastest import synchronize
 
 FLUSHED = 2**28  # bytes written before a run on a GPU, more than any of its caches holds
 CYCLES = 2e9  # of a GPU's clock in a second, about

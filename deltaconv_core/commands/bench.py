@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from .. import bench
-from ..checkpoint import load_checkpoint
+from ..block.spec import BlockSpec
 from ..cli import printable
 from ..errors import DeltaConvError
-from ..kernel_sizes import FORMS, LEAN, RELEASED
 from ..sites import ARCHITECTURES, release_specs
-from ..spec import BlockSpec
+from ..sites.choose_specs import FORMS, LEAN, RELEASED
+from ..weights.checkpoint import load_checkpoint
 
 HELP = "measure what self-attention and ΔConv cost on this machine"
 

@@ -8,11 +8,11 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ..block.spec import GATES, POOLINGS
 from ..errors import DeltaConvError
-from ..release import save_release
-from ..repository import save_repository
-from ..spec import GATES, POOLINGS
+from ..weights.authors_write import save_release
+from ..weights.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ..weights.hub_folder import save_repository
 
 HELP = "read a checkpoint of any known form and write it in another"
 FORMS = {"deltaconv": save_checkpoint, "diffusers": save_repository, "authors": save_release}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..training.arguments import add_options, read_options
+from ..diffusers.distill.arguments import add_options, read_options
 
 HELP = "train ΔConv blocks to stand in for a model's self-attention"
 
@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
     given = dict(vars(options))
     del given["run"]
     read = read_options(given, given.pop("config"))
-    from ..training.run import train  # what it needs is optional
+    from ..diffusers.distill.run import train  # what it needs is optional
 
     try:
         return train(read)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..cli import printable
 from ..errors import DeltaConvError
-from ..fetch import resolve
-from ..manifest import REPOSITORY, Manifest, Record, load_manifest
+from ..weights.fetch import resolve
+from ..weights.manifest import REPOSITORY, Manifest, Record, load_manifest
 
 HELP = "fetch published weights, or list them"
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from ..block import DeltaConvBlock
-from ..checkpoint import Checkpoint, load_checkpoint
 from ..cli import printable
+from ..weights.checkpoint import Checkpoint, load_checkpoint
 
 HELP = "print what a checkpoint file holds"
 

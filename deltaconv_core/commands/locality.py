@@ -12,8 +12,8 @@ from ..bench.machine import DTYPES, pick_device
 from ..cli import printable
 from ..errors import DeltaConvError
 from ..locality import check_limit, recommend
-from ..locality.moments import spread
 from ..locality.recommend import LARGEST
+from ..locality.sampled_steps import spread
 
 HELP = "show how local a diffusers model's self-attention is"
 
@@ -53,8 +53,8 @@ def run(options: argparse.Namespace) -> int:
     spread(options.steps, options.looks)
     device = pick_device(options.device)
     # What these need is optional.
+    from ..diffusers.locality import Picture, look
     from ..locality.figure import check_matplotlib, save
-    from ..locality.pipelines import Picture, look
     from ..locality.table import text, write_csv
 
     check_matplotlib()

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import report
-from ..block import HALF_OR_MORE, DeltaConvBlock, shared_copy
-from ..checkpoint import load_checkpoint
+from ..block import DeltaConvBlock
+from ..block.module import HALF_OR_MORE, shared_copy
 from ..errors import DeltaConvError
-from ..match import matching_sites
-from ..report import Report
-from ..switch import SamplingRange
+from ..sites import report
+from ..sites.match import matching_sites
+from ..sites.report import Report
+from ..sites.sampling_range import SamplingRange
+from ..weights.checkpoint import load_checkpoint
 from . import hooks
+from .applied import NAME, DeltaConvBlocks, blocks_on
 from .base_weights import BaseWeights, check_exchange, exchange
-from .blocks import NAME, DeltaConvBlocks, blocks_on
 from .conflicts import Watch, conflicts
 from .forwards import MixerForward, RangedForward
 from .sites import Sites, find_sites, network_of

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..base_weights import check_fit, difference
 from ..errors import DeltaConvError
+from ..sites.base_weights import check_fit, difference
 
 LEAVE_OUT = "pass base_weights_strength=0 to use the blocks alone"
 

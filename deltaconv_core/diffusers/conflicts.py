@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..match import listing
+from ..sites.match import listing
 
 # They only compute attention in another way.
 PLAIN_PROCESSORS = (

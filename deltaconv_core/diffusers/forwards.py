@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import DeltaConvError
-from ..switch import Choice, answer
-from .blocks import DeltaConvBlocks
+from ..sites.sampling_range import Choice, answer
+from .applied import DeltaConvBlocks
 from .hooks import CHOICE, GRID, without
 
 

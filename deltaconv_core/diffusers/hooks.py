@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import DeltaConvError
-from ..switch import SamplingRange
+from ..sites.sampling_range import SamplingRange
 
 GRID = "deltaconv_grid"
 CHOICE = "deltaconv_choice"

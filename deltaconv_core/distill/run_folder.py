@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, DeltaConvError
-from ..safefile import Pathlike, read_file, read_header, write_file
+from ..weights.safefile import Pathlike, read_file, read_header, write_file
 
 COLUMNS = ("step", "stage", "learning_rate", "feature", "teacher", "noise", "gradient_norm")
 HEADER_KEY = "deltaconv_run"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .forwards import replaced
+from .replaced import replaced
 
 Grid = Callable[[Tensor, dict[str, Any]], tuple[int, int]]
 Observer = Callable[[str, Tensor, tuple[int, int], Tensor], None]

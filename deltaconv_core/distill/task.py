@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .forwards import gradient_checkpointing
 from .losses import mean_square, min_snr_weight, output_losses, total
+from .replaced import gradient_checkpointing
 from .settings import Settings
 from .taps import Grid, Taps
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..block.spec import BlockSpec
 from ..errors import DeltaConvError
-from ..spec import BlockSpec
 from .result import LayerLocality
 
 KIND = "deltaconv-recommendation"

@@ -6,9 +6,9 @@ import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..cost import attention_flops, block_flops
-from ..markdown import markdown
-from ..spec import BlockSpec
+from ..block.flops import attention_flops, block_flops
+from ..block.spec import BlockSpec
+from ..util.text import markdown
 from .names import short_name
 from .recommend import Recommendation
 from .result import LayerLocality

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ...deltaconv_core.report import Report
+from ...deltaconv_core.sites.report import Report
 
 log = logging.getLogger(__name__)
 

@@ -54,7 +54,7 @@ def stop_after(pack, monkeypatch):
     """Makes ComfyUI's "cancel" (or another error) come right after a step."""
     import comfy.model_management as management
 
-    progress = in_pack(pack, "nodes.host.distilling")._Progress
+    progress = in_pack(pack, "nodes.host.distill.session")._Progress
     step = progress.__call__
 
     def make(number, error=None):

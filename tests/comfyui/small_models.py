@@ -13,7 +13,7 @@ CONTEXT_DIM = 16
 
 
 def in_pack(pack: Any, module: str) -> Any:
-    """A module of this repository as ComfyUI has it loaded, such as "nodes.host.sites"."""
+    """A module of this repository as ComfyUI has it loaded, such as "nodes.host.model.sites"."""
     return import_module(f".{module}", pack.__name__)
 
 
@@ -103,7 +103,7 @@ def make_model(
 def make_checkpoint(pack: Any, model: Any, kernel_size: int = 3, **spec: Any) -> Any:
     """Random blocks for every site of the model, with outputs as large as the attention's."""
     core = in_pack(pack, "deltaconv_core")
-    found = in_pack(pack, "nodes.host.sites").find_sites(model)
+    found = in_pack(pack, "nodes.host.model.sites").find_sites(model)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         blocks = {

@@ -20,7 +20,7 @@ from PIL import Image
 import workflow
 from comfy_host import REPOSITORY
 from comfy_server import ComfyServer
-from deltaconv_core.manifest import builtin_path
+from deltaconv_core.weights.manifest import builtin_path
 
 HERE = Path(__file__).parent
 MODELS = {

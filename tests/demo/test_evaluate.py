@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from deltaconv_core import DeltaConvError
-from demo.curves import curve, draw_curves, read_log, stage_changes
-from demo.evaluate import Folder, Models, Settings, Size, count_gflop, sha256
 from demo.files import named_file, student_file, teacher_file
-from demo.measure import held_out_prompts
-from demo.report import markdown, write_report
+from demo.study.curves import curve, draw_curves, read_log, stage_changes
+from demo.study.evaluate import Folder, Models, Settings, Size, count_gflop, sha256
+from demo.study.metrics import held_out_prompts
+from demo.study.tables import markdown, write_report
 
 SIZE = Size(48, 3, 2)
 SETTINGS = Settings(sizes=(SIZE,), cfg=3.0, seed=0, batch=4, reference=10, teacher="ab", classifier="cd")

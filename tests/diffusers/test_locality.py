@@ -23,7 +23,7 @@ transformers = pytest.importorskip("transformers")
 
 from tiny_models import make_pixart_pipeline, make_tokenizer  # noqa: E402
 
-from deltaconv_core.locality.pipelines import Picture, look  # noqa: E402
+from deltaconv_core.diffusers.locality import Picture, look  # noqa: E402
 
 CONTEXT = 16
 VAE = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "sample_size": 32}
@@ -199,7 +199,7 @@ def test_weights_of_a_variant(tmp_path, monkeypatch, capsys):
 def test_what_the_results_need_is_checked_before_the_sampling(tmp_path, monkeypatch, capsys, missing):
     torch.manual_seed(0)
     stable_diffusion(tmp_path).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("deltaconv_core.locality.pipelines.look", None)
+    monkeypatch.setattr("deltaconv_core.diffusers.locality.look", None)
     output = tmp_path / "out"
     if missing == "folder":
         output.write_text("a file")

@@ -16,7 +16,7 @@ import parity
 
 from deltaconv_core import diffusers as adapter
 from deltaconv_core.diffusers.hooks import TellChoice
-from deltaconv_core.switch import SamplingRange
+from deltaconv_core.sites.sampling_range import SamplingRange
 
 
 @pytest.mark.parametrize("name", diffusers_parity.ARCHITECTURES)

@@ -1,0 +1,221 @@
+"""The teacher: a diffusers pipeline, loaded from a folder or out of one file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import DeltaConvError
+from ..sites import Sites, find_sites, network_of
+from . import single_file
+from .families import Kind, kind_of
+from .options import Options
+
+INDEX = "model_index.json"
+NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+
+
+@dataclass
+class Teacher:
+    """A pipeline and what training has to know of it.
+
+    Args:
+        pipeline: in evaluation mode, on the CPU; its VAE is in float32.
+        network: the U-Net or transformer.
+        kind: how it is called.
+        sites: its self-attentions.
+        alphas: (T,) cumulated alpha of the trained timesteps, the signal's share of the variance.
+        prediction: "epsilon" or "v".
+    """
+
+    pipeline: Any
+    network: Any
+    kind: Kind
+    sites: Sites
+    alphas: Tensor
+    prediction: str
+
+    @property
+    def factor(self) -> int:
+        """Pixels of the picture for one of the latent, along each side."""
+        return int(self.pipeline.vae_scale_factor)
+
+    @property
+    def step(self) -> int:
+        """Pixels of which heights and widths must be multiples, so that no level or patch is cut."""
+        config = self.network.config
+        inside = config.patch_size if "patch_size" in config else 1 << (self.levels - 1)
+        return self.factor * int(inside)
+
+    @property
+    def resolution(self) -> int:
+        """Side in pixels of the squares that it was made for."""
+        size = self.network.config.sample_size
+        return self.factor * int(max(size) if isinstance(size, (list, tuple)) else size)
+
+    @property
+    def schedule(self) -> str:
+        """Differs for other alphas."""
+        return hashlib.sha256(str(self.alphas.tolist()).encode()).hexdigest()[:16]
+
+    @property
+    def levels(self) -> int:
+        """Of a U-Net; 0 for a transformer."""
+        return len(getattr(self.network, "up_blocks", ()))
+
+    def free(self) -> None:
+        """Forgets all parts but the network."""
+        self.pipeline = None
+
+
+def load_teacher(options: Options, dtype: torch.dtype) -> Teacher:
+    """Loads the teacher that the options name.
+
+    Args:
+        options: of the run.
+        dtype: of its weights; the VAE's are float32.
+
+    Raises:
+        DeltaConvError: a model that cannot be loaded, or not be learned from.
+    """
+    _check_libraries()
+    pipeline = _from_folder(options, dtype) if options.model.is_dir() else _from_file(options, dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    network: Any = network_of(pipeline)
+    if getattr(pipeline, "vae", None) is None or pipeline.vae.config.get("latents_mean") is not None:
+        raise DeltaConvError(
+            f"this teacher ({type(pipeline).__name__}) has another kind of latents than Stable Diffusion and "
+            "PixArt have, which cannot be learned with"
+        )
+    alphas, prediction = _noise(pipeline.scheduler, options.prediction)
+    if network.dtype != dtype:  # a single file's weights come as they are stored
+        network.to(dtype)
+    for part in (pipeline.vae, *(text_encoders(pipeline) if dtype == torch.float32 else ())):
+        part.float()
+    for part in (network, pipeline.vae, *text_encoders(pipeline)):
+        part.eval().requires_grad_(False)
+    return Teacher(pipeline, network, kind_of(pipeline, network), find_sites(network), alphas, prediction)
+
+
+def text_encoders(pipeline: Any) -> list[nn.Module]:
+    """All that a pipeline has."""
+    names = ("text_encoder", "text_encoder_2")
+    return [part for name in names if (part := getattr(pipeline, name, None)) is not None]
+
+
+def fingerprint(*modules: nn.Module) -> str:
+    """Differs for other weights: a digest of the first values of each."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, weight in module.state_dict().items():
+            first = weight.flatten()[:8].float().tolist()
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {first}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _check_libraries() -> None:
+    """Imports what is optional, and keeps its progress bars quiet: every process would show them."""
+    try:
+        import diffusers
+        import transformers
+    except ImportError as error:
+        raise DeltaConvError(
+            f"this needs diffusers ({error}): pip install '.[train]' in the folder of ComfyUI-DeltaConv"
+        ) from error
+    for library in (diffusers, transformers):
+        quiet: Any = library.utils.logging
+        quiet.disable_progress_bar()
+
+
+def _dtype(dtype: torch.dtype) -> dict[str, Any]:
+    """float32 is what diffusers loads unasked; newer versions warn of this name, older know no other."""
+    return {} if dtype == torch.float32 else {"torch_dtype": dtype}
+
+
+def _from_folder(options: Options, dtype: torch.dtype) -> Any:
+    index = options.model / INDEX
+    if not index.is_file():
+        raise DeltaConvError(
+            f"expected model to be the folder of a diffusers pipeline, with a {INDEX}, or a .safetensors "
+            f"file; there is no {index}"
+        )
+    import diffusers
+
+    classes: Any = diffusers
+    common: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+        leave_out = _left_out(parts)
+        common |= {"variant": options.variant} if options.variant else {}
+        vae = classes.AutoencoderKL.from_pretrained(options.model, subfolder="vae", **common)
+        return classes.DiffusionPipeline.from_pretrained(
+            options.model, vae=vae, **_dtype(dtype), **leave_out, **common
+        )
+    except Exception as error:  # diffusers raises many kinds
+        raise DeltaConvError(f"diffusers cannot load {options.model}: {error}") from error
+
+
+def _from_file(options: Options, dtype: torch.dtype) -> Any:
+    if not options.model.is_file():
+        raise DeltaConvError(
+            f"expected model to be the folder of a diffusers pipeline or a .safetensors file; there is no "
+            f"{options.model}"
+        )
+    if options.model_config is not None:
+        return _out_of_one_file(options, options.model_config, dtype, {})
+    width = single_file.width_of(options.model)
+    if width == 1024 and options.prediction is None:
+        raise DeltaConvError(
+            f"{options.model} is a Stable Diffusion 2.x model in one file, which does not tell what it "
+            "predicts; name it with --prediction: v_prediction for those of 768 pixels, epsilon for 512"
+        )
+    tokenizers = single_file.tokenizers(width, options.tokenizer)
+    details = single_file.details(options.model, width, options.prediction)
+    with single_file.configuration(width, details) as folder:
+        return _out_of_one_file(options, folder, dtype, tokenizers)
+
+
+def _left_out(parts: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a pipeline by which it is loaded without what training does not need."""
+    without: dict[str, Any] = {name: None for name in NOT_NEEDED if name in parts}
+    return without | ({"requires_safety_checker": False} if "safety_checker" in parts else {})
+
+
+def _out_of_one_file(options: Options, folder: Path, dtype: torch.dtype, given: dict[str, Any]) -> Any:
+    import diffusers
+
+    try:
+        parts = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        kind: Any = getattr(diffusers, parts["_class_name"])
+        leave_out = _left_out(parts)
+        common = {"config": str(folder), "local_files_only": True}
+        vae = diffusers.AutoencoderKL.from_single_file(str(options.model), subfolder="vae", **common)
+        return kind.from_single_file(
+            str(options.model), vae=vae, **_dtype(dtype), **given, **leave_out, **common
+        )
+    except Exception as error:  # diffusers raises many kinds
+        raise DeltaConvError(
+            f"diffusers cannot load {options.model} with the configuration in {folder}: {error}"
+        ) from error
+
+
+def _noise(scheduler: Any, stated: str | None) -> tuple[Tensor, str]:
+    """The cumulated alphas and what the network predicts."""
+    import diffusers
+
+    schedulers: Any = diffusers
+    prediction = stated or scheduler.config.get("prediction_type")
+    if prediction not in PREDICTIONS or "beta_schedule" not in scheduler.config:
+        raise DeltaConvError(
+            f"this teacher's scheduler ({type(scheduler).__name__}) has prediction_type {prediction!r}; "
+            f"known are {' and '.join(PREDICTIONS)}, with a schedule of betas"
+        )
+    alphas: Tensor = schedulers.DDPMScheduler.from_config(scheduler.config).alphas_cumprod
+    return alphas, PREDICTIONS[prediction]

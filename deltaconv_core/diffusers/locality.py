@@ -1,0 +1,150 @@
+"""Looking at the self-attention of a diffusers pipeline while it draws a picture.
+
+Forward pre-hooks see what goes into the modules and change nothing; afterwards they are gone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DeltaConvError
+from ..locality.result import LayerLocality
+from ..locality.sampled_steps import spread
+from ..locality.statistics import LayerStatistics
+from ..sites import select
+from .sites import Place, Sites, find_sites, network_of
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is drawn, and when the attention is looked at.
+
+    Args:
+        prompt: of the picture.
+        width, height: in pixels; None: the pipeline's own.
+        steps: of the sampling.
+        looks: at how many of them the attention is looked at.
+        seed: of the noise.
+    """
+
+    prompt: str
+    width: int | None = None
+    height: int | None = None
+    steps: int = 20
+    looks: int = 4
+    seed: int = 0
+
+
+def look(pipeline: Any, picture: Picture, blocks: str = "all") -> tuple[str, list[LayerLocality]]:
+    """Draws the picture without guidance and gathers statistics of the self-attention on the way.
+
+    Args:
+        pipeline: a diffusers pipeline with a U-Net or PixArt.
+        picture: what is drawn.
+        blocks: the sites, in the language of `deltaconv_core.sites.select`.
+
+    Returns:
+        The architecture, and the layers in the order of the network.
+
+    Raises:
+        DeltaConvError: a pipeline whose attention cannot be looked at or that cannot draw this picture, or a
+            selection that names no site.
+    """
+    network = network_of(pipeline)
+    found = find_sites(network)
+    chosen = select(blocks, found.channels)
+    statistics = {id: LayerStatistics(id, found.channels[id]) for id in chosen}
+    with _watched(network, found, Watch(pipeline, picture.looks, statistics)), torch.no_grad():
+        _draw(pipeline, picture)
+    return found.architecture, [one.result() for one in statistics.values()]
+
+
+@dataclass
+class Watch:
+    """The hooks, and what they know of the running call."""
+
+    pipeline: Any
+    looks: int
+    statistics: dict[str, LayerStatistics]
+    calls: int = 0
+    moment: str | None = None
+    grid: tuple[int, int] = (0, 0)
+
+    def network_called(self, module: nn.Module, args: tuple[Any, ...], call: dict[str, Any]) -> None:
+        """One call for each of the scheduler's timesteps, as there is no guidance."""
+        count = len(self.pipeline.scheduler.timesteps)
+        at = spread(count, self.looks)
+        self.moment = f"{self.calls + 1}/{count}" if self.calls in at else None
+        self.calls += 1
+
+    def place_called(self, place: Place, args: tuple[Any, ...], call: dict[str, Any]) -> None:
+        """Transformer2DModel and PixArtTransformer2DModel take (B, C, H, W) as their first argument."""
+        states: Tensor = args[0] if args else call["hidden_states"]
+        self.grid = (states.shape[-2] // place.patch_size, states.shape[-1] // place.patch_size)
+
+    def attention_called(self, id: str, attention: Any, args: tuple[Any, ...], call: dict[str, Any]) -> None:
+        if self.moment is None:
+            return
+        mask = call.get("attention_mask")
+        if mask is not None:
+            raise DeltaConvError(f"the self-attention {id} was called with a mask, which is not looked at")
+        x: Tensor = args[0] if args else call["hidden_states"]
+        q, k = (
+            project(x).reshape(*x.shape[:2], attention.heads, -1).transpose(1, 2)
+            for project in (attention.to_q, attention.to_k)
+        )
+        if attention.norm_q is not None:
+            q = attention.norm_q(q)
+        if attention.norm_k is not None:
+            k = attention.norm_k(k)
+        self.statistics[id].add(q, k, self.grid, self.moment)
+
+
+@contextmanager
+def _watched(network: nn.Module, found: Sites, watch: Watch) -> Iterator[None]:
+    with ExitStack() as hooks:
+
+        def put(module: nn.Module, hook: Any) -> None:
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            hooks.callback(handle.remove)
+
+        put(network, watch.network_called)
+        for place in found.places:
+            put(place.module, _of_place(watch, place))
+        for id in watch.statistics:
+            put(found.attentions[id], _of_attention(watch, id))
+        yield
+
+
+def _of_place(watch: Watch, place: Place) -> Any:
+    return lambda module, args, call: watch.place_called(place, args, call)
+
+
+def _of_attention(watch: Watch, id: str) -> Any:
+    return lambda module, args, call: watch.attention_called(id, module, args, call)
+
+
+def _draw(pipeline: Any, picture: Picture) -> None:
+    known = inspect.signature(type(pipeline).__call__).parameters
+    options = {
+        "num_inference_steps": picture.steps,
+        "guidance_scale": 1.0,
+        "width": picture.width,
+        "height": picture.height,
+        "generator": torch.Generator().manual_seed(picture.seed),
+        "output_type": "latent",
+        "use_resolution_binning": False,  # PixArt: the size that was asked for
+    }
+    try:
+        pipeline(picture.prompt, **{name: value for name, value in options.items() if name in known})
+    except DeltaConvError:
+        raise
+    except (ValueError, torch.cuda.OutOfMemoryError) as error:
+        raise DeltaConvError(f"the pipeline cannot draw this picture: {error}") from error

@@ -1,0 +1,1 @@
+"""Token mixers that ΔConv is compared with."""

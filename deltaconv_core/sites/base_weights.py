@@ -1,0 +1,75 @@
+"""Weights of the base model that were published with the blocks: the first convolution of every ResNet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, float64
+
+from ..errors import DeltaConvError
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far published weights lie from those of the loaded model, as |published - loaded| / |loaded|.
+
+    Args:
+        overall: over all tensors together.
+        largest: of the tensor that differs most, whose diffusers name is `where`.
+    """
+
+    overall: float
+    largest: float
+    where: str
+
+    def __str__(self) -> str:
+        if self.overall == 0:
+            return "the same as the loaded model's"
+        return (
+            f"{self.overall:.2%} away from the loaded model's (at most {self.largest:.2%}, at {self.where})"
+        )
+
+
+def difference(published: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> Difference:
+    """How far the published weights are from the loaded ones, both by the same names."""
+    squares = {name: _squares(weight, loaded[name]) for name, weight in published.items()}
+    ratios = {name: _ratio(*pair) for name, pair in squares.items()}
+    where = max(ratios, key=ratios.__getitem__)
+    change, size = (sum(column) for column in zip(*squares.values(), strict=True))
+    return Difference(_ratio(change, size), ratios[where], where)
+
+
+def check_fit(published: Mapping[str, Tensor], loaded: Mapping[str, Tensor], model: str, remedy: str) -> None:
+    """Checks that the model has every published weight, in the same shape.
+
+    Args:
+        published: diffusers parameter name -> tensor.
+        loaded: those of them that the model has.
+        model: how messages call the model.
+        remedy: what the user can do, for messages.
+
+    Raises:
+        DeltaConvError: otherwise.
+    """
+    for name, weight in published.items():
+        if name not in loaded:
+            raise DeltaConvError(
+                f"the weights hold {name} for the base model, but {model} has no such weight; {remedy}"
+            )
+        if weight.shape != loaded[name].shape:
+            raise DeltaConvError(
+                f"the weights hold {name} of shape {tuple(weight.shape)}, {model} has "
+                f"{tuple(loaded[name].shape)}; {remedy}"
+            )
+
+
+def _squares(published: Tensor, loaded: Tensor) -> tuple[float, float]:
+    """(|published - loaded|², |loaded|²)"""
+    loaded = loaded.float()
+    change = published.to(loaded) - loaded
+    return change.square().sum(dtype=float64).item(), loaded.square().sum(dtype=float64).item()
+
+
+def _ratio(change: float, size: float) -> float:
+    return (change / size) ** 0.5 if size else float(change > 0)

@@ -1,0 +1,138 @@
+"""Which ΔConvBlock is to learn which self-attention."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..block.spec import BlockSpec
+from ..errors import DeltaConvError
+from ..locality.recommend import Recommendation
+from .architectures import ARCHITECTURES, release_specs, select
+
+AUTO = "auto"
+LEAN, RELEASED = FORMS = ("lean", "released")
+COARSE, MIDDLE, FINE = 5, 9, 11
+TRANSFORMER = 13
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the choice depends on.
+
+    Args:
+        architecture: of the model.
+        channels: site id -> channels.
+        levels: of a U-Net, those without attention included; 0 for a transformer.
+    """
+
+    architecture: str
+    channels: Mapping[str, int]
+    levels: int = 0
+
+
+def block_specs(
+    shape: Shape, chosen: Iterable[str], kernel_sizes: str, form: str = LEAN
+) -> dict[str, BlockSpec]:
+    """The specs of the blocks for the chosen sites.
+
+    Args:
+        shape: of the model.
+        chosen: ids of those to be learned.
+        kernel_sizes: "auto", one odd number for all, or a JSON object of site patterns and odd numbers, of
+            which the last that fits counts; sites that none fits get "auto". Or the JSON text of a
+            `locality.Recommendation`, whose `skip` sites are left out.
+        form: "lean", `BlockSpec.lean` | "released", blocks such as the authors published.
+
+    Raises:
+        DeltaConvError: anything else, or nothing left to be learned.
+    """
+    if form not in FORMS:
+        raise DeltaConvError(f"expected the blocks' form to be one of {', '.join(FORMS)}, got {form!r}")
+    specs = automatic(shape)
+    if form == LEAN:
+        specs = {id: BlockSpec.lean(spec.dim, spec.kernel_size) for id, spec in specs.items()}
+    wanted = _wanted(kernel_sizes)
+    chosen = tuple(chosen)
+    if "kind" in wanted:
+        advice = Recommendation.from_json(kernel_sizes)
+        _check(advice, shape)
+        specs |= {id: replace(specs[id], kernel_size=size) for id, size in advice.kernel_sizes.items()}
+        return {id: specs[id] for id in _without(advice.skip, chosen)}
+    for pattern, size in wanted.items():
+        for id in select(pattern, specs):
+            specs[id] = replace(specs[id], kernel_size=size)
+    return {id: specs[id] for id in chosen}
+
+
+def automatic(shape: Shape) -> dict[str, BlockSpec]:
+    """The authors' blocks for models that they published some for, else blocks of like sizes.
+
+    Their SD 1.5 has small kernels where the grid is coarse. So a U-Net of another shape gets 5 in the middle
+    and at the lowest level that has attention, 9 one above, and 11 above that; a transformer gets 13 as
+    PixArt has.
+    """
+    if shape.architecture in ARCHITECTURES:
+        return release_specs(shape.architecture)
+    if shape.architecture.startswith("dit"):
+        return {id: BlockSpec(n, TRANSFORMER, gate="sigmoid") for id, n in shape.channels.items()}
+    levels = {id: _level(id, shape.levels) for id in shape.channels}
+    lowest = max((level for level in levels.values() if level is not None), default=0)
+    by_height = {None: COARSE, 0: COARSE, 1: MIDDLE}
+    heights = {id: None if level is None else lowest - level for id, level in levels.items()}
+    return {id: BlockSpec(n, by_height.get(heights[id], FINE)) for id, n in shape.channels.items()}
+
+
+def _level(id: str, levels: int) -> int | None:
+    """0 is the level of the picture itself; None is the middle block."""
+    if id.startswith("mid_block"):
+        return None
+    side, number, *_ = id.split(".")
+    return int(number) if side == "down_blocks" else levels - 1 - int(number)
+
+
+def _wanted(kernel_sizes: str) -> Mapping[str, Any]:
+    """Site patterns and sizes; a recommendation's fields as they are."""
+    if kernel_sizes.strip() == AUTO:
+        return {}
+    try:
+        wanted = json.loads(kernel_sizes)
+    except (ValueError, RecursionError):
+        wanted = None
+    if type(wanted) is int:
+        wanted = {"all": wanted}
+    if isinstance(wanted, dict) and "kind" in wanted:
+        return wanted
+    if not isinstance(wanted, dict) or not all(type(size) is int for size in wanted.values()):
+        raise DeltaConvError(
+            f"expected kernel_sizes to be 'auto', an odd number such as 9, JSON such as "
+            f'{{"down": 7, "mid_block": 5}}, or the JSON of a recommendation, got {kernel_sizes[:200]!r}'
+        )
+    return wanted
+
+
+def _check(advice: Recommendation, shape: Shape) -> None:
+    if advice.architecture != shape.architecture:
+        raise DeltaConvError(
+            f"the recommendation is for {advice.architecture}, but this model is {shape.architecture}; look "
+            "at this model's own attention, or take 'auto'"
+        )
+    unknown = [id for id in (*advice.kernel_sizes, *advice.skip) if id not in shape.channels]
+    if unknown:
+        raise DeltaConvError(
+            f"the recommendation has {len(unknown)} sites that this model does not, first {unknown[0]}; make "
+            "it anew from this model"
+        )
+
+
+def _without(skip: Iterable[str], chosen: tuple[str, ...]) -> tuple[str, ...]:
+    left_out = set(skip)
+    kept = tuple(id for id in chosen if id not in left_out)
+    if not kept:
+        raise DeltaConvError(
+            f"the recommendation leaves all {len(chosen)} chosen sites alone, so there is nothing to learn; "
+            "choose other blocks, allow larger kernels in the recommendation, or take 'auto'"
+        )
+    return kept

@@ -1,0 +1,65 @@
+"""Whether weights fit a model; where they do not, both sides are named."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..errors import DeltaConvError
+from .architectures import select
+
+
+def matching_sites(
+    architecture: str, channels: Mapping[str, int], checkpoint: Any, selection: str, model: str = "model"
+) -> tuple[str, ...]:
+    """The selected sites of a model, for each of which the checkpoint has a block of the right size.
+
+    Args:
+        architecture: of the model.
+        channels: site id -> channels of the model.
+        checkpoint: trained blocks (`Checkpoint`).
+        selection: in the language of `sites.select`.
+        model: what the host calls its models, for messages.
+
+    Raises:
+        DeltaConvError: another architecture, other channels, sites that only one of the two has, or a
+            selection that names no site.
+    """
+    chosen = select(selection, channels)
+    trained = {id: block.spec.dim for id, block in checkpoint.blocks.items()}
+    differences = _differences(trained, channels, model)
+    if differences or checkpoint.architecture != architecture:
+        raise DeltaConvError(
+            f"the weights are for {_describe(checkpoint.architecture, trained)}, but this {model} is "
+            f"{_describe(architecture, channels)}{differences}; choose weights made for this {model.lower()}"
+        )
+    missing = [id for id in chosen if id not in trained]
+    if missing:
+        raise DeltaConvError(
+            f"the weights have blocks for {len(trained)} of the {len(channels)} sites of this {model} "
+            f"({architecture}) and none for {listing(missing)}; choose other weights, or leave those "
+            "sites out with `blocks`"
+        )
+    return chosen
+
+
+def listing(names: Iterable[str], limit: int = 3) -> str:
+    """The first few names in the order given, for a message."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _differences(trained: Mapping[str, int], own: Mapping[str, int], model: str) -> str:
+    """What no selection could mend."""
+    extra = [id for id in trained if id not in own]
+    other = [f"{id} ({n}, in the {model} {own[id]})" for id, n in trained.items() if own.get(id, n) != n]
+    text = f"; the {model} has no {listing(extra)}" if extra else ""
+    return text + (f"; channels differ at {listing(other)}" if other else "")
+
+
+def _describe(architecture: str, channels: Mapping[str, int]) -> str:
+    counts = ", ".join(
+        f"{count} of {width} channels" for width, count in sorted(Counter(channels.values()).items())
+    )
+    return f"{architecture} ({len(channels)} sites: {counts})"

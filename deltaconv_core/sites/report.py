@@ -1,0 +1,64 @@
+"""What a host tells the user about a model on which ΔConv was put; one sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .base_weights import Difference
+from .sampling_range import SamplingRange
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done, and what to beware of."""
+
+    lines: Sequence[str]
+    warnings: Sequence[str] = ()
+
+    @property
+    def text(self) -> str:
+        return "\n".join([*self.lines, *(f"Warning: {warning}." for warning in self.warnings)])
+
+
+def of_blocks(architecture: str, sites: int, blocks: Iterable[torch.nn.Module]) -> str:
+    """What stands where.
+
+    Args:
+        architecture: of the model.
+        sites: how many self-attentions the model has.
+        blocks: those that stand in for some of them.
+    """
+    blocks = list(blocks)
+    weights = [weight for block in blocks for weight in block.parameters()]
+    dtypes = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights}))
+    return (
+        f"ΔConv stands in for {len(blocks)} of {sites} self-attentions of {architecture} "
+        f"({sum(weight.numel() for weight in weights) / 1e6:.3g} M parameters, {dtypes})."
+    )
+
+
+def of_range(sampling: SamplingRange) -> list[str]:
+    """Where in the sampling it runs, unless that is everywhere."""
+    if sampling.is_everything:
+        return []
+    return [f"It runs from {sampling.start:.1%} to {sampling.end:.1%} of the sampling, attention outside."]
+
+
+def of_base_weights(count: int, difference: Difference, strength: float | None) -> str:
+    """What became of the base weights; a strength of None means that they were left out."""
+    what = "left out" if strength is None else f"applied with strength {strength:g} at every step"
+    return f"Base weights: {count} tensors of ResNet convolutions, {what}; they are {difference}."
+
+
+def of_unfit_base_weights(count: int, error: Exception) -> str:
+    """That base weights were left out which could not have been applied."""
+    return f"Base weights: {count} tensors of ResNet convolutions, left out; they do not fit: {error}."
+
+
+def assumptions(checkpoint: Any) -> list[str]:
+    """What the file did not tell and was guessed when it was read."""
+    return [checkpoint.metadata["assumed"]] if "assumed" in checkpoint.metadata else []

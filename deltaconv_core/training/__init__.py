@@ -1,9 +1,0 @@
-"""Distillation of diffusers models from a folder of pictures, on one GPU or many.
-
-This is the command `python -m deltaconv_core distill`; the training itself is `deltaconv_core.distill`.
-"""
-
-from .options import Options
-from .run import train
-
-__all__ = ["Options", "train"]

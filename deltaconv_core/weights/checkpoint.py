@@ -1,0 +1,242 @@
+"""Trained blocks of one model, in memory and on disk.
+
+The file is safetensors. The text `deltaconv` in its header is a JSON object: `format` (the version, 1),
+`architecture`, `specs` (site id -> `BlockSpec.to_dict()`) and `metadata` (text -> text). Its tensors are
+named `blocks.<site id>.<parameter>` and `base_weights.<diffusers parameter name>`. Equal checkpoints make
+equal files. A folder as `repository.py` writes it holds such a file and the same description beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..block import DeltaConvBlock
+from ..block.spec import BlockSpec
+from ..errors import CheckpointError, DeltaConvError
+from ..sites import ARCHITECTURES, site_channels
+from .authors_read import read_published, some
+from .manifest import Form
+from .safefile import Pathlike, read_file, write_file
+
+HEADER_KEY = "deltaconv"
+FORMAT = 1
+BLOCKS = "blocks."
+BASE_WEIGHTS = "base_weights."
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # of a folder
+CLASS_NAME = "DeltaConvCheckpoint"
+
+
+@dataclass(eq=False)
+class Checkpoint:
+    """Trained blocks and what belongs to them.
+
+    Args:
+        architecture: "sd15", "sdxl", ... or a name made of the model's shape (`sites.identify`).
+        blocks: site id -> block.
+        base_weights: diffusers parameter name -> tensor, weights of the base model that were published along.
+        metadata: teacher, training settings, license, source; all text.
+    """
+
+    architecture: str
+    blocks: dict[str, DeltaConvBlock]
+    base_weights: dict[str, Tensor] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: Pathlike) -> None:
+    """Writes a checkpoint, each tensor in its own dtype; a kill leaves the old file or the new one.
+
+    Raises:
+        CheckpointError: a checkpoint that `load_checkpoint` would refuse, or a place that cannot be written.
+    """
+    check_sites(str(path), checkpoint.architecture, {s: block.spec for s, block in checkpoint.blocks.items()})
+    _check_texts(str(path), "metadata", checkpoint.metadata)
+    tensors = {
+        f"{BLOCKS}{site}.{name}": tensor
+        for site, block in checkpoint.blocks.items()
+        for name, tensor in block.state_dict().items()
+    }
+    tensors |= {f"{BASE_WEIGHTS}{name}": tensor for name, tensor in checkpoint.base_weights.items()}
+    write_file(path, tensors, {HEADER_KEY: json.dumps(describe(checkpoint))})
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """All of a checkpoint but its tensors, as plain values for JSON."""
+    return {
+        "format": FORMAT,
+        "architecture": checkpoint.architecture,
+        "specs": {site: block.spec.to_dict() for site, block in checkpoint.blocks.items()},
+        "metadata": checkpoint.metadata,
+    }
+
+
+def load_checkpoint(
+    path: Pathlike,
+    *,
+    gate: str | None = None,
+    scales: Sequence[float] | None = None,
+    pooling: str | None = None,
+) -> Checkpoint:
+    """Reads a checkpoint: this package's own file or folder, or any form of the authors' (`formats.py`).
+
+    Only safetensors files are ever opened.
+
+    Args:
+        path: the file, or the folder.
+        gate, scales, pooling: what every block of the file is to have, where the file does not tell or tells
+            wrong; None takes the file's word, and for the authors' files what they use for the architecture.
+
+    Raises:
+        CheckpointError: no such file; not a whole safetensors file; another format or format version; NaN or
+            infinite weights; keys or shapes that do not follow from the specs, or are of no known form.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        path = folder / WEIGHTS
+    header, tensors = read_file(path)
+    if folder.is_dir():
+        _check_config(folder, header)
+    form = Form(gate, None if scales is None else tuple(scales), pooling)
+    if HEADER_KEY in header:
+        return _from_own_form(str(path), header[HEADER_KEY], tensors, form)
+    parts = read_published(str(path), header, tensors, form)
+    blocks = assemble_blocks(str(path), parts.specs, parts.tensors)
+    return Checkpoint(parts.architecture, blocks, parts.base_weights, parts.metadata)
+
+
+def assemble_blocks(
+    path: str, specs: Mapping[str, BlockSpec], tensors: Mapping[str, Tensor]
+) -> dict[str, DeltaConvBlock]:
+    """Blocks from specs and tensors named `<site id>.<parameter>`; the tensors are used as they are.
+
+    Raises:
+        CheckpointError: missing or extra tensors, or shapes other than the specs ask for.
+    """
+    blocks = {site: DeltaConvBlock(spec, device="meta") for site, spec in specs.items()}
+    expected = {
+        f"{site}.{name}": p for site, block in blocks.items() for name, p in block.state_dict().items()
+    }
+    missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    if missing or extra:
+        raise CheckpointError(
+            f"{path}: the blocks lack {some(missing)} and have unknown {some(extra)}; "
+            "the file is incomplete or its header belongs to other weights"
+        )
+    for key, parameter in expected.items():
+        if tensors[key].shape != parameter.shape:
+            raise CheckpointError(
+                f"{path}: {key} has shape {tuple(tensors[key].shape)}, expected {tuple(parameter.shape)}"
+            )
+    for site, block in blocks.items():
+        block.load_state_dict({name: tensors[f"{site}.{name}"] for name in block.state_dict()}, assign=True)
+    return blocks
+
+
+def check_sites(path: str, architecture: str, specs: Mapping[str, BlockSpec]) -> None:
+    """Checks that there are blocks, and that a known architecture has their sites with their channels.
+
+    Raises:
+        CheckpointError: otherwise.
+    """
+    if not architecture or not isinstance(architecture, str):
+        raise CheckpointError(f"{path}: expected the name of an architecture, got {architecture!r}")
+    if not specs:
+        raise CheckpointError(f"{path}: the checkpoint holds no block")
+    if architecture not in ARCHITECTURES:
+        return
+    channels = site_channels(architecture)
+    for site, spec in specs.items():
+        if channels.get(site) != spec.dim:
+            has = f"{channels[site]} channels there" if site in channels else "no such site"
+            raise CheckpointError(
+                f"{path}: a block of {spec.dim} channels at {site}, but {architecture} has {has}; "
+                "the file names the wrong architecture or is damaged"
+            )
+
+
+def _from_own_form(path: str, text: str, tensors: Mapping[str, Tensor], form: Form) -> Checkpoint:
+    description = _read_description(path, text)
+    architecture = description.get("architecture", "")
+    specs = _read_specs(path, _object(path, description, "specs"), form)
+    metadata = _object(path, description, "metadata")
+    _check_texts(path, "metadata", metadata)
+    check_sites(path, architecture, specs)
+    unknown = [key for key in tensors if not key.startswith((BLOCKS, BASE_WEIGHTS))]
+    if unknown:
+        raise CheckpointError(
+            f"{path}: unknown tensors {some(unknown)}, expected {BLOCKS}* and {BASE_WEIGHTS}*"
+        )
+    blocks = assemble_blocks(path, specs, _with_prefix(tensors, BLOCKS))
+    return Checkpoint(architecture, blocks, _with_prefix(tensors, BASE_WEIGHTS), metadata)
+
+
+def _check_config(folder: Path, header: Mapping[str, str]) -> None:
+    """Checks that a folder's config says what the header of its weights says."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder} has no readable {CONFIG} ({error}); get the folder again") from error
+    own = _read_description(str(folder / WEIGHTS), header.get(HEADER_KEY, "null"))
+    if config != {"_class_name": CLASS_NAME} | own:
+        raise CheckpointError(
+            f"{folder}: {CONFIG} and the header of {WEIGHTS} do not say the same; get both from one place, "
+            f"or convert {WEIGHTS} to a new folder"
+        )
+
+
+def _read_description(path: str, text: str) -> dict[str, Any]:
+    try:
+        description = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its header is no JSON ({error}); get the file again") from error
+    if not isinstance(description, dict):
+        raise CheckpointError(
+            f"{path}: expected its header to be an object, got {type(description).__name__}"
+        )
+    if description.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has format version {description.get('format')!r}, this program reads {FORMAT}; "
+            "update ComfyUI-DeltaConv"
+        )
+    return description
+
+
+def _read_specs(path: str, values: Mapping[str, Any], form: Form) -> dict[str, BlockSpec]:
+    specs = {}
+    told = {key: value for key, value in asdict(form).items() if value is not None}
+    for site in values:
+        try:
+            stored = BlockSpec.from_dict(_object(path, values, site))
+            if form.scales is not None and len(form.scales) != len(stored.scales):
+                raise DeltaConvError(
+                    f"it has {len(stored.scales)} stages and needs as many scales, got {form.scales}"
+                )
+            specs[site] = replace(stored, **told)
+        except CheckpointError:
+            raise
+        except DeltaConvError as error:
+            raise CheckpointError(f"{path}: the settings of block {site} are wrong: {error}") from error
+    return specs
+
+
+def _object(path: str, values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = values.get(key)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected {key} in its header to be an object, got {value!r:.80}")
+    return value
+
+
+def _check_texts(path: str, what: str, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise CheckpointError(f"{path}: expected {what} to be text, got {key!r}: {value!r}")
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}

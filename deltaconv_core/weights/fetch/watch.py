@@ -1,0 +1,62 @@
+"""Runs a transfer in a thread, so that the caller can stop it at any moment.
+
+A read from a stalled connection cannot be interrupted, so the caller does not wait for it: it asks the part
+for progress ten times a second and, when told to stop, closes the part and goes. Callbacks run in the
+caller's thread because ComfyUI knows by the thread which node it is running.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from ...errors import FetchError
+from .part import Part
+
+Progress = Callable[[int, "int | None"], object]
+Cancelled = Callable[[], "bool | None"]
+Result = TypeVar("Result")
+
+INTERVAL = 0.1  # seconds
+
+
+def make_check(cancelled: Cancelled | None) -> Callable[[], None]:
+    """A function that raises when the user asked to stop."""
+
+    def check() -> None:
+        if cancelled is not None and cancelled():
+            raise FetchError(
+                "stopped by the user; what has arrived is kept and the next fetch goes on from there"
+            )
+
+    return check
+
+
+def watch(
+    work: Callable[[], Result], part: Part, progress: Progress | None, check: Callable[[], None]
+) -> Result:
+    """Run `work`, which writes into `part`, and return its result or raise its error."""
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # handed to the caller below
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="deltaconv-fetch", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(INTERVAL)
+            check()
+            if progress is not None:
+                progress(part.tell(), part.total)
+    except BaseException:
+        part.close()
+        raise
+    if errors:
+        raise errors[0]
+    return results[0]

@@ -1,0 +1,157 @@
+"""Safetensors files with care: nothing else is opened, and a file is written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+Pathlike = str | os.PathLike[str]
+PICKLE_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip, or a protocol number
+
+
+def read_header(path: Pathlike) -> dict[str, str]:
+    """The header's texts alone, without reading any tensor.
+
+    Raises:
+        CheckpointError: no such file, not safetensors, or truncated.
+    """
+    with _opened(Path(path)) as file:
+        return file.metadata() or {}
+
+
+def read_file(path: Pathlike, *, numbers: bool = False) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Reads header texts and tensors (on the CPU, in memory of their own, all finite floating point numbers).
+
+    Args:
+        path: the file.
+        numbers: whether tensors may hold whole numbers too, as an optimizer's may.
+
+    Raises:
+        CheckpointError: no such file, not safetensors, truncated or inconsistent, or a tensor with NaN or
+            infinity, or of a dtype that weights do not have.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        names = file.keys()
+        tensors = {name: _checked(path, name, file.get_tensor(name), numbers) for name in names}
+        return file.metadata() or {}, tensors
+
+
+def write_file(
+    path: Pathlike, tensors: Mapping[str, Tensor], header: Mapping[str, str], *, numbers: bool = False
+) -> None:
+    """Writes a safetensors file beside its place and moves it there: a kill at any moment leaves old or new.
+
+    Args:
+        path, tensors, header: what to write where.
+        numbers: as in `read_file`.
+
+    Raises:
+        CheckpointError: the place cannot be written, or a tensor is not finite.
+    """
+    path = Path(path)
+    ready = _separate({name: tensor.detach().to("cpu") for name, tensor in tensors.items()})
+    for name, tensor in ready.items():
+        _check_numbers(path, name, tensor, numbers)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        try:
+            with open(part, "xb") as file:
+                mode = os.fstat(
+                    file.fileno()
+                ).st_mode  # safetensors makes files that only their owner may read
+            safetensors.torch.save_file(ready, part, dict(header))
+            os.chmod(part, mode & 0o777)
+            _flush(part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+        if os.name == "posix":
+            _flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write {path} ({error}); choose another place or free some space"
+        ) from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; whatever is wrong with it is a CheckpointError."""
+    _check_start(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, KeyError, OSError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}); download or save it again"
+        ) from error
+
+
+def _check_start(path: Path) -> None:
+    """Recognizes what is often mistaken for a safetensors file, before anything parses it."""
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(9)  # eight bytes of header length, then the header, a JSON object
+    if int.from_bytes(start[:8], "little") <= size - 8 and start[8:] == b"{":
+        return
+    if start[:2] in PICKLE_STARTS:
+        raise CheckpointError(
+            f"{path} is a PyTorch pickle, which can run code when opened; only safetensors files are "
+            "accepted, so ask for the file in that format"
+        )
+    raise CheckpointError(
+        f"{path} is truncated or no safetensors file: its {size} bytes do not begin with a header that fits; "
+        "download or save it again"
+    )
+
+
+def _checked(path: Path, name: str, tensor: Tensor, numbers: bool) -> Tensor:
+    _check_numbers(path, name, tensor, numbers)
+    return tensor.clone()  # the original is a view of the file, which may change under a long-lived model
+
+
+def _check_numbers(path: Path, name: str, tensor: Tensor, numbers: bool) -> None:
+    if not tensor.is_floating_point():
+        if numbers:
+            return
+        raise CheckpointError(f"{path}: {name} holds {tensor.dtype}, expected floating point weights")
+    finite = (tensor.float() if tensor.element_size() == 1 else tensor).isfinite()
+    if not finite.all():
+        bad = tensor.numel() - int(finite.sum())
+        raise CheckpointError(
+            f"{path}: {name} holds {bad} NaN or infinite values of {tensor.numel()}; "
+            "the training that made it diverged, or the file is damaged: use another one"
+        )
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory, as the format wants them."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        whole = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * tensor.element_size()
+        if not whole or storage.data_ptr() in seen:
+            tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(tensors[name].untyped_storage().data_ptr())
+    return tensors
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""Everything that trains, measures and draws the demo model; needs the whole repository."""

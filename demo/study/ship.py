@@ -1,0 +1,76 @@
+"""Put trained weights and logs into the repository.
+
+    python -m demo.study.ship [--teacher RUN] --student RUN
+
+Copies the weights to ``demo/weights`` and the logs to ``demo/logs``, and writes size and hash of the ΔConv
+weights into their record in ``weights_manifest.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from deltaconv_core import load_checkpoint
+
+from ..files import student_file, teacher_file
+
+REPOSITORY = Path(__file__).parents[2]
+LOGS = Path(__file__).parents[1] / "logs"
+
+
+def manifest_record(student: Path) -> dict[str, object]:
+    """The record of the ΔConv weights at ``student``, as `weights_manifest.json` holds it."""
+    architecture = load_checkpoint(student).architecture
+    return {
+        "name": "demo",
+        "title": "ΔConv demo model: shapes from a few words (comes with the extension)",
+        "architecture": architecture,
+        "base_model": "ΔConv Demo Model",
+        "recommended_for": [architecture],
+        "source": {"path": student_file().relative_to(REPOSITORY).as_posix()},
+        "size": student.stat().st_size,
+        "sha256": hashlib.sha256(student.read_bytes()).hexdigest(),
+        "form": {"gate": None, "scales": None, "pooling": None},
+        "licence": "Apache-2.0",
+        "citation": "ComfyUI-DeltaConv, demo/study/train_student.py",
+        "note": "Small on purpose: it shows what the nodes do, not what ΔConv saves on large models.",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--teacher", type=Path, help="output folder of demo.study.train_teacher, if it is new"
+    )
+    parser.add_argument(
+        "--student", type=Path, required=True, help="output folder of demo.study.train_student"
+    )
+    args = parser.parse_args()
+    copies = {
+        args.student / "deltaconv.safetensors": student_file(),
+        args.student / "log.csv": LOGS / "student.csv",
+    }
+    if args.teacher:
+        copies |= {
+            args.teacher / "teacher.safetensors": teacher_file(),
+            args.teacher / "log.csv": LOGS / "teacher.csv",
+        }
+    for source, target in copies.items():
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, target)
+        print(f"{target.relative_to(REPOSITORY)}: {target.stat().st_size:,} bytes")
+    manifest = REPOSITORY / "weights_manifest.json"
+    record = manifest_record(student_file())
+    records = [other for other in json.loads(manifest.read_text()) if other["name"] != record["name"]]
+    manifest.write_text(json.dumps([*records, record], indent=2, ensure_ascii=False) + "\n")
+    print(f"{manifest.name}: record {record['name']!r}, sha256 {record['sha256']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The results of `evaluate.py` as a table and a sheet of pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..words import SLOTS
+
+#: Heading -> how a cell is made from the measures of one model; empty where a measure is missing.
+COLUMNS = {
+    **{slot: f"{{{slot}:.3f}}" for slot in (*SLOTS, "symmetry", "mean", "all")},
+    "all − attention": "{all_difference:+.3f} ± {all_error:.3f}",
+    "Fréchet": "{frechet:.3f}",
+    "of attention's": "{frechet_ratio:.2f}×",
+    "PSNR": "{psnr:.1f} dB",
+    "weights": "{weights:,}",
+    "GFLOP": "{gflop:.3f}",
+}
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write ``value``; a kill leaves the old file or the new one."""
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, file)
+
+
+def markdown(results: dict[str, dict[str, Any]], side: str) -> str:
+    """The table of one size, a row per model."""
+    lines = ["| model | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, result in results.items():
+        cells = [_cell(form, {**result, **result["sizes"][side]}) for form in COLUMNS.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(form: str, measures: dict[str, Any]) -> str:
+    try:
+        return form.format(**measures)
+    except KeyError:
+        return ""
+
+
+def sheet(folder: Path, names: list[str], side: str, shown: int = 16) -> None:
+    """``sheet-<side>.png``: the first pictures of every model, a row each."""
+    from PIL import Image
+
+    rows = []
+    for name in names:
+        with np.load(folder / "pictures" / f"{name}-{side}.npz") as stored:
+            rows.append(np.concatenate(list(stored["pictures"][:shown]), axis=1))
+    picture = Image.fromarray(np.concatenate(rows))
+    scale = 2 if int(side) < 64 else 1
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    picture.save(folder / f"sheet-{side}.png")
+
+
+def write_report(folder: Path, results: dict[str, dict[str, Any]]) -> None:
+    """``evaluation.md``, ``evaluation.json`` and the sheets in the folder; prints the tables."""
+    settings = next(iter(results.values()))["settings"]
+    texts = []
+    for side, prompts, steps in settings["sizes"]:
+        sheet(folder, list(results), str(side))
+        texts += [
+            f"{prompts} held-out prompts, {side}x{side}, {steps} steps, cfg {settings['cfg']}, "
+            f"seed {settings['seed']}, {settings['reference']} drawings as reference",
+            markdown(results, str(side)),
+            f"![pictures by {', '.join(results)}, from the top](sheet-{side}.png)",
+        ]
+    text = "\n\n".join(texts) + "\n"
+    (folder / "evaluation.md").write_text(text, encoding="utf-8")
+    models = {
+        name: {key: value for key, value in result.items() if key != "settings"}
+        for name, result in results.items()
+    }
+    write_json(folder / "evaluation.json", {"settings": settings, "models": models})
+    print(text)

@@ -1,0 +1,189 @@
+"""Distil the demo teacher's self-attention: ``python -m demo.study.train_student --output runs/student``.
+
+First layer-wise: the teacher runs, and every mixer learns its own attention's output from its input. Then
+end to end with the paper's loss, through the frozen network. A run that was stopped goes on from its last
+saved state. Options leave parts of ΔConv out, or take linear attention instead, to see what each part does.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from deltaconv_core import BlockSpec, Checkpoint, DeltaConvBlock, save_checkpoint
+from deltaconv_core.distill import Batch, Row, RunFolder, Settings, distill, random_start, warm_start
+from deltaconv_core.distill.losses import BETA
+from scripts.comfy_host import import_pack
+
+from ..files import teacher_file
+from .diffusion import DrawnBatches, alpha_sigma
+from .students import linear_mixers, save_linear
+from .train_teacher import FULL, SMALL
+
+
+@dataclass
+class DemoNetwork:
+    """The demo model as `deltaconv_core.distill.Network`; its batches' inputs are (timesteps, words)."""
+
+    unet: torch.nn.Module
+    attentions: dict[str, torch.nn.Module]
+    grids: dict[str, Any]
+    streams: dict[str, torch.nn.Module]
+    segments: tuple[torch.nn.Module, ...] = ()
+    prediction: str = "epsilon"
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """The noise in the latents, from the clean picture that the network predicts."""
+        timesteps, context = batch.inputs
+        alpha, sigma = alpha_sigma(timesteps)
+        picture = self.unet(batch.noisy, timesteps.float(), context=context, transformer_options={})
+        return (batch.noisy - alpha * picture) / sigma
+
+
+class Teacher:
+    """The demo model, opened for distillation."""
+
+    def __init__(self, path: Path) -> None:
+        self.pack = import_pack().__name__
+        demo_unet = import_module(".nodes.host.demo.unet", self.pack)
+        self.model = demo_unet.load_demo_model(str(path))
+        self.words = demo_unet.load_words(str(path))
+        self.found = import_module(".nodes.host.model.sites", self.pack).find_sites(self.model)
+        self.sites, self.architecture = self.found.sites, self.found.architecture
+        self.block_specs = import_module(".nodes.host.model.specs", self.pack).block_specs
+        whole = self.model.model.requires_grad_(False).eval()
+        modules = {id: whole.get_submodule(site.path) for id, site in self.sites.items()}
+        after = {
+            id: whole.get_submodule(site.path.removesuffix("attn1") + "norm2")
+            for id, site in self.sites.items()
+        }
+        grids = {id: site.grid for id, site in self.sites.items()}
+        self.network = DemoNetwork(whole.diffusion_model, modules, grids, after)
+
+    def batches(self, batch_size: int, seed: int) -> Any:
+        """Noisy pictures by number, most of them of the full size."""
+        draw = DrawnBatches(batch_size, seed)
+
+        def batch(number: int) -> Batch:
+            x0, rows, timesteps, noise = draw(number, SMALL if number % 5 == 0 else FULL)
+            alpha, sigma = alpha_sigma(timesteps)
+            snr = (alpha / sigma).square().flatten()
+            return Batch(alpha * x0 + sigma * noise, noise, snr, (timesteps, self.words[rows]))
+
+        return batch
+
+
+def make_blocks(
+    teacher: Teacher,
+    seed: int,
+    start: str = "warm",
+    form: str = "lean",
+    kernel_sizes: str = "auto",
+    stages: int = 2,
+    global_branch: bool = True,
+) -> dict[str, DeltaConvBlock]:
+    """The ΔConvBlocks; `kernel_sizes` and `form` as the node ΔConv Distill takes them."""
+    torch.manual_seed(seed)
+    blocks = {}
+    for id, told in teacher.block_specs(teacher.found, teacher.sites, kernel_sizes, form).items():
+        spec = BlockSpec.from_dict(told.to_dict())  # the pack's own class is another one
+        block = DeltaConvBlock(replace(spec, scales=spec.scales[:stages]))
+        if start == "warm":
+            warm_start(block, teacher.network.attentions[id])
+        else:
+            random_start(block)
+        if not global_branch:
+            for parameter in block.conv_pool.parameters():
+                torch.nn.init.zeros_(parameter).requires_grad_(False)
+        blocks[id] = block
+    return blocks
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--teacher", type=Path, default=teacher_file(), help="the teacher's safetensors file")
+    add("--output", type=Path, required=True, help="folder for weights, log and saved state")
+    add("--mixer", choices=("deltaconv", "linear"), default="deltaconv", help="what to train (default ΔConv)")
+    add("--form", choices=("lean", "released"), default="lean", help="of the blocks (default lean)")
+    add("--kernel-sizes", default="auto", help="auto, one odd number, or JSON (default auto)")
+    add("--start", choices=("warm", "random"), default="warm", help="ΔConv's start (default warm)")
+    add("--no-global", action="store_true", help="ΔConv without its average-pooling branch")
+    add("--no-pyramid", action="store_true", help="ΔConv with the full-size stage only")
+    add("--layer-steps", type=int, default=400, help="layer-wise steps (default 400)")
+    add("--output-steps", type=int, default=600, help="end-to-end steps after those (default 600)")
+    add("--batch-size", type=int, default=16, help="pictures per step (default 16)")
+    add("--lr", type=float, default=2e-3, help="peak learning rate of AdamW (default 2e-3)")
+    add("--decay", type=float, default=0.5, help="part of a stage in which the rate falls (default 0.5)")
+    add("--beta", type=float, default=BETA, help=f"weight of the feature loss end to end (default {BETA})")
+    add("--seed", type=int, default=1, help="seed of blocks, pictures and noise (default 1)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    teacher = Teacher(args.teacher)
+    if args.mixer == "linear":
+        mixers: dict[str, Any] = linear_mixers(teacher.sites, teacher.model.model)
+        for mixer in mixers.values():
+            mixer.requires_grad_(True)
+    else:
+        mixers = make_blocks(
+            teacher,
+            args.seed,
+            args.start,
+            args.form,
+            args.kernel_sizes,
+            2 - args.no_pyramid,
+            not args.no_global,
+        )
+    steps = args.layer_steps + args.output_steps
+    if steps:
+        settings = Settings(
+            layer_steps=args.layer_steps,
+            output_steps=args.output_steps,
+            learning_rate=args.lr,
+            decay=args.decay,
+            beta=args.beta,
+            checkpointing=False,
+            seed=args.seed,
+        )
+        notes = {name: str(getattr(args, name)) for name in ("mixer", "start", "batch_size")}
+        folder = RunFolder(args.output)
+        with tqdm(total=steps, mininterval=10) as bar:
+
+            def show(row: Row) -> None:
+                bar.update(row.step - bar.n)
+                bar.set_postfix(
+                    stage=row.stage, **{k: f"{v:.5f}" for k, v in row.losses.items()}, refresh=False
+                )
+
+            batches = teacher.batches(args.batch_size, args.seed)
+            distill(teacher.network, mixers, batches, settings, folder, show, notes)
+    metadata = {
+        "title": "ΔConv demo student",
+        "teacher": "demo/weights/teacher.safetensors",
+        "license": "Apache-2.0",
+        "training": f"{args.layer_steps} layer-wise and {args.output_steps} end-to-end steps of "
+        f"{args.batch_size} pictures, seed {args.seed}, AdamW {args.lr}",
+    }
+    half = {id: mixer.half() for id, mixer in mixers.items()}
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.mixer == "linear":
+        save_linear(half, args.output / "linear.safetensors", metadata)
+    else:
+        save_checkpoint(
+            Checkpoint(teacher.architecture, half, metadata=metadata), args.output / "deltaconv.safetensors"
+        )
+
+
+if __name__ == "__main__":
+    main()

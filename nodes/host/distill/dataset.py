@@ -1,0 +1,215 @@
+"""Latents and captions as ComfyUI's dataset nodes hand them over, and the batches made of them.
+
+Everything random about a batch (data order, noise, noise level, dropped caption) follows from the seed and
+the batch's number (`deltaconv_core.distill.order`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.sampler_helpers
+import torch
+from torch import Tensor
+
+from ....deltaconv_core.distill import Batch
+from ....deltaconv_core.distill.order import Order, generator
+from ....deltaconv_core.errors import DeltaConvError
+from .network import ComfyNetwork
+
+# Parts of a conditioning that a sampler acts on outside the model; a batch here would pass them over.
+OUTSIDE = ("area", "control", "gligen", "hooks", "mask", "strength", "start_percent", "end_percent")
+NEUTRAL = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A latent (1, C, H, W) as the model takes it, and what it is to be drawn from, as ComfyUI's samplers
+    keep it."""
+
+    latent: Tensor
+    condition: dict[str, Any]
+
+
+@dataclass
+class Dataset:
+    """What there is to learn from.
+
+    Args:
+        samples: at least one.
+        empty: stands in for dropped captions; None: none are dropped.
+    """
+
+    samples: list[Sample]
+    empty: dict[str, Any] | None = None
+    sizes: dict[tuple[int, int], int] = field(init=False)
+    """(height, width) of latents -> how many."""
+
+    def __post_init__(self) -> None:
+        self.sizes = {}
+        for sample in self.samples:
+            size = tuple(sample.latent.shape[-2:])
+            self.sizes[size] = self.sizes.get(size, 0) + 1
+
+    @property
+    def largest(self) -> list[int]:
+        """Shape of the latent with the most values."""
+        return list(max((sample.latent.shape for sample in self.samples), key=lambda shape: shape.numel()))
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs when anything in it does."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            _digest(digest, [sample.latent, sample.condition])
+        _digest(digest, self.empty)
+        return digest.hexdigest()[:16]
+
+    @property
+    def description(self) -> str:
+        sizes = ", ".join(f"{count} of {width}x{height}" for (height, width), count in self.sizes.items())
+        return f"{len(self.samples)} latents ({sizes})"
+
+
+def read_dataset(model: Any, latents: Sequence[Any], positive: Sequence[Any], negative: Any) -> Dataset:
+    """The samples in lists of LATENTs and CONDITIONINGs: single ones, batches, one per bucket, mixed sizes.
+
+    One condition serves all latents; else there must be as many.
+
+    Args:
+        model: ModelPatcher.
+        latents, positive: all that came in through the node's sockets.
+        negative: likewise, for dropped captions; None or empty where nothing is connected.
+
+    Raises:
+        DeltaConvError: other counts, another model's latents, or conditions that cannot be learned with.
+    """
+    pictures = [picture for latent in latents for picture in _pictures(model, latent["samples"])]
+    conditions = _conditions(positive, "positive")
+    if not pictures:
+        raise DeltaConvError("there are no latents to learn from; connect at least one picture")
+    if len(conditions) == 1:
+        conditions *= len(pictures)
+    if len(conditions) != len(pictures):
+        raise DeltaConvError(
+            f"latents holds {len(pictures)} pictures, positive holds {len(conditions)} conditions; connect "
+            "as many, or one condition for all"
+        )
+    empty = _conditions(negative or [], "negative")
+    if len(empty) > 1:
+        raise DeltaConvError(f"negative holds {len(empty)} conditions; connect one, for dropped captions")
+    samples = [Sample(*pair) for pair in zip(pictures, conditions, strict=True)]
+    return Dataset(samples, empty[0] if empty else None)
+
+
+class Batches:
+    """Batches by number.
+
+    Args:
+        network: encodes the captions.
+        dataset: the samples. Those of a batch have one size, and captions that fit into one call.
+        batch_size: samples in each batch; the last of a size take in some from its beginning.
+        seed: what everything random follows from.
+        dropout: the part of the batches whose captions are dropped, if the dataset has an empty one.
+    """
+
+    def __init__(
+        self, network: ComfyNetwork, dataset: Dataset, batch_size: int, seed: int, dropout: float
+    ) -> None:
+        self.network = network
+        self.dataset = dataset
+        self.seed = seed
+        self.dropout = dropout if dataset.empty is not None else 0.0
+        self.order = Order(self._group(), batch_size, seed)
+
+    def __call__(self, number: int) -> Batch:
+        samples = [self.dataset.samples[i] for i in self.order(number)]
+        clean = torch.cat([sample.latent for sample in samples])
+        random = generator(self.seed, "batch", number)
+        noise = torch.randn(clean.shape, generator=random)
+        levels = torch.randint(len(self.network.sigmas), (len(samples),), generator=random)
+        dropped = torch.rand((), generator=random) < self.dropout
+        encoded = [
+            self.network.encode(self.dataset.empty if dropped else sample.condition, sample.latent)
+            for sample in samples
+        ]
+        device = self.network.device
+        sigma = self.network.sigmas.to(device)[levels.to(device)]
+        return self.network.batch(clean.to(device), noise.to(device), sigma, self.network.join(encoded))
+
+    def _group(self) -> list[list[int]]:
+        groups: list[tuple[torch.Size, dict[str, Any], list[int]]] = []
+        for number, sample in enumerate(self.dataset.samples):
+            encoded = self.network.encode(sample.condition, sample.latent)
+            for shape, first, members in groups:
+                if shape == sample.latent.shape and self.network.fit(encoded, first):
+                    members.append(number)
+                    break
+            else:
+                groups.append((sample.latent.shape, encoded, [number]))
+        return [members for _, _, members in groups]
+
+
+def _pictures(model: Any, samples: Tensor) -> Iterator[Tensor]:
+    channels = model.get_model_object("latent_format").latent_channels
+    if samples.ndim != 4 or samples.shape[1] != channels:
+        raise DeltaConvError(
+            f"expected latents (B, {channels}, H, W) for this MODEL, got {tuple(samples.shape)}; encode the "
+            "pictures with the VAE that belongs to it"
+        )
+    if not samples.isfinite().all():
+        raise DeltaConvError("latents hold NaN or infinite values; encode those pictures again, in float32")
+    with torch.inference_mode(False):
+        # clone: what was made in inference mode cannot take part in training
+        inside = model.model.process_latent_in(samples.clone().float().cpu())
+    yield from inside.split(1)
+
+
+def _conditions(given: Sequence[Any], name: str) -> list[dict[str, Any]]:
+    conditions = comfy.sampler_helpers.convert_cond([one for group in given for one in group])
+    for condition in conditions:
+        there = {key: condition[key] for key in OUTSIDE if condition.get(key) is not None}
+        outside = [key for key, value in there.items() if key not in NEUTRAL or value != NEUTRAL[key]]
+        if outside:
+            raise DeltaConvError(
+                f"{name} has conditioning with {', '.join(outside)}, which distillation would pass over; "
+                "connect plain text conditioning"
+            )
+        text = condition.get("cross_attn")
+        if text is not None and len(text) != 1:
+            raise DeltaConvError(
+                f"{name} has a batch of {len(text)} texts in one conditioning; connect one for each picture"
+            )
+    with torch.inference_mode(False):
+        return [_normal(condition) for condition in conditions]
+
+
+def _normal(value: Any) -> Any:
+    """The value with copies of its tensors, which may have been made in inference mode."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _normal(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_normal, value))
+    return value
+
+
+def _digest(digest: Any, value: Any) -> None:
+    """Takes in tensors, numbers and texts; other objects are not the same in another session."""
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().contiguous()
+        digest.update(f"{data.dtype} {tuple(data.shape)}".encode())
+        digest.update(data.flatten().view(torch.uint8).numpy())
+    elif isinstance(value, Mapping):
+        for key in sorted(value.keys() - {"uuid"}):
+            digest.update(str(key).encode())
+            _digest(digest, value[key])
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _digest(digest, item)
+    elif isinstance(value, (str, int, float)):
+        digest.update(repr(value).encode())

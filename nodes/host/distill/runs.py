@@ -1,0 +1,55 @@
+"""Distillation runs on disk: `deltaconv_runs/<name>` in ComfyUI's output folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+
+from ....deltaconv_core.distill import RunFolder
+from ....deltaconv_core.errors import DeltaConvError
+from ..files.free_path import place
+
+NEW = "new run"
+
+
+def runs_folder() -> Path:
+    return Path(folder_paths.get_output_directory()) / "deltaconv_runs"
+
+
+def choices() -> list[str]:
+    """A new run, then the runs that can go on, the last changed first."""
+    found = {state.parent: state.stat().st_mtime_ns for state in runs_folder().rglob("state.safetensors")}
+    names = sorted(found, key=lambda path: (-found[path], path))
+    return [NEW, *(path.relative_to(runs_folder()).as_posix() for path in names)]
+
+
+def open_run(resume: str, name: str) -> RunFolder:
+    """The run to go on with, or the folder of a new one, made at once so that no other run takes it.
+
+    Raises:
+        DeltaConvError: no such run, or a name that cannot be one.
+    """
+    if resume != NEW:
+        check(resume)
+        return RunFolder(runs_folder() / resume)
+    path = place(runs_folder(), name)
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        raise DeltaConvError(
+            f"cannot make the folder {path} of the run ({error}); free some space"
+        ) from error
+    return RunFolder(path)
+
+
+def check(resume: str) -> None:
+    """Refuses what is not one of the choices, such as a path that leads out of the folder.
+
+    Raises:
+        DeltaConvError: with what there is to choose from.
+    """
+    if resume not in choices():
+        raise DeltaConvError(
+            f"there is no run {resume!r} to go on with in {runs_folder()}; there are: {', '.join(choices())}"
+        )

@@ -1,0 +1,242 @@
+"""One distillation in ComfyUI, from what came in through the node's sockets to trained blocks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+
+from ....deltaconv_core.block import DeltaConvBlock
+from ....deltaconv_core.block.spec import BlockSpec
+from ....deltaconv_core.distill import Result, Row, RunFolder, Settings, distill, warm_start
+from ....deltaconv_core.distill.settings import DTYPES
+from ....deltaconv_core.errors import DeltaConvError
+from ....deltaconv_core.sites import select
+from ....deltaconv_core.sites.sampling_range import SamplingRange
+from ....deltaconv_core.weights.checkpoint import Checkpoint
+from ..model.borrow import borrowed
+from ..model.sites import Sites, find_sites
+from ..model.specs import LEAN, block_specs
+from ..patch.apply import Settings as PatchSettings
+from ..patch.apply import apply_checkpoint
+from ..patch.patch import without_patch
+from ..report import Report, show
+from .dataset import Batches, Dataset
+from .network import ComfyNetwork
+from .presets import activation_bytes, training_bytes
+from .preview import Preview
+from .runs import runs_folder
+
+log = logging.getLogger(__name__)
+
+EVERYWHERE = "all"
+SHOW_EVERY = 1.0
+"""Seconds between updates of the text under the node."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the user chose.
+
+    Args:
+        settings: of the training.
+        blocks: the sites, in the language of `deltaconv_core.sites.select`.
+        kernel_sizes, form: as `kernels.block_specs` reads them.
+        batch_size, dropout: as `dataset.Batches` takes them.
+        preview_every: steps between previews; 0: none.
+    """
+
+    settings: Settings
+    blocks: str = EVERYWHERE
+    kernel_sizes: str = "auto"
+    form: str = LEAN
+    batch_size: int = 1
+    dropout: float = 0.0
+    preview_every: int = 0
+
+
+class Distillation:
+    """A MODEL, the data and the job, checked; `run` trains.
+
+    Args:
+        model: ModelPatcher, the teacher; ΔConv that may be on it is left out.
+        dataset: what to learn from.
+        job: what the user chose.
+
+    Raises:
+        DeltaConvError: they do not go together.
+    """
+
+    def __init__(self, model: Any, dataset: Dataset, job: Job) -> None:
+        self.model = without_patch(model)
+        self.dataset = dataset
+        self.job = job
+        self.found: Sites = find_sites(self.model)
+        chosen = select(job.blocks, self.found.sites)
+        self.specs: dict[str, BlockSpec] = block_specs(self.found, chosen, job.kernel_sizes, job.form)
+        self.sites = {id: self.found.sites[id] for id in self.specs}
+        self.dropout = job.dropout if dataset.empty is not None else 0.0
+        self.notes = {
+            "teacher": _fingerprint(self.model),
+            "data": dataset.fingerprint,
+            "batch_size": str(job.batch_size),
+            "caption_dropout": str(self.dropout),
+            "blocks": json.dumps({id: spec.to_dict() for id, spec in self.specs.items()}),
+        }
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """Bytes that the blocks' training and one batch need beside the MODEL, as far as arithmetic tells."""
+        shape = [self.job.batch_size, *self.dataset.largest[1:]]
+        settings = self.job.settings
+        return training_bytes(self.specs, settings), activation_bytes(self.model, shape, settings)
+
+    def run(self, folder: RunFolder, hidden: Any) -> tuple[Checkpoint, Result]:
+        """Trains; afterwards the MODEL is as it was, whatever happens.
+
+        Args:
+            folder: of the run; one with a state goes on.
+            hidden: the node's hidden inputs, for the text under it.
+        """
+        dtype = DTYPES[self.job.settings.precision]
+        try:
+            with borrowed(self.model, dtype, sum(self.memory)) as clone:
+                network = ComfyNetwork(clone, self.sites)
+                mixers = self._start(network)
+                progress = _Progress(self._preview(network, mixers), self.job, hidden)
+                seed = self.job.settings.seed
+                batches = Batches(network, self.dataset, self.job.batch_size, seed, self.dropout)
+                result = distill(network, mixers, batches, self.job.settings, folder, progress, self.notes)
+                blocks = {id: block.requires_grad_(False).cpu() for id, block in mixers.items()}
+        except BaseException as error:
+            _say_how_to_go_on(folder, error, hidden)
+            raise
+        if not result.step:
+            raise DeltaConvError(f"nothing was learned: {result.stopped}")
+        return Checkpoint(self.found.architecture, blocks, {}, self._metadata(result)), result
+
+    def patched(self, checkpoint: Checkpoint) -> tuple[Any, Report]:
+        """The MODEL with the blocks in place of its attention, and what to tell."""
+        settings = PatchSettings(",".join(self.specs), SamplingRange(), None)
+        return apply_checkpoint(self.model, checkpoint, settings)
+
+    def _start(self, network: ComfyNetwork) -> dict[str, DeltaConvBlock]:
+        """New blocks on the network's device, each set to what its attention does on average."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.job.settings.seed)
+            mixers = {id: DeltaConvBlock(spec, dtype=torch.float32) for id, spec in self.specs.items()}
+        for id, mixer in mixers.items():
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            warm_start(mixer.to(network.device), network.attentions[id])  # in float32, as its layers cast
+        return mixers
+
+    def _preview(self, network: ComfyNetwork, mixers: Mapping[str, DeltaConvBlock]) -> Preview | None:
+        dtype, seed = DTYPES[self.job.settings.precision], self.job.settings.seed
+        if not self.job.preview_every:
+            return None
+        preview = Preview(network, mixers, self.dataset, seed, dtype)
+        return preview if preview.possible else None
+
+    def _metadata(self, result: Result) -> dict[str, str]:
+        settings = self.job.settings.to_dict()
+        settings |= {"batch_size": self.job.batch_size, "caption_dropout": self.dropout}
+        return {
+            "teacher": f"{type(self.model.model).__name__} {self.notes['teacher']}",
+            "training": json.dumps(settings),
+            "steps": str(result.step),
+            "data": f"{self.dataset.description}, {self.notes['data']}",
+            "source": "distilled with ComfyUI-DeltaConv",
+        }
+
+
+def loss_map(rows: Iterable[Row]) -> dict[str, list[float]]:
+    """ComfyUI's LOSS_MAP of a run: each stage's loss as a multiple of what it was in the stage's first step.
+
+    The stages' losses differ by orders of magnitude; as they are, one of them would be a flat line in a plot.
+
+    ComfyUI's Plot Loss Graph divides by the difference of the largest and the smallest loss. Where there is
+    none, as after a single step, the smallest step that a number can make is added as a last point. Steps
+    that loss scaling skipped, whose loss may be no number, are left out; a run without a log gets a flat one.
+    """
+    first: dict[str, float] = {}
+    sound = [row for row in rows if math.isfinite(row.loss)]
+    losses = [row.loss / (first.setdefault(row.stage, row.loss) or 1.0) for row in sound] or [1.0]
+    if len(set(losses)) < 2:
+        losses.append(math.nextafter(losses[-1], math.inf))
+    return {"loss": losses}
+
+
+class _Progress:
+    """Told about every step: the bar, the text under the node, previews, and the user's wish to stop."""
+
+    def __init__(self, preview: Preview | None, job: Job, hidden: Any) -> None:
+        self.preview = preview
+        self.job = job
+        self.hidden = hidden
+        self.bar = comfy.utils.ProgressBar(job.settings.steps)
+        self.shown = 0.0
+
+    def __call__(self, row: Row) -> None:
+        steps = self.job.settings.steps
+        due = row.step % (self.job.preview_every or steps) == 0 or row.step == steps
+        picture = self._draw() if due else None
+        self.bar.update_absolute(row.step, steps, picture and ("JPEG", picture, 1024))
+        if time.monotonic() - self.shown >= SHOW_EVERY or row.step == steps:
+            losses = ", ".join(f"{name} {value:.4g}" for name, value in row.losses.items())
+            show(f"step {row.step} of {steps}, {row.stage}: {losses}", self.hidden)
+            self.shown = time.monotonic()
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def _draw(self) -> Any:
+        """A preview; where memory is too short for one, there are none from now on."""
+        try:
+            return self.preview and self.preview()
+        except comfy.model_management.OOM_EXCEPTION:
+            log.warning("ΔConv distillation: too little memory for previews; it goes on without them")
+            self.preview = None
+            comfy.model_management.soft_empty_cache()
+            return None
+
+
+def _say_how_to_go_on(folder: RunFolder, error: BaseException, hidden: Any) -> None:
+    name = folder.path.relative_to(runs_folder()).as_posix()
+    stopped = isinstance(error, comfy.model_management.InterruptProcessingException)
+    what = "ΔConv distillation was stopped" if stopped else "ΔConv distillation failed"
+    if folder.exists:
+        text = f"{what}; the run is kept. To go on, choose {name!r} in `resume`, and leave the rest as it is."
+    else:
+        text = f"{what} before its first step; there is nothing to keep."
+        if folder.path.is_dir() and not any(folder.path.iterdir()):
+            folder.path.rmdir()
+    log.warning("%s", text)
+    show(text, hidden)
+
+
+def _fingerprint(model: Any) -> str:
+    """Differs for another base model, other patches (LoRAs) or strengths, or another kind of prediction or
+    schedule: from the first values of every tensor."""
+    digest = hashlib.sha256()
+    for key, ((weight, _), *patches) in sorted(model.get_key_patches("diffusion_model.").items()):
+        digest.update(f"{key} {_first(weight)} {[(p[0], p[2], _first(p[1])) for p in patches]}".encode())
+    sampling = model.get_model_object("model_sampling")
+    kinds = [kind.__name__ for kind in type(sampling).__mro__]
+    digest.update(f"{kinds} {getattr(sampling, 'sigmas', torch.zeros(0)).tolist()}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _first(value: Any) -> Any:
+    """The shape and first values of each tensor in a weight or patch; other things are passed over."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.flatten()[:8].float().tolist()
+    if isinstance(value, (list, tuple)):
+        return [_first(item) for item in value]
+    return _first(value.weights) if hasattr(value, "weights") else None  # an adapter, as LoRAs are

@@ -1,0 +1,1 @@
+"""Weights in ComfyUI's model folders."""

@@ -1,0 +1,164 @@
+"""The model folder `models/deltaconv`: what can be chosen there, and where the chosen file is."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+
+from ....deltaconv_core.errors import DeltaConvError, ManifestError
+from ....deltaconv_core.weights.checkpoint import Checkpoint, load_checkpoint
+from ....deltaconv_core.weights.fetch import resolve
+from ....deltaconv_core.weights.manifest import Form, Manifest, Record, load_manifest
+from .free_path import place
+
+FOLDER = "deltaconv"
+AUTO = "auto"
+MEGABYTE = 1 << 20
+
+log = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Adds the folder to ComfyUI's, after those that extra_model_paths.yaml may have given it."""
+    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+    paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
+    # A new folder starts with no extensions, which ComfyUI reads as "any file".
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | {".safetensors"})
+
+
+def choices() -> list[str]:
+    """Files in the folder, then published weights that are not there yet."""
+    files = folder_paths.get_filename_list(FOLDER)
+    return files + [record.filename for record in _manifest() if record.filename not in files]
+
+
+def recommended(architecture: str) -> str:
+    """What "auto" stands for.
+
+    Raises:
+        DeltaConvError: no published weights are recommended for this architecture.
+    """
+    record = _manifest().recommended(architecture)
+    if record is None:
+        raise DeltaConvError(
+            f"no published weights are recommended for {architecture}; choose a file in `weights` "
+            f"(put it into {_folders()[0]}) or connect `deltaconv`"
+        )
+    return record.filename
+
+
+def load(name: str) -> Checkpoint:
+    """Reads chosen weights; published ones that are not there yet are fetched first.
+
+    Raises:
+        DeltaConvError: no such choice, or a file that cannot be fetched or read.
+    """
+    path, record = _locate(name), _manifest().for_file(name)
+    form = record.form if record else Form()
+    # Nodes run in inference mode, and tensors made there can never take part in training.
+    with torch.inference_mode(False):
+        return load_checkpoint(path, gate=form.gate, scales=form.scales, pooling=form.pooling)
+
+
+def fingerprint(name: str) -> list[Any]:
+    """Changes whenever a file changes that the choice may lead to; "auto" may lead to any."""
+    return [name, *(_stamp(_present(file)) for file in (choices() if name == AUTO else [name]))]
+
+
+def free_path(name: str) -> Path:
+    """Where new weights of this name are to be saved; the folders on the way are made.
+
+    Raises:
+        DeltaConvError: a name that leads out of the folder, or a folder that cannot be made.
+    """
+    path = place(_folders()[0], name, ".safetensors")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DeltaConvError(f"cannot make the folder {path.parent} ({error})") from error
+    return path
+
+
+def _stamp(path: Path | None) -> tuple[Any, ...]:
+    if path is None:
+        return ()
+    stat = path.stat()
+    return str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _present(name: str) -> Path | None:
+    """The chosen file, if it is on this machine."""
+    if path := folder_paths.get_full_path(FOLDER, name):
+        return Path(path)
+    record = _record(name)
+    path = record and record.local_path(_folders()[0])
+    return path if path and path.is_file() else None
+
+
+def _record(name: str) -> Record | None:
+    return next((record for record in _manifest() if record.filename == name), None)
+
+
+def check(name: str) -> None:
+    """Refuses what is not one of the choices, such as a path that leads out of the folder.
+
+    Raises:
+        DeltaConvError: with what there is to choose from.
+    """
+    if name not in choices():
+        raise DeltaConvError(
+            f"{name!r} is neither a file in the model folder ({', '.join(map(str, _folders()))}) nor "
+            f"published weights; known are: {', '.join(choices()) or 'none'}"
+        )
+
+
+def refusal(name: str | None) -> str:
+    """What `check` says, if anything, for ComfyUI's check of a prompt; an input that is linked is None."""
+    try:
+        if name not in (None, AUTO):
+            check(name)
+    except DeltaConvError as error:
+        return str(error)
+    return ""
+
+
+def _locate(name: str) -> Path:
+    check(name)
+    present, record = _present(name), _record(name)
+    if record is None:
+        return Path(present)
+    return _fetch(record, present.parent if present else _folders()[0])
+
+
+def _fetch(record: Record, folder: Path) -> Path:
+    bar: comfy.utils.ProgressBar | None = None
+
+    def progress(done: int, total: int | None) -> None:
+        nonlocal bar
+        if total:
+            bar = bar or comfy.utils.ProgressBar(max(1, total // MEGABYTE))
+            bar.update_absolute(done // MEGABYTE)
+
+    interrupted = comfy.model_management.throw_exception_if_processing_interrupted
+    return resolve(record, folder, progress=progress, cancelled=interrupted)
+
+
+def _folders() -> list[Path]:
+    return [Path(path) for path in folder_paths.get_folder_paths(FOLDER)]
+
+
+def _manifest() -> Manifest:
+    """Read anew each time: the user may edit the list while ComfyUI runs, and reading opens no connection."""
+    try:
+        return load_manifest(_folders()[0] / "manifest.json")
+    except ManifestError as error:
+        # The files in the folder can be used all the same.
+        log.warning("ΔConv: the list of published weights cannot be read: %s", error)
+        return Manifest({})

@@ -1,0 +1,1 @@
+"""Looking at a MODEL's self-attention."""

@@ -1,0 +1,238 @@
+"""Looking at a MODEL's self-attention while it samples."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ....deltaconv_core.errors import DeltaConvError
+from ....deltaconv_core.locality import LayerLocality, LayerStatistics
+from ....deltaconv_core.locality.sampled_steps import spread
+from ....deltaconv_core.sites import select
+from ..model.attend import Forward, intercepted
+from ..model.joint import JointSite, JointSites, Tokens, find_joint_sites
+from ..model.sampler_call import COMPILED
+from ..model.sites import Site, Sites, find_sites
+from ..patch.current_call import own_forward
+from ..patch.patch import without_patch
+
+KEY = "deltaconv_look"
+
+GUIDANCE = (
+    "disable_cfg1_optimization",
+    "sampler_calc_cond_batch_function",
+    "sampler_cfg_function",
+    "sampler_post_cfg_function",
+    "sampler_pre_cfg_function",
+)
+"""ComfyUI's keys of what works on guidance (PAG, SAG, RescaleCFG, ...), with passes of its own."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose.
+
+    Args:
+        steps: of the sampling.
+        looks: at how many of them the attention is looked at.
+        blocks: the sites, in the language of `deltaconv_core.sites.select`.
+        seed: of the noise.
+    """
+
+    steps: int
+    looks: int
+    blocks: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen.
+
+    Args:
+        architecture: name of the model's shape or family.
+        layers: in the order of the network.
+        size: (height, width) of the latent that was sampled.
+        unseen: sites whose attention was never called.
+        replaceable: whether ΔConv can stand in for these attentions.
+    """
+
+    architecture: str
+    layers: list[LayerLocality]
+    size: tuple[int, int]
+    unseen: list[str]
+    replaceable: bool
+
+
+def look(model: Any, positive: Any, latent: dict[str, Any], settings: Settings) -> Look:
+    """Samples with the positive conditioning alone and gathers statistics of the self-attention on the way.
+
+    Args:
+        model: ModelPatcher, which stays as it is. Whatever replaces its self-attention is left out.
+        positive: conditioning.
+        latent: its size is that of the picture; an empty one is made to fit the model, as a sampler does.
+        settings: what the user chose.
+
+    Raises:
+        DeltaConvError: a MODEL whose attention cannot be looked at, or a selection that names no site.
+    """
+    clone = _plain(model)
+    joint = find_joint_sites(clone.get_model_object("diffusion_model"))
+    found = find_sites(clone) if joint is None else None
+    channels = found.channels if found else {id: site.channels for site in joint.sites for id in site.ids}
+    chosen = select(settings.blocks, channels)
+    samples = _fitting(clone, latent)
+    at = spread(settings.steps, settings.looks)
+    watch = Watch.of({id: channels[id] for id in chosen}, total=settings.steps + len(at) * len(chosen))
+    if found:
+        _watch_sites(clone, watch, found, chosen)
+    else:
+        _watch_joint(clone, watch, joint)
+    try:
+        _sample(clone, positive, samples, settings, lambda step: watch.turn_to(step, at, settings.steps))
+    finally:
+        clone.unpatch_model(unpatch_weights=False)
+    size = (samples.shape[-2], samples.shape[-1])
+    return _result(watch, found.architecture if found else joint.name, size, found is not None)
+
+
+def _plain(model: Any) -> Any:
+    """A clone without ΔConv, compiled code, which would hide the attention, and additions to guidance."""
+    clone = without_patch(model).clone()
+    clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILED)
+    for key in GUIDANCE:
+        clone.model_options.pop(key, None)
+    return clone
+
+
+@dataclass
+class Watch:
+    """The statistics that are being gathered, and what the running call is."""
+
+    statistics: dict[str, LayerStatistics]
+    bar: comfy.utils.ProgressBar
+    moment: str | None = None
+    tokens: Tokens | None = None
+
+    @classmethod
+    def of(cls, channels: dict[str, int], total: int) -> Watch:
+        check = comfy.model_management.throw_exception_if_processing_interrupted
+        statistics = {id: LayerStatistics(id, width, check=check) for id, width in channels.items()}
+        return cls(statistics, comfy.utils.ProgressBar(total))
+
+    def turn_to(self, step: int, at: list[int], steps: int) -> None:
+        """The step that comes next."""
+        self.moment = f"{step + 1}/{steps}" if step in at else None
+        if step:
+            self.bar.update(1)
+
+    def see(
+        self,
+        id: str,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        grid: tuple[int, int],
+        image: slice,
+        mask: torch.Tensor | None,
+    ) -> None:
+        """One attention of the running call."""
+        if id in self.statistics:
+            self.statistics[id].add(q, k, grid, self.moment, image, mask)
+            self.bar.update(1)
+
+
+def _watch_sites(clone: Any, watch: Watch, found: Sites, chosen: tuple[str, ...]) -> None:
+    for id in chosen:
+        site = found.sites[id]
+        clone.add_object_patch(
+            f"{site.path}.forward", _watched(watch, site, own_forward(clone.model, site.path))
+        )
+
+
+def _watched(watch: Watch, site: Site, forward: Forward) -> Forward:
+    def run(x: torch.Tensor, *args: Any, **call: Any) -> torch.Tensor:
+        if watch.moment is None:
+            return forward(x, *args, **call)
+        grid = site.grid(x, call)
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> None:
+            watch.see(site.id, q, k, grid, slice(0, q.shape[2]), mask)
+
+        return intercepted(forward, attend)(x, *args, **call)
+
+    return run
+
+
+def _watch_joint(clone: Any, watch: Watch, found: JointSites) -> None:
+    def wrapper(executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        watch.tokens = found.tokens(x)
+        return executor(x, *args, **kwargs)
+
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
+    for site in found.sites:
+        forward = _watched_joint(watch, site, own_forward(clone.model, site.path))
+        clone.add_object_patch(f"{site.path}.forward", forward)
+
+
+def _watched_joint(watch: Watch, site: JointSite, forward: Forward) -> Forward:
+    def run(*args: Any, **call: Any) -> Any:
+        if watch.moment is None:
+            return forward(*args, **call)
+        ids = iter(site.ids)
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> None:
+            image = site.locate(args, call, q.shape[2], watch.tokens)
+            watch.see(next(ids), q, k, watch.tokens.grid, image, mask)
+
+        return intercepted(forward, attend)(*args, **call)
+
+    return run
+
+
+def _fitting(model: Any, latent: dict[str, Any]) -> torch.Tensor:
+    """An empty latent in the model's channels and, where this ComfyUI knows how, at the model's scale."""
+    fix = comfy.sample.fix_empty_latent_channels
+    known = {name: latent[name] for name in inspect.signature(fix).parameters if name in latent}
+    return fix(model, latent["samples"], **known)
+
+
+def _sample(
+    clone: Any, positive: Any, samples: torch.Tensor, settings: Settings, turn_to: Callable[[int], None]
+) -> None:
+    """Euler steps from noise to picture, without guidance: one call of the network each."""
+    noise = comfy.sample.prepare_noise(samples, settings.seed)
+    schedule = clone.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(schedule, "simple", settings.steps)
+    guider = comfy.samplers.CFGGuider(clone)
+    guider.inner_set_conds({"positive": positive})
+    guider.set_cfg(1.0)
+    turn_to(0)
+    guider.sample(
+        noise,
+        samples,
+        comfy.samplers.sampler_object("euler"),
+        sigmas,
+        callback=lambda step, *_: turn_to(step + 1),
+        disable_pbar=True,
+        seed=settings.seed,
+    )
+
+
+def _result(watch: Watch, architecture: str, size: tuple[int, int], replaceable: bool) -> Look:
+    layers = [statistics.result() for statistics in watch.statistics.values() if statistics.seen]
+    unseen = [id for id, statistics in watch.statistics.items() if not statistics.seen]
+    if not layers:
+        raise DeltaConvError(
+            f"none of the {len(unseen)} self-attentions was called in the usual way; something on this MODEL "
+            "replaces them (attn1 replace patches, skipped blocks): look at the MODEL without it"
+        )
+    return Look(architecture, layers, size, unseen, replaceable)

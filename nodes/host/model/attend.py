@@ -1,0 +1,95 @@
+"""Reaching q, k and v of a self-attention on their way into the attention itself, behind its own projections.
+
+Most of ComfyUI's models hand `transformer_options` down to the attention, which asks there for an override.
+PixArt hands nothing down; the few lines around its attention are done here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from comfy.ldm.pixart.blocks import AttentionKVCompress
+
+from ....deltaconv_core.errors import DeltaConvError
+
+OVERRIDE = "optimized_attention_override"
+
+Forward = Callable[..., torch.Tensor]
+# (q, k, v, mask), the first three (B, heads, N, d). Returns (B, heads, N, d); None: attention as usual.
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor | None]
+
+
+def intercepted(forward: Forward, attend: Attend) -> Forward:
+    """The forward with `attend` in it.
+
+    Args:
+        forward: of an attention module, or of a block that hands `transformer_options` to its attention;
+            bound to the module.
+        attend: called for every attention inside.
+    """
+    if isinstance(forward.__self__, AttentionKVCompress):
+        return _pixart(forward, attend)
+
+    def run(*args: Any, **call: Any) -> torch.Tensor:
+        options = call.get("transformer_options") or {}
+        override = _override(attend, options.get(OVERRIDE))
+        return forward(*args, **call | {"transformer_options": options | {OVERRIDE: override}})
+
+    return run
+
+
+def _override(attend: Attend, before: Forward | None) -> Forward:
+    """What ComfyUI calls in place of its attention; `before` is the override that was there."""
+
+    def override(
+        attention: Forward,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        heads: int,
+        mask: torch.Tensor | None = None,
+        **more: Any,
+    ) -> torch.Tensor:
+        split = more.get("skip_reshape", False)
+        by_head = (
+            (q, k, v) if split else tuple(t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+        )
+        out = attend(*by_head, _four_dimensional(mask))
+        if out is not None:
+            return out if more.get("skip_output_reshape", False) else out.transpose(1, 2).flatten(2)
+        if before is not None:
+            return before(attention, q, k, v, heads, mask=mask, **more)
+        return attention(q, k, v, heads, mask=mask, **more)
+
+    return override
+
+
+def _four_dimensional(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """ComfyUI's masks may lack the batch, or the heads."""
+    if mask is None or mask.ndim == 4:
+        return mask
+    return mask[None, None] if mask.ndim == 2 else mask[:, None]
+
+
+def _pixart(forward: Forward, attend: Attend) -> Forward:
+    """The forward of PixArt's attention, done by `attend`."""
+    module = forward.__self__
+    if module.sr_ratio > 1:
+        raise DeltaConvError(
+            f"this PixArt shrinks the keys of its self-attention ({module.sr_ratio} x); only attention whose "
+            "keys are the tokens themselves can be looked at or replaced here"
+        )
+
+    def run(x: torch.Tensor, *args: Any, **call: Any) -> torch.Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = module.qkv(x).unflatten(2, (3, -1)).unbind(2)
+        by_head = [
+            t.reshape(batch, tokens, module.num_heads, -1).transpose(1, 2)
+            for t in (module.q_norm(q), module.k_norm(k), v)
+        ]
+        out = attend(*by_head, None)
+        return forward(x, *args, **call) if out is None else module.proj(out.transpose(1, 2).flatten(2))
+
+    return run

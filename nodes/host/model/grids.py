@@ -1,0 +1,41 @@
+"""(H, W) of the tokens at a site, from what the host states, never from their number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ....deltaconv_core.errors import DeltaConvError
+
+
+def of_unet(x: torch.Tensor, call: dict[str, Any]) -> tuple[int, int]:
+    """The grid in a U-Net: ComfyUI writes the shape of this level's activations into transformer_options."""
+    shape = (call.get("transformer_options") or {}).get("activations_shape")
+    if shape is None:
+        raise DeltaConvError(
+            "this ComfyUI does not tell the attention the height and width of its input "
+            "(transformer_options['activations_shape']); ΔConv needs ComfyUI 0.3.60 or newer"
+        )
+    return _checked(x, shape[-2], shape[-1])
+
+
+def of_patches(patch_size: int) -> Callable[[torch.Tensor, dict[str, Any]], tuple[int, int]]:
+    """The grid in PixArt, which hands over HW in latent units while its tokens are patches."""
+
+    def of_pixart(x: torch.Tensor, call: dict[str, Any]) -> tuple[int, int]:
+        height, width = call["HW"]
+        return _checked(x, height // patch_size, width // patch_size)
+
+    return of_pixart
+
+
+def _checked(x: torch.Tensor, height: int, width: int) -> tuple[int, int]:
+    if x.shape[1] != height * width:
+        raise DeltaConvError(
+            f"ΔConv expected {height} x {width} = {height * width} tokens, got {x.shape[1]}: something tiles "
+            "or merges tokens before the self-attention. HyperTile and Token Merging (ToMe) do; take them "
+            "off this MODEL, or leave their sites out with the input `blocks`"
+        )
+    return height, width

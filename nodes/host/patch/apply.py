@@ -1,0 +1,76 @@
+"""From a MODEL, trained blocks and the node's settings to the patched clone and what to tell the user."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from comfy.patcher_extension import WrappersMP
+
+from ....deltaconv_core.errors import DeltaConvError
+from ....deltaconv_core.sites import report
+from ....deltaconv_core.sites.match import matching_sites
+from ....deltaconv_core.sites.report import Report
+from ....deltaconv_core.sites.sampling_range import SamplingRange
+from ..model.sites import Sites, find_sites
+from .base_weights import BaseWeights
+from .conflicts import conflicts, warn_when_sampling
+from .patch import KEY, DeltaConvPatch, add_patch, find_patch, without_patch
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose.
+
+    Args:
+        blocks: the sites, in the language of `deltaconv_core.sites.select`.
+        sampling: the part of the sampling in which ΔConv runs.
+        base_strength: of the base weights that come with the blocks; None leaves them out.
+    """
+
+    blocks: str
+    sampling: SamplingRange
+    base_strength: float | None
+
+
+def apply_checkpoint(model: Any, checkpoint: Any, settings: Settings) -> tuple[Any, Report]:
+    """Puts ΔConv on a clone of the MODEL, in place of one that may be there already.
+
+    Args:
+        model: ModelPatcher.
+        checkpoint: trained blocks (`deltaconv_core.Checkpoint`).
+        settings: what the user chose.
+
+    Raises:
+        DeltaConvError: the MODEL, the checkpoint and the settings do not go together; nothing was changed.
+    """
+    found = find_sites(model)
+    chosen = matching_sites(found.architecture, found.channels, checkpoint, settings.blocks, "MODEL")
+    sites = {id: found.sites[id] for id in chosen}
+    bare = without_patch(model)
+    warnings = [*report.assumptions(checkpoint), *conflicts(bare, sites)]
+    clone, patch = add_patch(bare, sites, checkpoint.blocks, settings.sampling)
+    base = _base_weights(clone, patch, found, checkpoint, settings.base_strength)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, warn_when_sampling(sites, warnings))
+    lines = [report.of_blocks(found.architecture, len(found.sites), patch.blocks)]
+    lines += [*report.of_range(settings.sampling), *base]
+    if find_patch(model) is not None:
+        lines.append("The ΔConv that was on this MODEL before is replaced as a whole.")
+    return clone, Report(lines, warnings)
+
+
+def _base_weights(
+    clone: Any, patch: DeltaConvPatch, found: Sites, checkpoint: Any, strength: float | None
+) -> list[str]:
+    count = len(checkpoint.base_weights)
+    if not count:
+        return []
+    try:
+        base = BaseWeights(clone, found, checkpoint.base_weights)
+    except DeltaConvError as error:
+        if strength is not None:
+            raise
+        return [report.of_unfit_base_weights(count, error)]
+    if strength is not None:
+        patch.base_weights = base.add_to(clone, strength)
+    return [report.of_base_weights(count, base.difference, strength)]

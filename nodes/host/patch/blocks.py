@@ -1,0 +1,74 @@
+"""The ΔConvBlocks of one MODEL as ComfyUI holds them: counted, loaded and offloaded as other weights are."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import comfy.model_patcher
+import comfy.ops
+import torch
+
+from ....deltaconv_core.block import DeltaConvBlock
+from ....deltaconv_core.block.module import HALF_OR_MORE, shared_copy
+
+# Newer versions of ComfyUI want to know when cast weights are no longer used.
+TAKES_WEIGHTS_BACK = "offloadable" in inspect.signature(comfy.ops.cast_bias_weight).parameters
+
+
+class DeltaConvBlocks(torch.nn.Module):
+    """All blocks of one patched MODEL; ComfyUI's log names models by their class."""
+
+    def __init__(self, blocks: Mapping[str, DeltaConvBlock]) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(blocks.values())
+
+
+class GivesWeights:
+    """A castable layer that lends its weights as its own forward would use them: moved, cast, and patched."""
+
+    def with_weights(self, x: torch.Tensor, function: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """function(weight, bias) for an input like x; ComfyUI may take the weights back afterwards."""
+        if hasattr(comfy.ops, "run_every_op"):
+            comfy.ops.run_every_op()  # where the user's interruption is noticed
+        if not TAKES_WEIGHTS_BACK:
+            return function(*comfy.ops.cast_bias_weight(self, x))
+        weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
+        try:
+            return function(weight, bias)
+        finally:
+            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+
+
+class Layers:
+    """The `operations` of a block in ComfyUI."""
+
+    class Linear(GivesWeights, comfy.ops.manual_cast.Linear):
+        pass
+
+    class Conv2d(GivesWeights, comfy.ops.manual_cast.Conv2d):
+        pass
+
+
+def build_blocks(trained: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, DeltaConvBlock]:
+    """The trained blocks again, out of ComfyUI's castable layers; weights are shared where the dtype allows.
+
+    Args:
+        trained: site id -> DeltaConvBlock.
+        dtype: of the weights; None keeps each as it is.
+    """
+    return {id: shared_copy(block, dtype=dtype, operations=Layers) for id, block in trained.items()}
+
+
+def compute_dtype(model: Any) -> torch.dtype | None:
+    """The dtype that the MODEL computes in; None where it is not an ordinary floating point one."""
+    dtype = model.get_model_object("manual_cast_dtype") or model.model_dtype()
+    return dtype if dtype in HALF_OR_MORE else None
+
+
+def own_patcher(blocks: Mapping[str, DeltaConvBlock], model: Any) -> Any:
+    """A ModelPatcher for the blocks, on the devices of the MODEL."""
+    patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    net = DeltaConvBlocks(blocks)
+    return patcher_class(net, load_device=model.load_device, offload_device=model.offload_device)

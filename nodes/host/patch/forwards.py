@@ -1,0 +1,38 @@
+"""What stands as `forward` of a replaced attention: plain callables; a Module would join the base model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ....deltaconv_core.sites.sampling_range import answer
+from ..model.sites import Site
+from .current_call import current_call
+
+
+@dataclass(frozen=True, eq=False)
+class MixerForward:
+    """ΔConv on every call."""
+
+    site: Site
+    block: torch.nn.Module
+
+    def __call__(self, x: torch.Tensor, *args: Any, **call: Any) -> torch.Tensor:
+        return self.block(x, grid=self.site.grid(x, call))
+
+
+@dataclass(frozen=True, eq=False)
+class RangedForward(MixerForward):
+    """ΔConv in a part of the sampling, the attention's own forward outside it."""
+
+    owner: object
+
+    def __call__(self, x: torch.Tensor, *args: Any, **call: Any) -> torch.Tensor:
+        run = current_call(self.owner, "set start_percent to 0 and end_percent to 1")
+        return answer(
+            run.choice,
+            mixer=lambda: self.block(x, grid=self.site.grid(x, call)),
+            attention=lambda: run.attention[self.site.path](x, *args, **call),
+        )

@@ -1,0 +1,282 @@
+"""The speed benchmarks: small runs of each command, files of rows, and the README's tables."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+import block
+import harness
+import paper_tables
+import readme_tables
+import run_all
+
+from deltaconv_core import bench
+from deltaconv_core.bench import machine
+
+REPOSITORY = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(machine, "COPIED", {"cpu": 2**20})
+    monkeypatch.setattr(machine, "SIDE", {"cpu": 64})
+
+
+def run(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__file__, "--device", "cpu", *map(str, arguments)])
+    assert module.main() == 0
+
+
+# ---- what they share ----
+
+
+def test_rows_are_kept_and_not_done_again(tmp_path):
+    path, described = tmp_path / "rows.json", harness.circumstances()
+    first = harness.Results(path, described)
+    first.add({"size": (512, 768), "seconds": 1.5})
+    again = harness.Results(path, described)
+    assert again.find(size=(512, 768)) == {"size": [512, 768], "seconds": 1.5}
+    assert again.find(size=(512, 512)) is None
+    again.add({"size": (512, 512), "seconds": 1.0})
+    assert json.loads(path.read_text()) == json.loads(json.dumps(described)) | {"rows": again.rows}
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_figures_of_other_circumstances_are_not_mixed(tmp_path):
+    harness.Results(tmp_path / "rows.json", {"torch": "1"}).add({"seconds": 1})
+    with pytest.raises(SystemExit, match="other circumstances"):
+        harness.Results(tmp_path / "rows.json", {"torch": "2"})
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("Intel(R) Xeon(R) Processor", "intel_xeon"),
+        ("Intel(R) Core(TM) i7-9700K CPU @ 3.60GHz", "intel_core_i7_9700k"),
+        ("AMD EPYC 9R14 96-Core Processor", "amd_epyc_9r14"),
+        ("NVIDIA H100 80GB HBM3", "nvidia_h100_80gb_hbm3"),
+    ],
+)
+def test_files_are_named_by_device(tmp_path, monkeypatch, name, slug):
+    monkeypatch.setattr(bench, "device_name", lambda device: name)
+    file = harness.result_file(tmp_path, "block backward", CPU, torch.bfloat16)
+    assert file == tmp_path / f"block_{slug}_bfloat16.json"
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from /proc")
+def test_peak_memory():
+    def run():
+        torch.ones(2**22)  # 16 MiB
+
+    assert 14 * 2**20 < harness.peak(run, CPU) < 40 * 2**20
+
+
+# ---- block ----
+
+
+def test_block(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "block.json"
+    options = ["--small", "--preset", "sd15-512", "--repeats", "1", "--json", path]
+    run(block, monkeypatch, *options)
+    run(block, monkeypatch, *options, "--backward", "--only", "attention, flash", "ΔConv, torch")
+    figures = json.loads(path.read_text())
+    assert figures["dtype"] == "float32" and figures["small"] is True
+    assert [row["backward"] for row in figures["rows"]] == [False, False, True, True]
+    for row in figures["rows"]:
+        assert row["bandwidth"] > 0 and row["rate"] > 0
+        for name, known in row["methods"].items():
+            if "skipped" in known:
+                assert name in ("attention, efficient", "attention, cudnn", "ΔConv, triton")
+            else:
+                assert known["seconds"] > 0 and known["flops"] > 0 and known["bytes"] > 0
+    whole, _, both, _ = figures["rows"]
+    assert set(whole["methods"]) == set(block.METHODS)
+    assert set(both["methods"]) == {"attention, flash", "ΔConv, torch"}
+    for name, known in both["methods"].items():
+        assert known["flops"] >= 3 * whole["methods"][name]["flops"]
+    monkeypatch.setattr(block, "measure", None)  # whatever is in the file is not measured again
+    capsys.readouterr()
+    run(block, monkeypatch, *options)
+    assert capsys.readouterr().out.count("| ΔConv, torch ") == 2
+
+
+def test_what_would_take_too_long_is_not_run(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "alternate", lambda runs, *_: dict.fromkeys(runs))
+    run(block, monkeypatch, "--small", "--preset", "paper", "--patience", "0")
+    assert capsys.readouterr().out.count("would take about") == 2 * len(block.METHODS)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried ..."), "out of memory"),
+        (RuntimeError("\ntoo many entries\nand so on"), "too many entries"),
+        (RuntimeError(), "RuntimeError"),
+    ],
+    ids=["memory", "sentence", "nothing"],
+)
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "in its turn"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_method_that_fails_is_left_out(monkeypatch, error, reason, late, backward):
+    """It passes the trial on a small grid; the others are measured."""
+    layer = block.presets(small=True)["paper"][0]
+    case = block.Case(layer, 1, backward, CPU, torch.float32)
+    calls = []
+
+    class Failing(bench.SelfAttention):
+        def attend(self, q, k, v, grid):
+            if grid == layer.grid and q.device == CPU:
+                calls.append(grid)
+                if len(calls) > late:
+                    raise error
+            return super().attend(q, k, v, grid)
+
+    names = ["LinFusion", "attention, math", "ΔConv, torch"]
+    made = block.Method(lambda layer, device, dtype: Failing(layer.spec.dim, layer.heads, device, dtype))
+    monkeypatch.setitem(block.METHODS, "attention, math", made)
+    figures = block.measure(case, names, 2, 60.0, (1e9, 1e12))
+    assert figures["attention, math"]["skipped"] == reason and len(calls) == 1 + late
+    assert all(figures[name]["seconds"] > 0 for name in names[::2])
+    assert reason in block.table(figures)
+
+
+def test_all_methods_share_the_tokens(monkeypatch):
+    made, tokens = [], block.Case.tokens
+    monkeypatch.setattr(block.Case, "tokens", lambda case: made.append(case) or tokens(case))
+    layer = block.presets(small=True)["paper"][0]
+    case = block.Case(layer, 1, False, CPU, torch.float32)
+    block.measure(case, ["LinFusion", "ΔConv, torch"], 1, 60.0, (1e9, 1e12))
+    assert made.count(case) == 1
+
+
+def test_presets_hold_each_layer_once():
+    found = block.presets()
+    assert [(layer.spec.dim, layer.spec.kernel_size, layer.grid) for layer in found["sdxl-1024"]] == [
+        (640, 9, (64, 64)), (1280, 7, (32, 32)), (1280, 9, (32, 32)), (640, 13, (64, 64)),
+    ]  # fmt: skip
+    assert len(found["pixart_sigma-512"]) == 1 and len(found["kernel"]) == 8
+    small = [layer.grid for layers in block.presets(small=True).values() for layer in layers]
+    assert max(map(max, small)) <= 16
+
+
+# ---- the paper's tables ----
+
+
+def test_the_papers_own_figures_come_out_of_its_formula():
+    for picture, (_, attention, _, _) in paper_tables.TABLE_1.items():
+        counted = paper_tables.operations(picture)
+        assert counted["attention"] / 1e9 == pytest.approx(attention, abs=0.01)
+        assert counted["ΔConv"] <= counted["step by step"]
+        assert counted["counted"] > counted["attention"]
+
+
+def test_tables(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "paper.json"
+    run(paper_tables, monkeypatch, "--small", "--repeats", "1", "--json", path)
+    out = capsys.readouterr().out
+    assert "| attention, paper / ΔConv, paper | " in out and "6,929.04" in out
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["table"] for row in rows] == [1, 1, 1, 1, 2, 2]
+    assert all(row["lean"] < row["ΔConv"] for row in rows[:4])
+    assert all(set(row["seconds"]) == {"attention", "LinFusion", "ΔConv"} for row in rows[4:])
+
+
+def test_attention_that_takes_too_long_is_left_out(monkeypatch, capsys):
+    run(paper_tables, monkeypatch, "--small", "--table", "2", "--repeats", "1", "--patience", "0")
+    assert "- (1,077.98)" in capsys.readouterr().out
+
+
+# ---- all of them ----
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("small", [False, True])
+def test_every_command_is_one(tmp_path, monkeypatch, device, small):
+    class Understood(Exception):
+        pass
+
+    def pick(name):
+        raise Understood(name)
+
+    monkeypatch.setattr(bench, "device_name", lambda device: "A device")
+    lines = run_all.commands(torch.device(device), torch.float32, list(run_all.SCRIPTS), small, tmp_path)
+    assert len(lines) >= 3
+    monkeypatch.setattr(bench, "pick_device", pick)
+    for line in lines:
+        monkeypatch.setattr(sys, "argv", line)
+        with pytest.raises(Understood, match=device):
+            importlib.import_module(Path(line[0]).stem).main()
+        assert line[-1].startswith(str(tmp_path)) and line[-1].endswith("_a_device_float32.json")
+
+
+def test_commands_are_shown(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(run_all.subprocess, "run", None)
+    run(run_all, monkeypatch, "--show", "--only", "paper", "--folder", tmp_path)
+    (line,) = capsys.readouterr().out.split("==> ")[1:]
+    assert "paper_tables.py" in line and "--device cpu --dtype float32" in line
+
+
+# ---- the README ----
+
+VARIANTS = {
+    "ComfyUI's attention": {"skipped": "is PyTorch attention here"},
+    "PyTorch attention": {"seconds": 3.0},
+    "ΔConv": {"seconds": 1.02},
+    "no self-attention": {"seconds": 1.0},
+}
+
+
+@pytest.fixture
+def results(tmp_path):
+    figures = {"gpu": "A card", "dtype": "float16", "torch": "2", "comfyui": "1"}
+    row = {"architecture": "sd15", "size": [1024, 576], "variants": VARIANTS}
+    skipped = {"architecture": "sdxl", "size": [512, 512], "skipped": "no memory"}
+    path = tmp_path / "network_a_card_float16.json"
+    path.write_text(json.dumps(figures | {"rows": [row, skipped]}))
+    return tmp_path
+
+
+def test_the_table_says_what_the_results_say(results):
+    text = "\n".join(readme_tables.tables(results))
+    (line,) = [line for line in text.splitlines() if line.startswith("| SD 1.5")]
+    assert [cell.strip() for cell in line.split("|")[1:-1]] == [
+        "SD 1.5", "1024×576", "–", "3.00×", "–", "–", "–", "1.02×", "–",
+    ]  # fmt: skip
+    assert "A card" in text and "SDXL" not in text
+
+
+def test_only_what_is_between_the_comments_changes(results):
+    old = f"before\n{readme_tables.BEGIN}\nold\n{readme_tables.END}\nafter\n"
+    new = readme_tables.with_tables(old, results)
+    assert new.startswith("before\n") and new.endswith("\nafter\n") and "old" not in new
+    assert readme_tables.with_tables(new, results) == new
+    assert readme_tables.with_tables(new.replace("1.02×", "1.00×"), results) == new
+    with pytest.raises(SystemExit, match="lacks the lines"):
+        readme_tables.with_tables("no comments", results)
+
+
+def test_the_readme_is_what_the_results_say():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert readme_tables.with_tables(text, REPOSITORY / "benchmarks" / "results") == text, (
+        "run python scripts/readme_tables.py"
+    )
+
+
+def test_the_counted_operations_are_those_of_today():
+    """They need no certain machine, so they must not be older than the code."""
+    for file in (REPOSITORY / "benchmarks" / "results").glob("paper_*.json"):
+        for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
+            if row["table"] == 1:
+                now = paper_tables.operations(row["picture"])
+                assert {name: row[name] for name in now} == now, (
+                    f"delete the rows of table 1 in {file.name} and run python benchmarks/paper_tables.py"
+                )

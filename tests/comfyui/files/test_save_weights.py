@@ -1,0 +1,89 @@
+"""ΔConv Save Weights: what is in the file, where it may be, and that it is found again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from distilling import same, weights
+from small_models import in_pack, patch, sample
+
+
+@pytest.fixture
+def models(tmp_path, comfy_host, monkeypatch):
+    """The model folder, empty."""
+    import folder_paths
+
+    _, extensions = folder_paths.folder_names_and_paths["deltaconv"]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "deltaconv", ([str(tmp_path)], extensions))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return tmp_path
+
+
+def save(pack, checkpoint, filename_prefix="mine", dtype="fp32", **options):
+    node = in_pack(pack, "nodes.save_weights").SaveWeights
+    with torch.inference_mode():
+        return node.execute(checkpoint, filename_prefix, dtype, **options).ui.as_dict()["text"][0]
+
+
+def test_what_was_saved_is_loaded(pack, models, unet, checkpoint):
+    text = save(pack, checkpoint)
+    assert text.startswith(
+        f"Saved 5 blocks for {checkpoint.architecture} to {models / 'mine_00001.safetensors'}"
+    )
+    folder = in_pack(pack, "nodes.host.files.model_folder")
+    assert "mine_00001.safetensors" in folder.choices()
+    loaded = folder.load("mine_00001.safetensors")
+    assert same(weights(checkpoint), weights(loaded))
+    assert torch.equal(sample(patch(pack, unet, checkpoint)), sample(patch(pack, unet, loaded)))
+
+
+def test_no_file_is_ever_overwritten(pack, models, checkpoint):
+    for _ in range(3):
+        save(pack, checkpoint)
+    assert sorted(path.name for path in models.iterdir()) == [f"mine_0000{n}.safetensors" for n in (1, 2, 3)]
+
+
+def test_texts_join_those_that_were_there(pack, models, checkpoint):
+    checkpoint.metadata |= {"teacher": "a model", "title": "old", "license": "MIT"}
+    save(pack, checkpoint, title=" Mine ", author="Ada")
+    metadata = in_pack(pack, "nodes.host.files.model_folder").load("mine_00001.safetensors").metadata
+    assert metadata == {"teacher": "a model", "title": "Mine", "author": "Ada", "license": "MIT"}
+    assert checkpoint.metadata["title"] == "old"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("keep", [True, False])
+def test_dtypes_and_base_weights(pack, models, checkpoint, dtype, keep):
+    name = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    checkpoint.base_weights["down_blocks.0.resnets.0.conv1.weight"] = torch.ones(2, 2, 3, 3)
+    save(pack, checkpoint, dtype=name, keep_base_weights=keep)
+    loaded = in_pack(pack, "nodes.host.files.model_folder").load("mine_00001.safetensors")
+    assert {w.dtype for w in weights(loaded).values()} == {dtype}
+    assert [w.dtype for w in loaded.base_weights.values()] == [dtype] * keep
+    assert {w.dtype for w in weights(checkpoint).values()} == {torch.float32}
+
+
+def test_numbers_too_large_for_fp16(pack, models, checkpoint):
+    next(iter(checkpoint.blocks.values())).conv_pool.weight[0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"conv_pool.weight has values up to 1e\+06, too large for fp16"):
+        save(pack, checkpoint, dtype="fp16")
+    assert list(models.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", "../mine", "a/../../mine", "/tmp/mine", "a/", ".mine", "a\\b", "x:y"]
+)
+def test_names_that_lead_elsewhere(pack, models, checkpoint, name):
+    with pytest.raises(ValueError, match="expected a name such as"):
+        save(pack, checkpoint, filename_prefix=name)
+    assert list(models.iterdir()) == [] and list(models.parent.glob("mine*")) == []
+
+
+def test_folders_inside(pack, models, checkpoint):
+    save(pack, checkpoint, filename_prefix="styles/old/mine")
+    assert "styles/old/mine_00001.safetensors" in in_pack(pack, "nodes.host.files.model_folder").choices()
+
+
+def test_an_unknown_dtype(pack, models, checkpoint):
+    with pytest.raises(ValueError, match="dtype must be one of fp16, bf16, fp32, got 'int8'"):
+        save(pack, checkpoint, dtype="int8")

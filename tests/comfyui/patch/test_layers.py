@@ -1,0 +1,132 @@
+"""How a block's layers in ComfyUI lend their weights: as their own forward would use them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def blocks(pack):
+    return import_module(".nodes.host.patch.blocks", pack.__name__)
+
+
+@pytest.fixture
+def core(pack):
+    return import_module(".deltaconv_core", pack.__name__)
+
+
+@pytest.fixture(params=["Linear", "Conv2d"])
+def layer(blocks, request):
+    torch.manual_seed(0)
+    if request.param == "Linear":
+        made = blocks.Layers.Linear(6, 4, dtype=torch.bfloat16)
+    else:
+        made = blocks.Layers.Conv2d(4, 4, 3, groups=4, bias=False, dtype=torch.bfloat16)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter)
+    return made
+
+
+def lent(layer, x):
+    return layer.with_weights(x, lambda weight, bias: (weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_in_the_dtype_of_the_input(layer, dtype):
+    weight, bias = lent(layer, torch.zeros(1, dtype=dtype))
+    assert weight.dtype == dtype and torch.equal(weight, layer.weight.to(dtype))
+    assert (bias is None) == (layer.bias is None)
+    assert bias is None or torch.equal(bias, layer.bias.to(dtype))
+
+
+def test_with_the_patches_that_are_applied_at_each_call(layer):
+    """Where memory is short, ComfyUI puts LoRAs onto weights as they are used."""
+    layer.weight_function = [lambda weight: weight + 1, lambda weight: weight * 2]
+    weight, _ = lent(layer, torch.zeros(1))
+    torch.testing.assert_close(weight, (layer.weight.float() + 1) * 2)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_weights_are_given_back(blocks, layer, monkeypatch, fails):
+    import comfy.ops
+
+    if not blocks.TAKES_WEIGHTS_BACK:
+        pytest.skip("this ComfyUI does not ask for them")
+    returned = []
+    monkeypatch.setattr(comfy.ops, "uncast_bias_weight", lambda *given: returned.append(given))
+
+    def use(weight, bias):
+        assert not returned
+        if fails:
+            raise MemoryError
+        return weight
+
+    if fails:
+        with pytest.raises(MemoryError):
+            layer.with_weights(torch.zeros(1), use)
+    else:
+        layer.with_weights(torch.zeros(1), use)
+    assert len(returned) == 1 and returned[0][0] is layer
+
+
+def test_the_signature_of_older_versions(blocks, layer, monkeypatch):
+    import comfy.ops
+
+    monkeypatch.setattr(blocks, "TAKES_WEIGHTS_BACK", False)
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", lambda layer, x: (layer.weight.to(x), None))
+    monkeypatch.delattr(comfy.ops, "uncast_bias_weight", raising=False)
+    monkeypatch.delattr(comfy.ops, "run_every_op", raising=False)
+    assert torch.equal(lent(layer, torch.zeros(1))[0], layer.weight.float())
+
+
+def test_interruption_is_noticed(layer):
+    import comfy.model_management as management
+
+    management.interrupt_current_processing()
+    with pytest.raises(management.InterruptProcessingException):
+        lent(layer, torch.zeros(1))
+
+
+def test_gradients_reach_weights_and_tokens(core, blocks):
+    torch.manual_seed(0)
+    plain = core.DeltaConvBlock(core.BlockSpec(16, 5))
+    hosted = core.DeltaConvBlock(plain.spec, operations=blocks.Layers)
+    hosted.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 35, 16, requires_grad=True)
+    grads = []
+    for block in (plain, hosted):
+        y = block(x, (7, 5))
+        grads.append(torch.autograd.grad(y.square().sum(), [x, *block.parameters()]))
+    assert all(map(torch.equal, *grads))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_castable_layers_that_lend_nothing_are_called(core, blocks, dtype):
+    import comfy.ops
+
+    torch.manual_seed(0)
+    plain = core.DeltaConvBlock(core.BlockSpec(16, 5), dtype=dtype)
+    x = torch.randn(2, 35, 16).to(dtype)
+    results = []
+    for layers in (blocks.Layers, comfy.ops.manual_cast):
+        hosted = core.DeltaConvBlock(plain.spec, operations=layers)
+        hosted.load_state_dict(plain.state_dict())
+        with torch.no_grad():
+            results.append(hosted(x, (7, 5)).float())
+    difference = (results[0] - results[1]).norm() / results[0].norm()
+    assert difference < 2 * torch.finfo(dtype).eps
+
+
+def test_one_graph_with_torch_compile(core, blocks):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain = core.DeltaConvBlock(core.BlockSpec(16, 5))
+    hosted = core.DeltaConvBlock(plain.spec, operations=blocks.Layers)
+    hosted.load_state_dict(plain.state_dict())
+    compiled = torch.compile(hosted, backend="eager")
+    x = torch.randn(2, 35, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, (7, 5)), plain(x, (7, 5)))

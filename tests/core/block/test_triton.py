@@ -1,0 +1,214 @@
+"""The Triton backend: its kernels (in a process of their own), and what it says where it cannot run."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from deltaconv_core.block.ops.by_reference import SlowBackend
+from deltaconv_core.block.ops.triton import BACKEND, by_triton
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("interpreted", [True, False], ids=["interpreter", "GPU"])
+def test_kernels(interpreted):
+    """Whether kernels are interpreted is settled when triton is first imported, so not in this process."""
+    if not interpreted and BACKEND.why_not(
+        torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
+    ):
+        pytest.skip("no GPU that triton supports")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if interpreted:
+        environment["TRITON_INTERPRET"] = "1"
+    # -p: the package that is tested here is imported there too, before conftest.py shortens the path.
+    command = [sys.executable, "-m", "pytest", "-p", "deltaconv_core", "-q", str(HERE / "triton_cases.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
+
+
+FLOATS = {"factor", "row_ratio", "col_ratio", "first_rows", "first_cols", "second_rows", "second_cols"}
+PROJECT = {"HAS_STAGE": True, "HAS_BIAS": True, "SMALLER": 2, "HALF": False, "LARGEST": 2.0**15}
+PROJECT |= {"WIDE": False, "FLOAT32": "ieee"}
+PROJECTED = ("stage", "weight", "bias", "first", "second", "out")
+BUILDS = {
+    "depthwise_gate._depthwise": (
+        {"u": "fp16", "weight": "fp16", "bias": "fp16", "upstream": "fp32", "out": "fp16"},
+        {"HALF": 80, "K": 5, "STEP": 1, "SIGMOID": True, "HAS_BIAS": True},
+    ),
+    "depthwise_gate._weight_gradient": (
+        {"u": "fp16", "gradient": "fp16", "out": "fp32"},
+        {"K": 5, "KERNEL_COLS": 8},
+    ),
+    "pool._pool": ({"source": "fp16", "out": "fp16"}, {"ADJOINT": True}),
+    "enlarge._adjoint": ({"source": "fp16", "out": "fp16"}, {}),
+    "project._project float16": (
+        dict(zip(PROJECTED, ("fp32", "fp16", "fp16", "fp32", "fp32", "fp16"), strict=True)),
+        PROJECT | {"HALF": True},
+    ),
+    "project._project bfloat16": (dict.fromkeys(PROJECTED, "bf16"), PROJECT),
+    "project._project float32": (dict.fromkeys(PROJECTED, "fp32"), PROJECT),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="kernels are interpreted")
+@pytest.mark.parametrize(
+    "target", [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)], ids=["A100", "H100", "MI300"]
+)
+@pytest.mark.parametrize("name", BUILDS)
+def test_kernels_compile_without_a_gpu(name, target, tmp_path, monkeypatch):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    module, kernel = name.split()[0].split(".")
+    tuner = getattr(importlib.import_module(f"deltaconv_core.block.ops.triton.{module}"), kernel).tuner
+    pointers, constants = BUILDS[name]
+    config = tuner.configs[-1]
+    constants = {**constants, **config.kwargs}
+    signature = {
+        argument: "constexpr" if argument in constants
+        else f"*{pointers[argument]}" if argument in pointers
+        else "fp32" if argument in FLOATS
+        else "i32"
+        for argument in tuner.fn.arg_names
+    }  # fmt: skip
+    # Pointers and numbers of channels are multiples of 16, as those of a model are.
+    aligned = [*pointers, "C", "CHANNELS", "weight_stride"]
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (argument, kind) in enumerate(signature.items())
+        if argument in aligned and kind != "constexpr"
+    }
+    source = ASTSource(tuner.fn, signature, constants, attributes)
+    built = triton.compile(source, target=GPUTarget(*target), options={"num_warps": config.num_warps})
+    assert built.metadata.shared <= 64 * 1024  # what every GPU has
+
+
+class Kernel:
+    """Stands for a compiled kernel; its launches are kept."""
+
+    arg_names = ("x",)
+
+    def __init__(self):
+        self.fn, self.launches = (lambda x: None), []
+
+    def __getitem__(self, grid):
+        return functools.partial(self.run, grid=grid)
+
+    def run(self, *arguments, **options):
+        self.launches.append(options["ROWS"])
+
+
+@pytest.fixture
+def tuning(monkeypatch):
+    pytest.importorskip("triton")
+    tuning = importlib.import_module("deltaconv_core.block.ops.triton.tuning")
+    monkeypatch.setattr(tuning, "INTERPRETED", False)
+    monkeypatch.setattr(tuning, "_tell", functools.cache(tuning._tell.__wrapped__))
+    options = {"do_bench": tuning._options()["do_bench"]}  # and nothing on disk
+    monkeypatch.setattr(tuning, "_options", lambda: options)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tuning.triton.testing, "do_bench", lambda launch, **_: [next(tuning.times)] * 3)
+    tuning.times = iter((2.0, 1.0, 3.0))
+    return tuning
+
+
+CONFIGS = [({"ROWS": rows}, 4) for rows in (1, 2, 3)]
+
+
+def test_tile_sizes_are_chosen_once(tuning, caplog):
+    kernel = Kernel()
+    launch = tuning.tuned(CONFIGS, {}, key=["x"])(kernel)[lambda tiles: (1,)]
+    with caplog.at_level(logging.INFO):
+        launch(5)
+        launch(5)
+    assert kernel.launches == [2, 2]
+    assert [record.message for record in caplog.records if "times their tile sizes" in record.message]
+    assert len(caplog.records) == 1
+
+
+def out_of_memory(*_, **__):
+    raise torch.cuda.OutOfMemoryError("256 MiB")
+
+
+@pytest.mark.parametrize(
+    ("place", "stand_in"),
+    [
+        ("torch.cuda.is_current_stream_capturing", lambda: True),
+        ("triton.testing.do_bench", out_of_memory),
+    ],
+    ids=["capture", "out of memory"],
+)
+def test_where_nothing_can_be_measured_the_first_tile_size_is_taken(tuning, monkeypatch, place, stand_in):
+    kernel = Kernel()
+    launch = tuning.tuned(CONFIGS, {}, key=["x"])(kernel)[lambda tiles: (1,)]
+    with monkeypatch.context() as patch:
+        patch.setattr(place, stand_in)
+        launch(5)
+    launch(5)
+    assert kernel.launches == [1, 2]
+
+
+def test_the_largest_kernels_are_pytorchs():
+    u, weight = torch.randn(1, 3, 4, 2), torch.randn(2, 1, 33, 33)
+    expected = SlowBackend().depthwise_gate(u, weight, None, "simple")
+    torch.testing.assert_close(BACKEND.depthwise_gate(u, weight, None, "simple"), expected)
+
+
+def test_a_cpu_is_a_reason():
+    assert BACKEND.why_not(torch.zeros(1)) == "x is on a CPU and triton needs a CUDA or ROCm GPU"
+
+
+def test_a_dtype_is_a_reason():
+    assert "float64" in BACKEND.why_not(torch.zeros(1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (
+            "raise OSError('libcuda.so: cannot open shared object file')",
+            r"does not work here \(OSError: libcuda",
+        ),
+        ("__version__ = '2.3.1'", "triton is 2.3.1 and the kernels need 3.0"),
+        ("__version__ = '3.1.0'", r"does not work here \(ModuleNotFoundError: No module named 'triton"),
+    ],
+    ids=["broken", "old", "half of it"],
+)
+def test_a_triton_that_does_not_work_is_a_reason(source, reason, tmp_path, monkeypatch):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text(source, encoding="utf-8")
+    forget_triton(monkeypatch)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert re.search(reason, by_triton._tried.__wrapped__("cuda", 0))
+
+
+def test_no_triton_is_a_reason(monkeypatch):
+    forget_triton(monkeypatch)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert by_triton._tried.__wrapped__("cuda", 0) == "triton is not installed"
+
+
+def forget_triton(monkeypatch):
+    """As if nothing had been imported."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
+        monkeypatch.delitem(sys.modules, name)
+    package = sys.modules[by_triton.__package__]
+    for name in ("tuning", "enlarge", "pool", "depthwise_gate", "project"):
+        monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}", raising=False)
+        monkeypatch.delattr(package, name, raising=False)

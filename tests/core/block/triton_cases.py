@@ -1,0 +1,351 @@
+"""The Triton kernels against the reference: forward and every gradient. `test_triton.py` runs this file.
+
+By hand: `TRITON_INTERPRET=1 pytest tests/core/triton_cases.py` on any machine, without the variable on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from deltaconv_core import BlockSpec, DeltaConvBlock
+from deltaconv_core.block import reference as slow
+from deltaconv_core.block.ops import choose
+from deltaconv_core.block.ops.by_torch import PlainBackend
+from deltaconv_core.block.ops.triton import BACKEND
+from deltaconv_core.block.ops.triton.operators import NAMESPACE
+
+INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
+DEVICE = "cpu" if INTERPRETED else "cuda"
+ODD = (5, 7)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def round_to_bfloat16():
+    """A GPU rounds to bfloat16; the interpreter cuts the last bits off, which costs twice the error."""
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    original = interpreter._convert_float
+
+    def convert(data, source, target, rounding):
+        if source.is_fp32() and target.is_bf16():
+            rounded = torch.from_numpy(np.array(data)).bfloat16().view(torch.int16)
+            return rounded.numpy().view(np.uint16)
+        return original(data, source, target, rounding)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", convert)
+        yield
+
+
+def run(function, tensors, upstream):
+    """The result and the gradient of each tensor."""
+    tensors = [t.detach().clone().requires_grad_() for t in tensors]
+    y = function(*tensors)
+    y.backward(upstream.to(y))
+    return [y.detach(), *(t.grad for t in tensors)]
+
+
+def relative_error(got, truth):
+    return ((got.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-30)).item()
+
+
+def check(fast, plain, exact, tensors, names):
+    """At most twice the error of plain PyTorch in the same dtype."""
+    torch.manual_seed(1)
+    tensors = [t.to(DEVICE) for t in tensors]
+    doubles = [t.double() for t in tensors]
+    upstream = torch.randn_like(exact(*doubles))
+    truth = run(exact, doubles, upstream)
+    got, expected = run(fast, tensors, upstream), run(plain, tensors, upstream)
+    rounding = torch.finfo(tensors[-1].dtype).eps / 2
+    for name, a, b, c in zip(["result", *names], got, expected, truth, strict=True):
+        assert a.shape == c.shape and a.isfinite().all(), name
+        assert relative_error(a, c) <= max(2 * relative_error(b, c), rounding), name
+
+
+def plain_gate(kind):
+    def function(u, weight, bias=None):
+        v = F.conv2d(u.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+        a, b = v.permute(0, 2, 3, 1).chunk(2, dim=3)
+        if kind == "sigmoid":
+            return a * torch.sigmoid(b)
+        return a * (b * (a.shape[3] ** 0.5 if kind == "simple" else u.shape[3] ** -0.5))
+
+    return function
+
+
+def check_gate(K, size, channels, kind, dtype, bias, batch=1):
+    torch.manual_seed(K)
+    tensors = [torch.randn(batch, *size, channels).to(dtype), (torch.randn(channels, 1, K, K) / K).to(dtype)]
+    names = ["u", "weight"]
+    if bias:
+        tensors.append(torch.randn(channels).to(dtype))
+        names.append("bias")
+
+    def exact(u, w, b=None):
+        return slow.gated(slow.depthwise(u, w, b), kind)
+
+    # A CPU's library adds up float32 in several sums; the reference, like a GPU, in one, tap by tap.
+    plain = exact if dtype == torch.float32 else plain_gate(kind)
+    check(lambda u, w, b=None: BACKEND.depthwise_gate(u, w, b, kind), plain, exact, tensors, names)
+
+
+@pytest.mark.parametrize("K", [1, 3, 5, 7, 9, 11, 13, 15, 17])
+def test_gate_of_every_kernel_size(K):
+    kinds = ("simple", "sigmoid", "scaled")
+    check_gate(K, ODD, 12, kinds[K // 2 % 3], torch.float32, bias=K % 4 == 1)
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", ["simple", "sigmoid", "scaled"])
+def test_gate_in_every_dtype(kind, dtype):
+    check_gate(3, ODD, 20, kind, dtype, bias=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "batch"),
+    [((1, 1), 2, 2), ((1, 9), 6, 3), ((9, 1), 4, 1), ((19, 2), 4, 1), ((2, 21), 4, 1), ((3, 4), 134, 2)],
+    ids=["one position", "one row", "one column", "tiles of rows", "tiles of columns", "blocks of channels"],
+)
+def test_gate_of_odd_shapes(size, channels, batch):
+    check_gate(5, size, channels, "simple", torch.float32, bias=True, batch=batch)
+
+
+def test_gate_beyond_float16():
+    u = torch.full((1, 2, 2, 8), 300.0, dtype=torch.float16, device=DEVICE)
+    weight = torch.ones(8, 1, 1, 1, dtype=torch.float16, device=DEVICE)
+    g = BACKEND.depthwise_gate(u, weight, None, "simple")
+    torch.testing.assert_close(g, torch.full((1, 2, 2, 4), 300.0 * 300 * 2, device=DEVICE))
+
+
+def test_only_the_gradients_that_are_asked_for():
+    u = torch.randn(1, 3, 2, 4, device=DEVICE)
+    leaf = torch.randn(4, 1, 3, 3, device=DEVICE).transpose(2, 3).requires_grad_()
+    BACKEND.depthwise_gate(u, leaf, None, "simple").sum().backward()
+    expected = leaf.detach().clone().requires_grad_()
+    slow.gated(slow.depthwise(u, expected, None), "simple").sum().backward()
+    assert u.grad is None
+    torch.testing.assert_close(leaf.grad, expected.grad)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1 / 3, 0.25, 0.7])
+@pytest.mark.parametrize("size", [(8, 6), ODD, (1, 6), (1, 1)], ids=str)
+@pytest.mark.parametrize("pooling", ["average", "bilinear"])
+def test_pooling(pooling, size, scale):
+    check_pooling(pooling, size, scale, torch.float32)
+
+
+@DTYPES
+def test_pooling_in_every_dtype(dtype):
+    check_pooling("average", ODD, 0.5, dtype)
+
+
+def check_pooling(pooling, size, scale, dtype):
+    def plain(u):
+        return PlainBackend().shrink(u, scale, pooling)
+
+    x = torch.randn(2, *size, 3).to(dtype)
+    check(
+        lambda u: BACKEND.shrink(u, scale, pooling),
+        plain,
+        lambda u: slow.shrunk(u, scale, pooling),
+        [x],
+        ["u"],
+    )
+
+
+def plain_project(grid, merge):
+    def function(*tensors):
+        *stages, weight, bias = tensors
+        pictures = [g.to(weight.dtype).permute(0, 3, 1, 2) for g in stages]
+        full = [F.interpolate(g, size=grid, mode="bilinear", align_corners=False) for g in pictures]
+        f = torch.cat(full, dim=1) if merge == "concat" else sum(full)
+        return F.linear(f.flatten(2).transpose(1, 2), weight) + bias
+
+    return function
+
+
+def exact_project(grid, merge):
+    def function(*tensors):
+        *stages, weight, bias = tensors
+        full = [slow.stretched(g, *grid) for g in stages]
+        f = torch.cat(full, dim=3) if merge == "concat" else sum(full)
+        return f.flatten(1, 2) @ weight.T + bias
+
+    return function
+
+
+def check_project(grid, sizes, merge, dtype, channels=6, dim=10, batch=2, magnitude=1.0):
+    torch.manual_seed(len(sizes))
+    of_stages = torch.float32 if dtype == torch.float16 else dtype
+    stages = [(torch.randn(batch, *size, channels) * magnitude).to(of_stages) for size in sizes]
+    merged = channels * (len(sizes) if merge == "concat" else 1)
+    weight = (torch.randn(dim, merged) / magnitude).to(dtype)
+    check(
+        lambda *t: BACKEND.project(t[:-2], t[-2], t[-1], grid, merge),
+        plain_project(grid, merge),
+        exact_project(grid, merge),
+        [*stages, weight, torch.randn(batch, 1, dim).to(dtype)],
+        [*(f"stage {i}" for i in range(len(sizes))), "weight", "bias"],
+    )
+
+
+@pytest.mark.parametrize("merge", ["concat", "sum"])
+@pytest.mark.parametrize(
+    "sizes",
+    [[ODD], [(2, 3)], [(2, 3), ODD], [ODD, (2, 3), (1, 2)], [(1, 1), (2, 3), (1, 2), ODD]],
+    ids=str,
+)
+def test_projection_of_stages(sizes, merge):
+    check_project(ODD, sizes, merge, torch.float32)
+
+
+@DTYPES
+def test_projection_in_every_dtype(dtype):
+    check_project(ODD, [ODD, (2, 3)], "concat", dtype)
+
+
+@pytest.mark.parametrize(
+    ("grid", "sizes"),
+    [
+        ((1, 6), [(1, 6), (1, 3)]),
+        ((9, 1), [(9, 1), (4, 1)]),
+        ((1, 1), [(1, 1), (1, 1)]),
+        ((11, 13), [(11, 13), (5, 6)]),
+    ],
+    ids=str,
+)
+def test_projection_of_odd_grids(grid, sizes):
+    check_project(grid, sizes, "concat", torch.float32, batch=1)
+
+
+def test_projection_of_more_channels_than_a_tile():
+    check_project((3, 2), [(3, 2), (1, 1)], "concat", torch.float32, channels=40, dim=130, batch=1)
+
+
+@pytest.mark.parametrize("magnitude", [1e-2, 1e3, 1e6])
+def test_projection_of_stages_beyond_float16(magnitude):
+    torch.manual_seed(0)
+    stages = [torch.randn(1, *s, 40, device=DEVICE) * magnitude for s in (ODD, (2, 3))]
+    weight = (torch.randn(10, 80, device=DEVICE) / magnitude).clamp(-100, 100).half()
+    bias = torch.zeros(1, 1, 10, device=DEVICE)
+    y = BACKEND.project(stages, weight, bias, ODD, "concat")
+    exact = exact_project(ODD, "concat")(*(t.double() for t in (*stages, weight, bias)))
+    assert relative_error(y, exact) < 1e-3
+
+
+SPECS = {
+    "release": BlockSpec(16, 5),
+    "earlier block": BlockSpec(12, 3, gate="sigmoid", pooling="bilinear", depthwise_bias=True),
+    "three scales": BlockSpec(12, 3, scales=(1.0, 0.5, 1 / 3), gate="scaled", merge="sum"),
+}
+
+
+@pytest.fixture
+def forced():
+    with choose.forced("triton"):
+        yield
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize(
+    ("name", "compiled"), [*((name, False) for name in SPECS), ("release", True), ("earlier block", True)]
+)
+def test_whole_block(name, compiled):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    block = DeltaConvBlock(SPECS[name]).to(DEVICE)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 35, block.spec.dim, device=DEVICE)
+    upstream = torch.randn_like(x)
+    weights = dict(block.named_parameters())
+    run_block = torch.compile(block, backend="aot_eager", fullgraph=True) if compiled else block
+
+    exact = run(lambda x, *w: slow.reference_block(x, ODD, block.spec, dict(zip(weights, w, strict=True))),
+                [x, *weights.values()], upstream)  # fmt: skip
+    x = x.requires_grad_()
+    y = run_block(x, ODD)
+    y.backward(upstream)
+    for name, a, b in zip(["result", "x", *weights], [y, x.grad, *(w.grad for w in weights.values())], exact,
+                          strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(run_block(x, ODD), y)
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", SPECS)
+def test_whole_block_under_autocast(name, dtype, grad):
+    """The block's weights and the tokens are float32, as in distillation."""
+    torch.manual_seed(0)
+    block = DeltaConvBlock(SPECS[name]).to(DEVICE)
+    x = torch.randn(2, 35, block.spec.dim, device=DEVICE)
+    weights = dict(block.named_parameters())
+    upstream = torch.randn_like(x)
+    exact = run(
+        lambda *w: slow.reference_block(x, ODD, block.spec, dict(zip(weights, w, strict=True))),
+        list(weights.values()),
+        upstream,
+    )
+    with torch.autocast(DEVICE, dtype), torch.set_grad_enabled(grad):
+        y = block(x, ODD)
+    assert y.dtype == torch.float32
+    tolerance = 8 * torch.finfo(dtype).eps
+    assert relative_error(y, exact[0]) < tolerance
+    if grad:
+        y.backward(upstream)
+        for (name, w), gradient in zip(weights.items(), exact[1:], strict=True):
+            assert relative_error(w.grad, gradient) < tolerance, name
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_operations_are_counted_as_those_of_plain_pytorch(name):
+    block = DeltaConvBlock(SPECS[name]).to(DEVICE)
+    x = torch.randn(2, 35, block.spec.dim, device=DEVICE)
+    counted = {}
+    for side in ("torch", "triton"):
+        # The kernels multiply smaller stages before they enlarge them, and sum what comes out.
+        with choose.forced(side), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            block(x, ODD)
+        counted[side] = counter.get_total_flops()
+    if block.spec.merge == "concat":
+        assert counted["triton"] == counted["torch"]
+    else:
+        assert counted["triton"] > counted["torch"]
+
+
+def test_operations_of_gradients_are_counted():
+    operators = getattr(torch.ops, NAMESPACE)
+    u, weight = torch.randn(1, 2, 3, 4, device=DEVICE), torch.randn(4, 1, 5, 5, device=DEVICE)
+    g = torch.randn(1, 2, 3, 2, device=DEVICE)
+    with FlopCounterMode(display=False) as counter:
+        operators.depthwise_gate_gradients(g, u, weight, None, "simple", [True, False, False])
+    assert counter.get_total_flops() == 2 * 2 * u.numel() * 25
+
+
+def test_operators_as_pytorch_wants_them():
+    operators = getattr(torch.ops, NAMESPACE)
+    u, weight = torch.randn(1, 2, 3, 4, device=DEVICE), torch.randn(4, 1, 3, 3, device=DEVICE)
+    g = torch.randn(1, 2, 3, 2, device=DEVICE)
+    calls = [
+        (operators.pool.default, (u, 1, 2, False)),
+        (operators.enlarge_adjoint.default, (u, 1, 2)),
+        (operators.depthwise_gate.default, (u, weight, None, "simple")),
+        (operators.depthwise_gate_gradients.default, (g, u, weight, None, "simple", [True, True, False])),
+        (operators.project.default, ([g], u.new_ones(5, 2), u.new_zeros(1, 1, 5), 2, 3, True)),
+    ]  # fmt: skip
+    for operator, arguments in calls:
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
