@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from .util.text import shortened
+
+LONGEST = 2000
+"""Characters of a message: what it quotes may be a file's, and of any length."""
+
 
 class DeltaConvError(ValueError):
     """Anything the user can put right; every error raised on purpose by this package derives from it."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(shortened(str(message), LONGEST))
 
 
 class CheckpointError(DeltaConvError):
