@@ -127,7 +127,7 @@ class Watch:
 
 
 def picture(png: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(png)).convert("RGB")
+    return Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGB")
 
 
 def report(output: Path, pictures: dict[Row, list[Image.Image]], seconds: dict[str, float]) -> None:

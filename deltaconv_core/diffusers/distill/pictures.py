@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,25 @@ from typing import Any
 
 from ...errors import DeltaConvError
 from ...sites.match import listing
+from ...util.foreign_json import parse_json
+from ...util.text import quoted
 from .buckets import Size
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+"""PIL's names. PIL goes by a file's content and would start Ghostscript on PostScript that is called .png."""
+NOT_READ = (".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".tga", ".psd", ".ico", ".svg", ".raw", ".dng")
+NOBODYS = (
+    "__macosx", "@eadir", "@__thumb", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found",
+    "system volume information",
+)  # fmt: skip
+"""Folders that systems, servers and archives make, in lower case; so are names that begin with a dot."""
 TABLE = "metadata.jsonl"
 ORIENTATION = 0x0112  # EXIF
 ON_ITS_SIDE = (5, 6, 7, 8)
 DEEP = ("I", "F")  # modes of more than 8 bits, which PIL would cut off
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,36 +52,104 @@ class Picture:
     digest: str
 
 
-def find_pictures(folder: Path, column: str = "text") -> list[Picture]:
+def find_pictures(
+    folder: Path, column: str = "text", tell: Callable[[str], object] = log.warning
+) -> list[Picture]:
     """All pictures in a folder and the folders in it, in the order of their names.
 
     A caption is looked for in the `metadata.jsonl` of the picture's folder or of the next one above it, as
     the `datasets` library does: a JSON object a line, with `file_name` relative to that folder. Else in the
     text file beside the picture.
 
+    What systems put there (names that begin with a dot, `__MACOSX`, `@eaDir`, ...) is passed over.
+
     Args:
         folder: to look in.
         column: of the captions in `metadata.jsonl`.
+        tell: called with a text when anything else that looks like a picture is left out.
 
     Raises:
         DeltaConvError: no folder, no pictures, pictures without a caption, or files that cannot be read.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DeltaConvError(f"expected data to be a folder of pictures; there is no folder {folder}")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
-    captions = _tables(folder, column)
-    if not files:
+    files = _Files.of(folder)
+    if files.left_out:
+        tell(f"left out of {folder}: {'; '.join(files.left_out)}")
+    captions = _tables(files.tables, column)
+    if not files.pictures:
         raise DeltaConvError(
             f"there are no pictures in {folder}; pictures end with one of {', '.join(ENDINGS)}"
         )
-    texts = {path: _caption(path, captions) for path in files}
-    without = [str(path.relative_to(folder)) for path, text in texts.items() if text is None]
+    texts = {path: _caption(path, captions) for path in files.pictures}
+    without = [path for path, text in texts.items() if text is None]
     if without:
         raise DeltaConvError(
-            f"{len(without)} of {len(files)} pictures in {folder} have no caption: {listing(without)}; write "
-            f"it to a .txt file of the same name, or to {TABLE}"
+            f"{len(without)} of {len(texts)} pictures in {folder} have no caption: "
+            f"{listing([str(path.relative_to(folder)) for path in without])}; {_where_to_write(without)}"
         )
     return [_look_at(path, text) for path, text in texts.items() if text is not None]
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What lies in a folder and the folders in it.
+
+    Args:
+        pictures, tables: sorted; tables of folders further down come later.
+        left_out: what looks like pictures and is not taken, a text for each reason.
+    """
+
+    pictures: list[Path]
+    tables: list[Path]
+    left_out: list[str]
+
+    @classmethod
+    def of(cls, folder: Path) -> _Files:
+        files: list[Path] = []
+        links: list[Path] = []
+        for place, folders, names in os.walk(folder, onerror=_cannot_list):
+            folders[:] = [name for name in folders if not _is_nobodys(name)]
+            files += [Path(place, name) for name in names if not _is_nobodys(name)]
+            links += [Path(place, name) for name in folders if os.path.islink(os.path.join(place, name))]
+        tables = [path for path in files if path.name == TABLE]
+        pictures = sorted(path for path in files if path.suffix.lower() in ENDINGS)
+        if lost := [path for path in pictures if not os.path.isfile(path)]:
+            raise DeltaConvError(
+                f"cannot read {listing(map(str, lost))}: no file, or a link to one that is not there; take "
+                "it away, or make its disk available"
+            )
+        others = [path for path in files if path.suffix.lower() in NOT_READ]
+        reasons = {
+            "{} in a format that is not read ({}); convert them to .png or .jpg": others,
+            "{} linked folders ({}); name the folder itself as data": links,
+        }
+        left_out = [
+            text.format(len(paths), listing(str(path.relative_to(folder)) for path in sorted(paths)))
+            for text, paths in reasons.items()
+            if paths
+        ]
+        return cls(pictures, sorted(tables, key=lambda path: len(path.parts)), left_out)
+
+
+def _is_nobodys(name: str) -> bool:
+    return name.startswith(".") or name.lower() in NOBODYS
+
+
+def _cannot_list(error: OSError) -> None:
+    raise DeltaConvError(f"cannot look into the folder {error.filename} ({error.strerror})") from error
+
+
+def _where_to_write(without: list[Path]) -> str:
+    """How pictures without a caption get one."""
+    other = next((path.with_suffix(".caption") for path in without if _is_beside(path, ".caption")), None)
+    if other is not None:
+        return f"there is {other.name}, but captions are read from .txt files: rename the .caption files"
+    return f"write it to a .txt file of the same name, or to {TABLE}"
+
+
+def _is_beside(path: Path, ending: str) -> bool:
+    return os.path.isfile(path.with_suffix(ending))
 
 
 def open_picture(path: Path) -> Any:
@@ -102,7 +182,7 @@ def _reading(path: Path) -> Iterator[Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 yield image
     except DeltaConvError:
         raise
@@ -115,50 +195,51 @@ def _look_at(path: Path, caption: str) -> Picture:
         height, width = image.height, image.width
         if image.getexif().get(ORIENTATION) in ON_ITS_SIDE:
             height, width = width, height
-    return Picture(path, caption, (height, width), hashlib.sha256(path.read_bytes()).hexdigest())
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Picture(path, caption, (height, width), digest)
 
 
 def _caption(path: Path, captions: Mapping[str, str]) -> str | None:
     if (named := os.path.normpath(path)) in captions:
         return captions[named]
-    file = path.with_suffix(".txt")
-    if not file.is_file():
-        return None
+    return _text(path.with_suffix(".txt")).strip() if _is_beside(path, ".txt") else None
+
+
+def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig").strip()
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DeltaConvError(f"the caption in {file} is no UTF-8 text ({error})") from error
+        raise DeltaConvError(f"{file} is no UTF-8 text ({error})") from error
+    except OSError as error:
+        raise DeltaConvError(f"cannot read {file} ({error.strerror})") from error
 
 
-def _tables(folder: Path, column: str) -> dict[str, str]:
-    """Picture -> caption, of every table; those in folders further down count more."""
+def _tables(tables: list[Path], column: str) -> dict[str, str]:
+    """Picture -> caption, of every table; later ones count more."""
     captions: dict[str, str] = {}
-    for table in sorted(folder.rglob(TABLE), key=lambda path: len(path.parts)):
+    for table in tables:
         for number, row in _rows(table):
             name, caption = row.get("file_name"), row.get(column)
             if not isinstance(name, str) or not isinstance(caption, str):
                 raise DeltaConvError(
-                    f"{table}, line {number}: expected texts for file_name and {column}, got {row!r:.200}"
+                    f"{table}, line {number}: expected texts for file_name and {column}, got "
+                    f"{quoted(row, 200)}"
                 )
             picture = table.parent / name
-            if not picture.is_file():
-                raise DeltaConvError(f"{table}, line {number}: there is no file {picture}")
+            if not os.path.isfile(picture):
+                raise DeltaConvError(f"{table}, line {number}: there is no file {quoted(str(picture), 300)}")
             captions[os.path.normpath(picture)] = caption.strip()
     return captions
 
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        lines = table.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DeltaConvError(f"{table} is no UTF-8 text ({error})") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_text(table).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise DeltaConvError(f"{table}, line {number} is no JSON ({error})") from error
         if not isinstance(row, dict):
-            raise DeltaConvError(f"{table}, line {number}: expected an object, got {row!r:.200}")
+            raise DeltaConvError(f"{table}, line {number}: expected an object, got {quoted(row, 200)}")
         yield number, row

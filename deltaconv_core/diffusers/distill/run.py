@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from .progress import Progress, Stop, Stopped, through
 from .samples import Samples, encode
 from .teacher import Teacher, fingerprint, load_teacher
 
+log = logging.getLogger(__name__)
+
 
 def train(options: Options) -> int:
     """Trains as the options say, alone or as one of the processes of `accelerate launch`.
@@ -47,7 +50,8 @@ def train(options: Options) -> int:
     stop = Stop()
     curves = options.output / "tensorboard" if options.tensorboard else None
     progress = Progress(processes, settings.steps, stop, curves)
-    pictures = find_pictures(options.data, options.caption_column)
+    tell = log.warning if processes.is_main else log.debug
+    pictures = find_pictures(options.data, options.caption_column, tell)
     teacher = load_teacher(options, DTYPES[settings.precision])
     specs = _specs(options, teacher)
     sizes = options.resolution or teacher.resolution, options.max_ratio

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -187,6 +188,150 @@ def test_pictures_that_break_off_or_are_deep(tmp_path):
         open_picture(tmp_path / "b.png")
     with pytest.raises(DeltaConvError, match=r"c\.png has more than 8 bits"):
         open_picture(tmp_path / "c.png")
+
+
+def test_what_no_person_put_there_is_passed_over(tmp_path):
+    """macOS, Jupyter, NAS servers and archives leave files with the endings of pictures and of tables."""
+    data = draw(tmp_path / "data", SIZES[:2])
+    expected = find_pictures(data)
+    (data / "._0.png").write_bytes(b"\0\5\x16\7" + b"\0" * 90)
+    (data / "._0.txt").write_bytes(b"\0\5\x16\7\xb0")
+    for folder in (
+        ".ipynb_checkpoints",
+        "@eaDir/0.png",
+        "__MACOSX",
+        ".thumbnails/a",
+        "#recycle",
+        "lost+found",
+    ):
+        save(data / folder / "0-checkpoint.png")
+        (data / folder / "metadata.jsonl").write_text("{")
+    told = []
+    assert find_pictures(data, tell=told.append) == expected and not told
+
+
+def test_pictures_of_stereo_cameras_are_read(tmp_path):
+    """PIL's MPO: several JPEGs in one file called .jpg; the first is taken."""
+    first, second = Image.new("RGB", (16, 8), "red"), Image.new("RGB", (16, 8), "blue")
+    first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])
+    (tmp_path / "a.txt").write_text("x")
+    assert find_pictures(tmp_path)[0].size == (8, 16)
+    assert open_picture(tmp_path / "a.jpg").getpixel((8, 4))[0] > 200
+
+
+def test_the_folder_itself_may_have_such_a_name(tmp_path):
+    assert len(find_pictures(draw(tmp_path / ".data" / "@eaDir"))) == len(SIZES)
+
+
+def test_pictures_that_are_left_out_are_counted_aloud(tmp_path):
+    data = draw(tmp_path / "data", SIZES[:1])
+    for name in ("a.gif", "b.HEIC", "c.avif", "d.jxl", "notes.md"):
+        (data / name).write_bytes(b"x")
+    (data / "more").symlink_to(draw(tmp_path / "elsewhere"), target_is_directory=True)
+    told = []
+    assert len(find_pictures(data, tell=told.append)) == 1
+    assert len(told) == 1 and "4 in a format that is not read (a.gif, b.HEIC, c.avif and 1 more)" in told[0]
+    assert "1 linked folders (more)" in told[0]
+
+
+def test_captions_under_another_ending_are_named(tmp_path):
+    save(tmp_path / "a.png")
+    save(tmp_path / "b.png")
+    (tmp_path / "b.caption").write_text("a cat")
+    with pytest.raises(DeltaConvError, match=r"2 of 2 .* there is b\.caption, .*rename the \.caption files"):
+        find_pictures(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(x) print\n",
+        b"\xc5\xd0\xd3\xc6" + (32).to_bytes(4, "little") * 7 + b"%!PS-Adobe-3.0 EPSF-3.0\n",
+        b"GIF89a" + b"\x01\0" * 2 + b"\0\0\0,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;",
+        b"P6 1 1 255 abc",
+    ],
+)
+def test_the_content_decides_and_no_program_is_started(tmp_path, monkeypatch, content):
+    """PIL would start Ghostscript (`gs`) on PostScript, whatever the file is called."""
+    ran = tmp_path / "ran"
+    gs = tmp_path / "bin" / "gs"
+    gs.parent.mkdir()
+    gs.write_text(f"#!/bin/sh\ntouch {ran}\necho 10.0\n")
+    gs.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{gs.parent}:/usr/bin:/bin")
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("a.png", "b.jpg", "c.tiff"):
+        (data / name).write_bytes(content)
+        (data / name).with_suffix(".txt").write_text("x")
+        with pytest.raises(DeltaConvError, match=f"{name} is no picture that can be read"):
+            open_picture(data / name)
+    with pytest.raises(DeltaConvError, match="a.png is no picture that can be read"):
+        find_pictures(data)
+    assert not ran.exists()
+
+
+def link_to_nothing(data):
+    (data / "x.png").symlink_to("/mnt/unplugged/x.png")
+
+
+def table_with_a_long_name(data):
+    write_table(data / "metadata.jsonl", {"file_name": "x" * 5000, "text": "a"})
+
+
+def table_with_half_a_letter(data):
+    (data / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "\\ud800"}')
+
+
+def deep_table(data):
+    (data / "metadata.jsonl").write_text(
+        '{"file_name": "0.png", "text": "a", "x": ' + "[" * 500 + "]" * 500 + "}"
+    )
+
+
+def caption_that_is_a_loop(data):
+    (data / "0.txt").unlink()
+    (data / "0.txt").symlink_to("0.txt")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (link_to_nothing, "cannot read .*x.png: no file, or a link to one that is not there"),
+        (table_with_a_long_name, "line 1: there is no file"),
+        (table_with_half_a_letter, "line 1 is no JSON .*surrogates"),
+        (deep_table, "line 1 is no JSON .*levels deep"),
+        (caption_that_is_a_loop, "0.png"),
+    ],
+)
+def test_files_that_cannot_be_reached(tmp_path, spoil, message):
+    data = draw(tmp_path / "data", SIZES[:1])
+    spoil(data)
+    with pytest.raises(DeltaConvError, match=message) as refused:
+        find_pictures(data)
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["0.txt", "metadata.jsonl", "0.png"])
+def test_files_that_may_not_be_read(tmp_path, monkeypatch, name):
+    """root may read all, so the system's answer is made up."""
+    data = draw(tmp_path / "data", SIZES[:1])
+    write_table(data / "metadata.jsonl", {"file_name": "0.png", "text": "a"})
+    if name == "0.txt":
+        (data / "metadata.jsonl").unlink()
+    monkeypatch.setattr("io.open", refusing(name, io.open))
+    monkeypatch.setattr("builtins.open", refusing(name, open))
+    with pytest.raises(DeltaConvError, match=f"{name}.*Permission denied"):
+        find_pictures(data)
+
+
+def refusing(name, own):
+    def opened(file, *args, **more):
+        if str(file).endswith(name):
+            raise PermissionError(13, "Permission denied", str(file))
+        return own(file, *args, **more)
+
+    return opened
 
 
 # ---- encoding, once ----
