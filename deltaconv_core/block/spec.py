@@ -49,16 +49,16 @@ class BlockSpec:
     context: bool = False
 
     def __post_init__(self) -> None:
-        _check_int("dim", self.dim, 1, 2**16)
-        _check_int("kernel_size", self.kernel_size, 1, 255)
+        check_int("dim", self.dim, 1, 2**16)
+        check_int("kernel_size", self.kernel_size, 1, 255)
         if self.kernel_size % 2 == 0:
             raise DeltaConvError(
                 f"expected an odd kernel_size (the output keeps the size), got {self.kernel_size}"
             )
-        object.__setattr__(self, "scales", _checked_scales(self.scales))
-        _check_choice("gate", self.gate, GATES)
-        _check_choice("merge", self.merge, MERGES)
-        _check_choice("pooling", self.pooling, POOLINGS)
+        object.__setattr__(self, "scales", checked_scales(self.scales))
+        check_choice("gate", self.gate, GATES)
+        check_choice("merge", self.merge, MERGES)
+        check_choice("pooling", self.pooling, POOLINGS)
         for name in ("depthwise_bias", "context"):
             if not isinstance(value := getattr(self, name), bool):
                 raise DeltaConvError(f"expected {name} to be True or False, got {value!r}")
@@ -129,17 +129,17 @@ def _is_real(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_int(name: str, value: object, least: int, most: int) -> None:
+def check_int(name: str, value: object, least: int, most: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise DeltaConvError(f"expected {name} to be a whole number from {least} to {most}, got {value!r}")
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise DeltaConvError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}")
 
 
-def _checked_scales(scales: object) -> tuple[float, ...]:
+def checked_scales(scales: object) -> tuple[float, ...]:
     if not isinstance(scales, (tuple, list)) or not 1 <= len(scales) <= MAX_STAGES:
         raise DeltaConvError(f"expected scales to be 1 to {MAX_STAGES} numbers, got {scales!r}")
     if not all(_is_real(s) and 0 < s <= 1 for s in scales):

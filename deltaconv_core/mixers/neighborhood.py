@@ -53,10 +53,10 @@ def neighborhood_attention(
         return F.scaled_dot_product_attention(q, k, v)
     q, k, v = (t.reshape(*t.shape[:2], height, width, t.shape[3]) for t in (q, k, v))
     out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
-    for rows, key_rows in _tiles(height, radius):
-        for columns, key_columns in _tiles(width, radius):
-            above = _near(rows, key_rows, radius, q.device)
-            beside = _near(columns, key_columns, radius, q.device)
+    for rows, key_rows in tiles(height, radius):
+        for columns, key_columns in tiles(width, radius):
+            above = near(rows, key_rows, radius, q.device)
+            beside = near(columns, key_columns, radius, q.device)
             mask = above[:, None, :, None] & beside[:, None]
             out[:, :, rows, columns] = _attend(
                 q[:, :, rows, columns], k[:, :, key_rows, key_columns], v[:, :, key_rows, key_columns], mask
@@ -74,14 +74,14 @@ def check_kernel_size(kernel_size: int) -> None:
         raise DeltaConvError(f"expected an odd kernel_size of at least 1, got {kernel_size}")
 
 
-def _tiles(size: int, radius: int) -> Iterator[tuple[slice, slice]]:
+def tiles(size: int, radius: int) -> Iterator[tuple[slice, slice]]:
     """Along one axis: the queries of each tile, and the keys that they may see."""
     for start in range(0, size, TILE):
         stop = min(size, start + TILE)
         yield slice(start, stop), slice(max(0, start - radius), min(size, stop + radius))
 
 
-def _near(queries: slice, keys: slice, radius: int, device: torch.device) -> Tensor:
+def near(queries: slice, keys: slice, radius: int, device: torch.device) -> Tensor:
     """(queries, keys) bool: whether they are within the radius, along one axis."""
     at, other = (torch.arange(s.start, s.stop, device=device) for s in (queries, keys))
     distance = at[:, None] - other

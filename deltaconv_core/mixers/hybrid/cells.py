@@ -1,0 +1,127 @@
+"""Landmarks: the picture divided into a fixed number of rectangles, each represented by its mean.
+
+The cells do not overlap and leave nothing out, so where all keys of every cell are equal, softmax over the
+landmarks with the logarithm of the cells' sizes added is the attention itself, on odd sizes too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Grid = tuple[int, int]
+
+
+def cells_of(grid: Grid, landmarks: int) -> Grid:
+    """(rows, columns) of the cells, rows * columns <= landmarks, about as high as wide; never more than the
+    grid has."""
+    height, width = grid
+    rows = min(max(1, round(math.sqrt(landmarks * height / width))), height, landmarks)
+    return rows, min(max(1, landmarks // rows), width)
+
+
+def edges(size: int, parts: int) -> list[int]:
+    """Part i of an axis is [edges[i], edges[i + 1])."""
+    return [i * size // parts for i in range(parts + 1)]
+
+
+def key_weights(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """(B, N) weights in [0, 1] of the keys, such that softmax weighs each key with it.
+
+    Args:
+        mask: (B, N) bool, True where a key counts, or floating point, added to the logits.
+        like: the weights are in its dtype, float32 at least.
+    """
+    if mask is None:
+        return None
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if mask.dtype == torch.bool:
+        return mask.to(dtype)
+    mask = mask.to(dtype)
+    return (mask - mask.amax(dim=1, keepdim=True)).exp()
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """The cells of one picture.
+
+    Args:
+        grid: (H, W) of the tokens.
+        shape: (rows, columns) of the cells.
+        weights: (B, N) of the tokens; None: all alike.
+        sizes: (1 or B, P) tokens in each cell, or sums of their weights.
+    """
+
+    grid: Grid
+    shape: Grid
+    weights: Tensor | None
+    sizes: Tensor
+
+    @classmethod
+    def of(cls, grid: Grid, landmarks: int, weights: Tensor | None, like: Tensor) -> Cells:
+        """At most so many cells; their sizes on like's device, float32 at least."""
+        shape = cells_of(grid, landmarks)
+        if weights is not None:
+            return cls(grid, shape, weights, _sums(weights[:, None, :, None], grid, shape)[:, 0, :, 0])
+        heights, widths = (ends.diff() for ends in _edges(grid, shape, like.device))
+        sizes = (heights[:, None] * widths).flatten()[None]
+        return cls(grid, shape, None, sizes.to(torch.promote_types(like.dtype, torch.float32)))
+
+    @property
+    def are_tokens(self) -> bool:
+        """Whether each cell is one token."""
+        return self.shape == self.grid
+
+    def means(self, tokens: Tensor) -> Tensor:
+        """(B, heads, H * W, d) -> (B, heads, P, d), float32 at least; of a cell without weight, zero."""
+        if self.weights is not None:
+            tokens = tokens * self.weights[:, None, :, None]
+        sizes = self.sizes.clamp(min=torch.finfo(self.sizes.dtype).tiny)
+        return _sums(tokens, self.grid, self.shape) / sizes[:, None, :, None]
+
+    def bias(self) -> Tensor | None:
+        """(1 or B, 1, 1, P) that is added to the logits of the landmarks: log n; None where all are alike."""
+        (height, width), (rows, columns) = self.grid, self.shape
+        if self.weights is None and height % rows == 0 and width % columns == 0:
+            return None
+        return self.sizes.log()[:, None, None, :]
+
+    def membership(self) -> Tensor:
+        """(N, P) of zeros and ones: the cell of each token."""
+        return F.one_hot(self.own(), self.sizes.shape[1]).to(self.sizes.dtype)
+
+    def own(self) -> Tensor:
+        """(N,) the number of each token's cell."""
+        row, column = (
+            torch.bucketize(torch.arange(size, device=self.sizes.device), ends[1:-1], right=True)
+            for size, ends in zip(self.grid, _edges(self.grid, self.shape, self.sizes.device), strict=True)
+        )
+        return (row[:, None] * self.shape[1] + column).flatten()
+
+
+def _edges(grid: Grid, shape: Grid, device: torch.device) -> list[Tensor]:
+    """`edges` of both axes on a device, without a copy from the CPU."""
+    return [
+        torch.arange(parts + 1, device=device) * size // parts
+        for size, parts in zip(grid, shape, strict=True)
+    ]
+
+
+def _sums(tokens: Tensor, grid: Grid, shape: Grid) -> Tensor:
+    """(B, heads, H * W, d) -> (B, heads, P, d), summed over each cell, in float32 at least."""
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    (height, width), (rows, columns) = grid, shape
+    first, d = tokens.shape[:2], tokens.shape[3]
+    if height % rows == 0 and width % columns == 0:
+        parts = tokens.reshape(*first, rows, height // rows, columns, width // columns, d)
+        return parts.sum(dim=(3, 5), dtype=dtype).flatten(2, 3)
+    image = tokens.reshape(*first, *grid, d)
+    lines = [image[:, :, a:b].sum(dim=2, dtype=dtype) for a, b in pairwise(edges(height, rows))]
+    image = torch.stack(lines, dim=2)
+    pieces = [image[:, :, :, a:b].sum(dim=3) for a, b in pairwise(edges(width, columns))]
+    return torch.stack(pieces, dim=3).flatten(2, 3)

@@ -1,0 +1,197 @@
+"""HybridMixer: what stands between an attention's own projections in place of the attention.
+
+A fixed number of landmarks carries what depends on content, static kernels on the values what is near, so
+that the cost is linear in the number of tokens. Nothing in it is from the ΔConv paper but the idea of two
+parts; its parameters are fitted by `distill.hybrid`, without a gradient step, or left as they start.
+`reference.py` has the formulas and is the specification of this fast path.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...block import ops
+from ...errors import DeltaConvError
+from .cells import Cells, Grid, key_weights
+from .nystrom import corrected
+from .spec import HybridSpec
+from .windowed import windowed_attention
+
+CHUNK = 4096  # queries whose scores exist at a time where they are formed one by one
+
+
+class HybridMixer(nn.Module):
+    """Mixes queries, keys and values as attention does, at a cost that grows with the tokens alone.
+
+    A fresh one is its global part alone, with gains of 1; kernels and the gain on the mean are zero.
+
+    Args:
+        spec: what the mixer is made of.
+        device, dtype: of the parameters, which are few; they are moved and cast to what each call needs.
+
+    Example:
+        >>> mixer = HybridMixer(HybridSpec(dim=64, heads=2, head_dim=32))
+        >>> q, k, v = torch.randn(3, 1, 2, 15 * 20, 32)
+        >>> mixer(q, k, v, grid=(15, 20)).shape
+        torch.Size([1, 2, 300, 32])
+    """
+
+    kind = "hybrid"
+
+    def __init__(
+        self,
+        spec: HybridSpec,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.spec = spec
+        if spec.landmarks:
+            self.gain = nn.Parameter(torch.ones(spec.shared, **factory))
+        if spec.kernel_size:
+            shape = (spec.shared, 1, spec.kernel_size, spec.kernel_size)
+            self.kernels = nn.ParameterList(torch.zeros(shape, **factory) for _ in spec.scales)
+        if spec.mean:
+            self.mean = nn.Parameter(torch.zeros(spec.shared, **factory))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None = None) -> Tensor:
+        """What attention would answer, about.
+
+        Args:
+            q, k, v: (B, heads, H * W, d) floating point, row by row; any strides.
+            grid: (H, W), both at least 1.
+            mask: (B, H * W) of the keys: bool, True where one counts; or floating point, added to the scores.
+
+        Returns:
+            (B, heads, H * W, d) in q's dtype. The landmarks, and all that is computed of them alone, are
+            float32 at least; the rest runs in q's dtype, except for what `ops.compute_dtype` says of a CPU.
+
+        Raises:
+            DeltaConvError: tokens that do not fit the grid or the mixer.
+        """
+        self._check(q, k, v, grid, mask)
+        if not len(q):
+            return q.clone()
+        dtype = q.dtype
+        computed = ops.compute_dtype(q.flatten(0, 1))
+        q, k, v = q.to(computed), k.to(computed), v.to(computed)
+        weights = key_weights(mask, q)
+        return self._mix(q, k, v, (int(grid[0]), int(grid[1])), weights).to(dtype)
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, weights: Tensor | None) -> Tensor:
+        spec = self.spec
+        mean = self._mean(v, weights) if spec.mean else None
+        if not spec.landmarks:
+            y = None if mean is None else mean.to(v.dtype).expand(v.shape)
+            near = self._near(v, grid, weights) if spec.kernel_size else None
+            return y if near is None else near if y is None else near + y  # type: ignore[return-value]
+        cells = Cells.of(grid, spec.landmarks, weights, q)
+        y = self._far(q, k, v, cells, mean)
+        if not spec.kernel_size:
+            return y
+        near = self._near(v, grid, weights)
+        if spec.gate:
+            near = near * _own_share(q, cells.means(k), cells)
+        return y + near
+
+    def _far(self, q: Tensor, k: Tensor, v: Tensor, cells: Cells, mean: Tensor | None) -> Tensor:
+        """The global part and the mean, which a softmax hands on whole: its weights sum to 1."""
+        spec = self.spec
+        gain = self._gain(self.gain, v)
+        if cells.are_tokens or spec.window:
+            if cells.are_tokens:
+                bias = None if cells.weights is None else cells.weights.log().to(q.dtype)[:, None, None]
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            else:
+                y = windowed_attention(q, k, v, cells, spec.window)
+            y = y * gain.to(y.dtype)
+            return y if mean is None else y + mean.to(y.dtype)
+        keys = cells.means(k)
+        bias = cells.bias()
+        if spec.nystrom == "none":
+            values = cells.means(v)
+        else:
+            queries = cells.means(q)
+            scores = queries @ keys.mT / spec.head_dim**0.5
+            among = (scores if bias is None else scores + bias).softmax(dim=-1)
+            own = None if cells.weights is None else cells.weights.log().to(q.dtype)[:, None, None]
+            to_all = F.scaled_dot_product_attention(queries.to(q.dtype), k, v, attn_mask=own)
+            values = corrected(among, to_all.to(among.dtype), spec.nystrom)
+        values = values * gain.to(values.dtype)
+        if mean is not None:
+            values = values + mean.to(values.dtype)
+        bias = None if bias is None else bias.to(q.dtype)
+        return F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), attn_mask=bias)
+
+    def _near(self, v: Tensor, grid: Grid, weights: Tensor | None) -> Tensor:
+        """The local part: depth-wise convolutions of the values."""
+        spec = self.spec
+        if weights is not None:
+            v = v * weights[:, None, :, None].to(v.dtype)
+        image = v.transpose(1, 2).reshape(len(v), *grid, spec.inner).permute(0, 3, 1, 2)  # (B, inner, H, W)
+        repeats = spec.inner // spec.shared
+        y = None
+        for kernel, scale in zip(self.kernels, spec.scales, strict=True):
+            weight = kernel.to(image.device, image.dtype).repeat_interleave(repeats, dim=0)
+            z = image if scale == 1 else ops.shrink(image, scale, "average")
+            z = F.conv2d(z, weight, padding=spec.kernel_size // 2, groups=spec.inner)
+            z = z if scale == 1 else ops.enlarge(z, grid)
+            y = z if y is None else y + z
+        assert y is not None
+        return y.reshape(len(v), spec.heads, spec.head_dim, -1).mT
+
+    def _mean(self, v: Tensor, weights: Tensor | None) -> Tensor:
+        """(B, heads, 1, d), float32 at least: the mean of the values times its gain."""
+        dtype = torch.promote_types(v.dtype, torch.float32)
+        if weights is None:
+            mean = v.mean(dim=2, keepdim=True, dtype=dtype)
+        else:
+            shares = weights / weights.sum(dim=1, keepdim=True)
+            mean = torch.einsum("bn,bhnd->bhd", shares.to(dtype), v.to(dtype))[:, :, None]
+        return mean * self._gain(self.mean, mean)
+
+    def _gain(self, gain: Tensor, like: Tensor) -> Tensor:
+        """(heads, 1, d or 1), on like's device, float32 at least."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return gain.to(like.device, dtype).reshape(self.spec.heads, 1, -1)
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None) -> None:
+        height, width = grid
+        if height < 1 or width < 1:
+            raise DeltaConvError(f"expected a grid of at least 1 x 1, got {height} x {width}")
+        spec, tokens = self.spec, height * width
+        wanted = (spec.heads, tokens, spec.head_dim)
+        if any(t.ndim != 4 or t.shape[1:] != wanted or len(t) != len(q) for t in (q, k, v)):
+            raise DeltaConvError(
+                f"expected queries, keys and values of shape (B, {spec.heads}, {height} x {width} = "
+                f"{tokens}, {spec.head_dim}), got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; "
+                "something before this attention merges, tiles or adds tokens, or it is another layer's"
+            )
+        if not all(t.is_floating_point() for t in (q, k, v)):
+            raise DeltaConvError(f"expected floating point tokens, got {q.dtype}, {k.dtype} and {v.dtype}")
+        if mask is not None and mask.shape != (len(q), tokens):
+            raise DeltaConvError(
+                f"expected a mask of the keys, ({len(q)}, {tokens}), got {tuple(mask.shape)}; landmarks "
+                "cannot keep keys from some queries and show them to others"
+            )
+
+    def extra_repr(self) -> str:
+        """The spec, for printing."""
+        return str(self.spec)
+
+
+def _own_share(q: Tensor, keys: Tensor, cells: Cells) -> Tensor:
+    """(B, heads, N, 1): the share that the softmax over landmarks gives to each query's own cell."""
+    bias, own = cells.bias(), cells.own()
+    parts = []
+    for start in range(0, q.shape[2], CHUNK):
+        some = slice(start, start + CHUNK)
+        scores = q[:, :, some] @ keys.to(q.dtype).mT / q.shape[3] ** 0.5
+        shares = (scores if bias is None else scores + bias.to(scores.dtype)).softmax(dim=-1)
+        parts.append(shares.gather(3, own[some, None].expand(*shares.shape[:2], -1, 1)))
+    return torch.cat(parts, dim=2)
