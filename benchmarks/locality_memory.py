@@ -46,7 +46,7 @@ def main() -> int:
     positive = [[context, {"pooled_output": torch.zeros(1, 1280)}]]
     latent = torch.zeros(1, 4, args.latent, args.latent)
     host = import_module(".nodes.host.locality.look", pack)
-    settings = host.Settings(steps=1, looks=1, blocks=args.blocks, seed=0)
+    settings = host.LookSettings(steps=1, looks=1, blocks=args.blocks, seed=0)
     seen: list[Any] = []
     gc.collect()
     before = resident()

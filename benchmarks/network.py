@@ -231,7 +231,7 @@ class Host:
             blocks = {id: core.DeltaConvBlock(spec) for id, spec in specs.items()}
         whole = self.module("deltaconv_core.sites.sampling_range").SamplingRange()
         checkpoint = core.Checkpoint(self.found.architecture, blocks)
-        return host.apply_checkpoint(self.model, checkpoint, host.Settings("all", whole, None))[0]
+        return host.apply_checkpoint(self.model, checkpoint, host.PatchSettings("all", whole, None))[0]
 
     def linear(self) -> Any:
         """LinFusion's mixers at every site."""
@@ -249,7 +249,7 @@ class Host:
 
 def standing(mixer: torch.nn.Module, site: Any) -> Callable[..., torch.Tensor]:
     """A mixer as the forward of an attention."""
-    return lambda x, *_, **call: mixer(x, grid=site.grid(x, call))
+    return lambda x, *_, **call: mixer(x, grid=site.grid_of(x, call))
 
 
 def from_node(module: str, node: str, model: Any, *settings: Any) -> Any:

@@ -7,9 +7,9 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..deltaconv_core.bench import device_name, stage_table
-from .host.bench.measure import ATTENTION, DELTACONV, NOTHING, Measured, Settings, measure
+from .host.bench.measure import ATTENTION, DELTACONV, NOTHING, Measured, MeasureSettings, measure
 from .host.model.specs import FORMS, LEAN
-from .host.patch.blocks import compute_dtype
+from .host.patch.blocks import network_dtype
 from .host.report import Report, left_out, tell
 from .sockets import CATEGORY, Weights
 
@@ -88,15 +88,15 @@ class Benchmark(io.ComfyNode):
         form: str = LEAN,
         deltaconv: Any = None,
     ) -> io.NodeOutput:
-        settings = Settings(width, height, batch_size, repeats, form)
+        settings = MeasureSettings(width, height, batch_size, repeats, form)
         measured = measure(model, deltaconv, settings)
         report = _report(measured)
         table = f"{_title(model, measured, settings)}\n\n{stage_table(measured.costs)}\n\n{report.text}"
         return io.NodeOutput(model, f"{table}\n\n{LEGEND}", ui=ui.PreviewText(tell(report, cls.hidden)))
 
 
-def _title(model: Any, measured: Measured, settings: Settings) -> str:
-    dtype = str(compute_dtype(model) or model.model_dtype()).removeprefix("torch.")
+def _title(model: Any, measured: Measured, settings: MeasureSettings) -> str:
+    dtype = str(network_dtype(model) or model.model_dtype()).removeprefix("torch.")
     return (
         f"{measured.architecture}, {settings.width} × {settings.height}, batch {settings.batch}, {dtype}, "
         f"{device_name(model.load_device)}; {measured.blocks}"

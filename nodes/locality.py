@@ -11,7 +11,7 @@ from ..deltaconv_core.locality import Recommendation, check_limit, recommend
 from ..deltaconv_core.locality.figure import check_matplotlib, draw
 from ..deltaconv_core.locality.sampled_steps import spread
 from ..deltaconv_core.locality.table import text
-from .host.locality.look import Look, Settings, look
+from .host.locality.look import Look, LookSettings, look
 from .host.report import Report, left_out, tell
 from .sockets import BLOCKS_TOOLTIP, CATEGORY
 
@@ -86,7 +86,7 @@ class AttentionLocality(io.ComfyNode):
     ) -> io.NodeOutput:
         check_limit(max_kernel_size)
         check_matplotlib()
-        seen = look(model, positive, latent, Settings(steps, looks, blocks, seed))
+        seen = look(model, positive, latent, LookSettings(steps, looks, blocks, seed))
         advice = _advice(seen, max_kernel_size)
         height, width = seen.size
         moments = _moments(steps, looks)

@@ -10,7 +10,7 @@ from ..deltaconv_core.errors import DeltaConvError
 from ..deltaconv_core.sites.sampling_range import SamplingRange
 from .host.files import model_folder
 from .host.model.sites import find_sites
-from .host.patch.apply import Settings, apply_checkpoint
+from .host.patch.apply import PatchSettings, apply_checkpoint
 from .host.report import tell
 from .sockets import BLOCKS_TOOLTIP, CATEGORY, Weights
 
@@ -107,7 +107,7 @@ class PatchModel(io.ComfyNode):
         if base_weights not in (APPLY, LEAVE_OUT):
             raise DeltaConvError(f"base_weights must be {APPLY!r} or {LEAVE_OUT!r}, got {base_weights!r}")
         strength = base_weights_strength if base_weights == APPLY else None
-        settings = Settings(blocks, SamplingRange(start_percent, end_percent), strength)
+        settings = PatchSettings(blocks, SamplingRange(start_percent, end_percent), strength)
         if deltaconv is None:
             auto = weights == model_folder.AUTO
             name = model_folder.recommended(find_sites(model).architecture) if auto else weights

@@ -74,7 +74,7 @@ class SaveWeights(io.ComfyNode):
     ) -> io.NodeOutput:
         texts = {"title": title, "author": author, "license": license}
         checkpoint = prepared(deltaconv, dtype, texts, keep_base_weights)
-        path = model_folder.free_path(filename_prefix)
+        path = model_folder.path_to_save(filename_prefix)
         save_checkpoint(checkpoint, path)
         size = path.stat().st_size / (1 << 20)
         line = (

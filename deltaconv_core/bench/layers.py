@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..block import DeltaConvBlock
 from ..block.spec import BlockSpec
 from ..errors import DeltaConvError
-from ..sites import ARCHITECTURES, Transformer, release_specs
+from ..sites import ARCHITECTURES, Transformer, authors_specs
 from .counting import count_flops
 from .timing import alternate
 
@@ -115,7 +115,7 @@ def layers_of(
     Args:
         architecture: its name.
         latent: (rows, columns).
-        specs: site id -> block, of those sites that count; None: those of the authors' release.
+        specs: site id -> block, of those sites that count; None: the authors'.
 
     Raises:
         DeltaConvError: an unknown architecture.
@@ -126,7 +126,7 @@ def layers_of(
             "ComfyUI, the node ΔConv Benchmark measures any model that ΔConv works on"
         )
     found: Counter[Layer] = Counter()
-    for site, spec in (release_specs(architecture) if specs is None else specs).items():
+    for site, spec in (authors_specs(architecture) if specs is None else specs).items():
         height, width = (-(-side >> _level(architecture, site)) for side in latent)
         found[Layer(stage_of(site), spec, heads_of(architecture, spec.dim), (height, width))] += 1
     return [replace(layer, sites=count) for layer, count in found.items()]

@@ -14,8 +14,8 @@ from .. import bench
 from ..block.spec import BlockSpec
 from ..cli import printable
 from ..errors import DeltaConvError
-from ..sites import ARCHITECTURES, release_specs
-from ..sites.choose_specs import FORMS, LEAN, RELEASED
+from ..sites import ARCHITECTURES, authors_specs
+from ..sites.choose_specs import AUTHORS, FORMS, LEAN
 from ..weights.checkpoint import load_checkpoint
 
 HELP = "measure what self-attention and ΔConv cost on this machine"
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--form",
         choices=FORMS,
-        default=RELEASED,
+        default=AUTHORS,
         help="of the blocks without a FILE: as the authors published, or lean, as new ones are (%(default)s)",
     )
     parser.add_argument(
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
 def _model(options: argparse.Namespace) -> tuple[str, Mapping[str, BlockSpec]]:
     """The architecture, and its blocks by site: those of the file where one is named."""
     if options.file is None:
-        specs = release_specs(options.architecture)
+        specs = authors_specs(options.architecture)
         if options.form == LEAN:
             specs = {site: BlockSpec.lean(spec.dim, spec.kernel_size) for site, spec in specs.items()}
         return options.architecture, specs

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ..block.spec import GATES, POOLINGS
 from ..errors import DeltaConvError
-from ..weights.authors_write import save_release
+from ..weights.authors_write import save_authors
 from ..weights.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from ..weights.hub_folder import save_repository
+from ..weights.hub_folder import save_hub_folder
 
 HELP = "read a checkpoint of any known form and write it in another"
-FORMS = {"deltaconv": save_checkpoint, "diffusers": save_repository, "authors": save_release}
+WRITERS = {"deltaconv": save_checkpoint, "diffusers": save_hub_folder, "authors": save_authors}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -24,11 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="IN", help="a .safetensors checkpoint, or a folder with one")
     parser.add_argument("output", metavar="OUT", help="the file or folder to write")
     parser.add_argument(
-        "--form",
-        choices=FORMS,
+        "--as",
+        "--form",  # its earlier name
+        dest="kind",
+        choices=WRITERS,
         default="deltaconv",
         help="deltaconv: our own file. diffusers: a folder with config and model card, ready to be pushed to "
-        "the Hugging Face Hub. authors: a file as in the authors' release, where the blocks allow that "
+        "the Hugging Face Hub. authors: a file such as the authors', where the blocks allow that "
         "(default: %(default)s)",
     )
     parser.add_argument(
@@ -59,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     if options.dtype is not None:
         _cast(checkpoint, DTYPES[options.dtype])
     checkpoint.metadata |= dict(options.metadata)
-    FORMS[options.form](checkpoint, options.output)
+    WRITERS[options.kind](checkpoint, options.output)
     print(f"wrote {len(checkpoint.blocks)} blocks of {checkpoint.architecture} to {options.output}")
     return 0
 

@@ -55,7 +55,7 @@ def _print_list(manifest: Manifest, folder: Path) -> int:
     for record in manifest:
         there = "here" if record.local_path(folder).is_file() else "to fetch"
         print(printable(f"{record.name}  [{there}]  {record.architecture}{_auto(record)}  {record.title}"))
-        print(printable(f"    licence: {record.licence}. {record.note}"))
+        print(printable(f"    license: {record.license}. {record.note}"))
     return 0
 
 

@@ -15,7 +15,7 @@ from ..block import DeltaConvBlock
 NAME = "deltaconv"
 
 
-class DeltaConvBlocks(nn.Module):
+class AppliedBlocks(nn.Module):
     """A child of the patched model, so that the blocks go wherever the model goes.
 
     It follows `.to()`, `.half()` and offloading, but its weights are none of the model's: they do not appear
@@ -49,7 +49,7 @@ class DeltaConvBlocks(nn.Module):
         y = functional_call(block, weights, (x, grid))
         return y
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeltaConvBlocks:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AppliedBlocks:
         with torch.no_grad():
             for block in self.blocks.values():
                 block._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -60,6 +60,6 @@ class DeltaConvBlocks(nn.Module):
         return f"{len(self.blocks)} blocks"
 
 
-def blocks_on(model: nn.Module) -> DeltaConvBlocks | None:
+def blocks_on(model: nn.Module) -> AppliedBlocks | None:
     """The ΔConv on this model, if any."""
-    return cast("DeltaConvBlocks | None", model._modules.get(NAME))
+    return cast("AppliedBlocks | None", model._modules.get(NAME))

@@ -19,9 +19,9 @@ from ..sites.report import Report
 from ..sites.sampling_range import SamplingRange
 from ..weights.checkpoint import load_checkpoint
 from . import hooks
-from .applied import NAME, DeltaConvBlocks, blocks_on
+from .applied import NAME, AppliedBlocks, blocks_on
 from .base_weights import BaseWeights, check_exchange, exchange
-from .conflicts import Watch, conflicts
+from .conflicts import ConflictWatch, conflicts
 from .forwards import MixerForward, RangedForward
 from .sites import Sites, find_sites, network_of
 
@@ -56,7 +56,7 @@ def apply(
             1 the picture. As in ComfyUI these are fractions of the trained timesteps, not of the number of
             steps: p is timestep (1 - p) * (T - 1), T being the scheduler's `num_train_timesteps` (1000 for a
             bare model).
-        base_weights_strength: published files may hold convolutions of the model that they were trained on;
+        base_weights_strength: some files hold convolutions of the model that they were trained on;
             1 puts them into the model, 0 leaves them out, a value between mixes.
 
     Returns:
@@ -74,14 +74,14 @@ def apply(
     before = blocks_on(model)
     weights, about_weights = _base_weights(model, checkpoint, before, base_weights_strength)
     sites = {site: found.attentions[site] for site in chosen}
-    new = DeltaConvBlocks(_copies(model, {site: checkpoint.blocks[site] for site in chosen}), sites)
+    new = AppliedBlocks(_copies(model, {site: checkpoint.blocks[site] for site in chosen}), sites)
     lines = [report.of_blocks(found.architecture, len(found.channels), new.blocks.values())]
     lines += [*report.of_range(sampling), *about_weights]
     if before is not None:
         _take_off(model, before)
         lines.append("The ΔConv that was on this model before is replaced as a whole.")
     told = Report(lines, [*report.assumptions(checkpoint), *conflicts(model, sites)])
-    _put_on(model, new, [*needed, (model, Watch(sites, told.warnings))], sampling)
+    _put_on(model, new, [*needed, (model, ConflictWatch(sites, told.warnings))], sampling)
     new.originals = exchange(model, weights)
     log.info("%s", " ".join(told.lines))
     for warning in told.warnings:
@@ -106,24 +106,24 @@ def remove(pipeline_or_model: Any) -> None:
 
 
 def _base_weights(
-    model: nn.Module, checkpoint: Any, before: DeltaConvBlocks | None, strength: float
+    model: nn.Module, checkpoint: Any, before: AppliedBlocks | None, strength: float
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The values for parameters of the model, and what to tell about them."""
     if not 0.0 <= strength <= 1.0:
         raise DeltaConvError(f"expected 0 <= base_weights_strength <= 1, got {strength}")
-    published = checkpoint.base_weights
-    if not published:
+    base_weights = checkpoint.base_weights
+    if not base_weights:
         return {}, []
     try:
-        base = BaseWeights(model, published, {} if before is None else before.originals)
+        base = BaseWeights(model, base_weights, {} if before is None else before.originals)
     except DeltaConvError as error:
         if strength > 0:
             raise
-        return {}, [report.of_unfit_base_weights(len(published), error)]
+        return {}, [report.of_unfit_base_weights(len(base_weights), error)]
     if strength == 0:
-        return {}, [report.of_base_weights(len(published), base.difference, None)]
-    check_exchange(model, published)
-    return base.mixed(strength), [report.of_base_weights(len(published), base.difference, strength)]
+        return {}, [report.of_base_weights(len(base_weights), base.difference, None)]
+    check_exchange(model, base_weights)
+    return base.mixed(strength), [report.of_base_weights(len(base_weights), base.difference, strength)]
 
 
 def _copies(model: nn.Module, trained: Mapping[str, Any]) -> dict[str, DeltaConvBlock]:
@@ -141,19 +141,19 @@ def _hooks(
     """What has to be hooked so that the chosen sites are told what they need, and nobody else is."""
     needed: list[Hook] = []
     replaced = {id(found.attentions[site]) for site in chosen}
-    for place in found.places:
-        if any(site in chosen for site in place.sites):
-            needed.append((place.module, hooks.TellGrid.of(place.module, place.patch_size)))
-            others = (attention for attention in place.attentions() if id(attention) not in replaced)
+    for stack in found.stacks:
+        if any(site in chosen for site in stack.sites):
+            needed.append((stack.module, hooks.TellGrid.of(stack.module, stack.patch_size)))
+            others = (attention for attention in stack.attentions() if id(attention) not in replaced)
             needed += [(attention, hooks.keep_back) for attention in others]
         elif not sampling.is_everything:
-            needed.append((place.module, hooks.KeepBack.of(place.module)))
+            needed.append((stack.module, hooks.KeepBack.of(stack.module)))
     if not sampling.is_everything:
         needed.append((model, hooks.TellChoice.of(model, sampling, train_timesteps)))
     return needed
 
 
-def _put_on(model: nn.Module, new: DeltaConvBlocks, needed: Iterable[Hook], sampling: SamplingRange) -> None:
+def _put_on(model: nn.Module, new: AppliedBlocks, needed: Iterable[Hook], sampling: SamplingRange) -> None:
     for site, attention in new.attentions.items():
         if sampling.is_everything:
             forward = MixerForward(site, new)
@@ -166,7 +166,7 @@ def _put_on(model: nn.Module, new: DeltaConvBlocks, needed: Iterable[Hook], samp
     model.add_module(NAME, new)
 
 
-def _take_off(model: nn.Module, there: DeltaConvBlocks) -> None:
+def _take_off(model: nn.Module, there: AppliedBlocks) -> None:
     for site, attention in there.attentions.items():
         forward = attention.__dict__.get("forward")
         if getattr(forward, "blocks", None) is not there:

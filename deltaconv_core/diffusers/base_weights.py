@@ -14,11 +14,11 @@ LEAVE_OUT = "pass base_weights_strength=0 to use the blocks alone"
 
 
 class BaseWeights:
-    """Published weights beside those of the model that they belong to.
+    """Base weights beside those of the model that they belong to.
 
     Args:
         model: with ΔConv on it or without.
-        published: parameter name -> tensor.
+        base_weights: parameter name -> tensor.
         originals: what the model had in place of base weights that are in it now.
 
     Raises:
@@ -26,24 +26,24 @@ class BaseWeights:
     """
 
     def __init__(
-        self, model: nn.Module, published: Mapping[str, Tensor], originals: Mapping[str, Tensor]
+        self, model: nn.Module, base_weights: Mapping[str, Tensor], originals: Mapping[str, Tensor]
     ) -> None:
-        self.published = published
-        parameters = {name: own for name in published if (own := _parameter(model, name)) is not None}
-        check_fit(published, parameters, f"this model ({type(model).__name__})", LEAVE_OUT)
+        self.base_weights = base_weights
+        parameters = {name: own for name in base_weights if (own := _parameter(model, name)) is not None}
+        check_fit(base_weights, parameters, f"this model ({type(model).__name__})", LEAVE_OUT)
         _check_reach(parameters)
         self.own = {name: originals.get(name, own.data) for name, own in parameters.items()}
-        self.difference = difference(published, self.own)
-        """How far the published weights are from the model's own."""
+        self.difference = difference(base_weights, self.own)
+        """How far the base weights are from the model's own."""
 
     def mixed(self, strength: float) -> dict[str, Tensor]:
-        """own * (1 - strength) + published * strength, in the dtype and layout of the model's own."""
+        """own * (1 - strength) + base * strength, in the dtype and layout of the model's own."""
         with torch.inference_mode(False), torch.no_grad():
             return {name: self._mix(name, own, strength) for name, own in self.own.items()}
 
     def _mix(self, name: str, own: Tensor, strength: float) -> Tensor:
-        published = self.published[name].to(own.device, torch.float32)
-        return torch.empty_like(own).copy_(own.float().lerp(published, strength))
+        base = self.base_weights[name].to(own.device, torch.float32)
+        return torch.empty_like(own).copy_(own.float().lerp(base, strength))
 
 
 def exchange(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ def conflicts(model: nn.Module, sites: Mapping[str, nn.Module]) -> list[str]:
     return [sentence for sentence in (_lora(model, sites), _processors(sites)) if sentence]
 
 
-class Watch:
+class ConflictWatch:
     """A pre-hook of the model that warns of what was put on it after ΔConv, once for each.
 
     Args:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import DeltaConvError
 from ..sites.sampling_range import Choice, answer
-from .applied import DeltaConvBlocks
+from .applied import AppliedBlocks
 from .hooks import CHOICE, GRID, without
 
 
@@ -19,7 +19,7 @@ class MixerForward:
     """ΔConv on every call."""
 
     site: str
-    blocks: DeltaConvBlocks
+    blocks: AppliedBlocks
 
     def __call__(
         self,

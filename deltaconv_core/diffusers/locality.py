@@ -19,7 +19,7 @@ from ..locality.result import LayerLocality
 from ..locality.sampled_steps import spread
 from ..locality.statistics import LayerStatistics
 from ..sites import select
-from .sites import Place, Sites, find_sites, network_of
+from .sites import Sites, Stack, find_sites, network_of
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ def look(pipeline: Any, picture: Picture, blocks: str = "all") -> tuple[str, lis
     found = find_sites(network)
     chosen = select(blocks, found.channels)
     statistics = {id: LayerStatistics(id, found.channels[id]) for id in chosen}
-    with _watched(network, found, Watch(pipeline, picture.looks, statistics)), torch.no_grad():
+    with _watched(network, found, LocalityWatch(pipeline, picture.looks, statistics)), torch.no_grad():
         _draw(pipeline, picture)
     return found.architecture, [one.result() for one in statistics.values()]
 
 
 @dataclass
-class Watch:
+class LocalityWatch:
     """The hooks, and what they know of the running call."""
 
     pipeline: Any
@@ -84,10 +84,10 @@ class Watch:
         self.moment = f"{self.calls + 1}/{count}" if self.calls in at else None
         self.calls += 1
 
-    def place_called(self, place: Place, args: tuple[Any, ...], call: dict[str, Any]) -> None:
+    def stack_called(self, stack: Stack, args: tuple[Any, ...], call: dict[str, Any]) -> None:
         """Transformer2DModel and PixArtTransformer2DModel take (B, C, H, W) as their first argument."""
         states: Tensor = args[0] if args else call["hidden_states"]
-        self.grid = (states.shape[-2] // place.patch_size, states.shape[-1] // place.patch_size)
+        self.grid = (states.shape[-2] // stack.patch_size, states.shape[-1] // stack.patch_size)
 
     def attention_called(self, id: str, attention: Any, args: tuple[Any, ...], call: dict[str, Any]) -> None:
         if self.moment is None:
@@ -108,7 +108,7 @@ class Watch:
 
 
 @contextmanager
-def _watched(network: nn.Module, found: Sites, watch: Watch) -> Iterator[None]:
+def _watched(network: nn.Module, found: Sites, watch: LocalityWatch) -> Iterator[None]:
     with ExitStack() as hooks:
 
         def put(module: nn.Module, hook: Any) -> None:
@@ -116,18 +116,18 @@ def _watched(network: nn.Module, found: Sites, watch: Watch) -> Iterator[None]:
             hooks.callback(handle.remove)
 
         put(network, watch.network_called)
-        for place in found.places:
-            put(place.module, _of_place(watch, place))
+        for stack in found.stacks:
+            put(stack.module, _of_stack(watch, stack))
         for id in watch.statistics:
             put(found.attentions[id], _of_attention(watch, id))
         yield
 
 
-def _of_place(watch: Watch, place: Place) -> Any:
-    return lambda module, args, call: watch.place_called(place, args, call)
+def _of_stack(watch: LocalityWatch, stack: Stack) -> Any:
+    return lambda module, args, call: watch.stack_called(stack, args, call)
 
 
-def _of_attention(watch: Watch, id: str) -> Any:
+def _of_attention(watch: LocalityWatch, id: str) -> Any:
     return lambda module, args, call: watch.attention_called(id, module, args, call)
 
 

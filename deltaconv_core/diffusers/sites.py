@@ -17,7 +17,7 @@ KINDS = "U-Nets with Transformer2DModel blocks (SD 1.x, SD 2.x, SDXL, ...) and P
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class Stack:
     """A stack of transformer blocks that is told the height and width of its input.
 
     Args:
@@ -43,13 +43,13 @@ class Sites:
     Args:
         attentions: site id -> the self-attention, in the order of the network.
         channels: site id -> C of its tokens.
-        places: the stacks that they stand in.
+        stacks: those that they stand in.
         context_dim: width of the text embedding, where the model says it.
     """
 
     attentions: dict[str, nn.Module] = field(default_factory=dict)
     channels: dict[str, int] = field(default_factory=dict)
-    places: list[Place] = field(default_factory=list)
+    stacks: list[Stack] = field(default_factory=list)
     context_dim: int | None = None
 
     @property
@@ -130,7 +130,7 @@ def _read_blocks(prefix: str, module: nn.Module, patch_size: int, found: Sites) 
         found.channels[id] = block.attn1.query_dim
         if found.context_dim is None and block.attn2 is not None:
             found.context_dim = block.attn2.cross_attention_dim
-    found.places.append(Place(module, patch_size, tuple(sites)))
+    found.stacks.append(Stack(module, patch_size, tuple(sites)))
 
 
 def _blocks(module: nn.Module) -> Iterable[Any]:

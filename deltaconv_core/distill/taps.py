@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .replaced import replaced
 
-Grid = Callable[[Tensor, dict[str, Any]], tuple[int, int]]
+GridOf = Callable[[Tensor, dict[str, Any]], tuple[int, int]]
 Observer = Callable[[str, Tensor, tuple[int, int], Tensor], None]
 """Is told (site id, input (B, N, C), grid, output (B, N, C)) of a call."""
 
@@ -30,17 +30,17 @@ class Tap:
     """
 
     def __init__(
-        self, site: str, attention: Callable[..., Tensor], mixer: Callable[..., Tensor], grid: Grid
+        self, site: str, attention: Callable[..., Tensor], mixer: Callable[..., Tensor], grid_of: GridOf
     ) -> None:
         self.site = site
         self.attention = attention
         self.mixer = mixer
-        self.grid = grid
+        self.grid_of = grid_of
         self.mixing = False
         self.observe: Observer | None = None
 
     def __call__(self, x: Tensor, *args: Any, **call: Any) -> Tensor:
-        grid = self.grid(x, call)
+        grid = self.grid_of(x, call)
         y = self.mixer(x, grid=grid) if self.mixing else self.attention(x, *args, **call)
         if self.observe is not None:
             self.observe(self.site, x, grid, y)
@@ -73,7 +73,7 @@ class Taps:
 def tapped(
     attentions: Mapping[str, nn.Module],
     mixers: Mapping[str, Callable[..., Tensor]],
-    grids: Mapping[str, Grid],
+    grids: Mapping[str, GridOf],
 ) -> Iterator[Taps]:
     """Puts a tap at every site that has a mixer; on leaving, every module has the forward that it had.
 

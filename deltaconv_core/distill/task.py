@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .losses import mean_square, min_snr_weight, output_losses, total
 from .replaced import gradient_checkpointing
 from .settings import Settings
-from .taps import Grid, Taps
+from .taps import GridOf, Taps
 
 Backward = Callable[[Tensor], None]
 Losses = dict[str, Tensor]
@@ -54,7 +54,7 @@ class Network(Protocol):
     def attentions(self) -> Mapping[str, nn.Module]: ...
 
     @property
-    def grids(self) -> Mapping[str, Grid]: ...
+    def grids(self) -> Mapping[str, GridOf]: ...
 
     @property
     def streams(self) -> Mapping[str, nn.Module]: ...

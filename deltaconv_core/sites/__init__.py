@@ -5,8 +5,8 @@ from .architectures import (
     Level,
     Transformer,
     UNet,
+    authors_specs,
     identify,
-    release_specs,
     select,
     site_channels,
 )
@@ -16,8 +16,8 @@ __all__ = [
     "Level",
     "Transformer",
     "UNet",
+    "authors_specs",
     "identify",
-    "release_specs",
     "select",
     "site_channels",
 ]

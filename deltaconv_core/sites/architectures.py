@@ -54,8 +54,8 @@ def _stable_diffusion(context_dim: int) -> UNet:
     )
 
 
-# Shapes from the models' published configurations; kernel sizes from the authors' release, and for the models
-# that they did not publish (sd21, ssd1b) those of the nearest one that they did.
+# Shapes from the models' published configurations; kernel sizes from the authors' code, and for the models
+# that they have none for (sd21, ssd1b) those of the nearest one that they have some for.
 ARCHITECTURES: dict[str, UNet | Transformer] = {
     "sd15": _stable_diffusion(context_dim=768),
     "sd21": _stable_diffusion(context_dim=1024),
@@ -84,8 +84,8 @@ def site_channels(architecture: str) -> dict[str, int]:
     return {site: channels for site, (channels, _) in _sites(architecture).items()}
 
 
-def release_specs(architecture: str) -> dict[str, BlockSpec]:
-    """Site id -> the block that the authors' release has (or would have) there.
+def authors_specs(architecture: str) -> dict[str, BlockSpec]:
+    """Site id -> the block that the authors have (or would have) there.
 
     Raises:
         DeltaConvError: an unknown architecture.

@@ -1,4 +1,4 @@
-"""Weights of the base model that were published with the blocks: the first convolution of every ResNet."""
+"""Weights of the base model that came with the blocks: the first convolution of every ResNet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import DeltaConvError
 
 @dataclass(frozen=True)
 class Difference:
-    """How far published weights lie from those of the loaded model, as |published - loaded| / |loaded|.
+    """How far base weights lie from those of the loaded model, as |base - loaded| / |loaded|.
 
     Args:
         overall: over all tensors together.
@@ -31,20 +31,22 @@ class Difference:
         )
 
 
-def difference(published: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> Difference:
-    """How far the published weights are from the loaded ones, both by the same names."""
-    squares = {name: _squares(weight, loaded[name]) for name, weight in published.items()}
+def difference(base_weights: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> Difference:
+    """How far base weights are from the loaded ones, both by the same names."""
+    squares = {name: _squares(weight, loaded[name]) for name, weight in base_weights.items()}
     ratios = {name: _ratio(*pair) for name, pair in squares.items()}
     where = max(ratios, key=ratios.__getitem__)
     change, size = (sum(column) for column in zip(*squares.values(), strict=True))
     return Difference(_ratio(change, size), ratios[where], where)
 
 
-def check_fit(published: Mapping[str, Tensor], loaded: Mapping[str, Tensor], model: str, remedy: str) -> None:
-    """Checks that the model has every published weight, in the same shape.
+def check_fit(
+    base_weights: Mapping[str, Tensor], loaded: Mapping[str, Tensor], model: str, remedy: str
+) -> None:
+    """Checks that the model has every one of the base weights, in the same shape.
 
     Args:
-        published: diffusers parameter name -> tensor.
+        base_weights: diffusers parameter name -> tensor.
         loaded: those of them that the model has.
         model: how messages call the model.
         remedy: what the user can do, for messages.
@@ -52,7 +54,7 @@ def check_fit(published: Mapping[str, Tensor], loaded: Mapping[str, Tensor], mod
     Raises:
         DeltaConvError: otherwise.
     """
-    for name, weight in published.items():
+    for name, weight in base_weights.items():
         if name not in loaded:
             raise DeltaConvError(
                 f"the weights hold {name} for the base model, but {model} has no such weight; {remedy}"
@@ -64,10 +66,10 @@ def check_fit(published: Mapping[str, Tensor], loaded: Mapping[str, Tensor], mod
             )
 
 
-def _squares(published: Tensor, loaded: Tensor) -> tuple[float, float]:
-    """(|published - loaded|², |loaded|²)"""
+def _squares(base: Tensor, loaded: Tensor) -> tuple[float, float]:
+    """(|base - loaded|², |loaded|²)"""
     loaded = loaded.float()
-    change = published.to(loaded) - loaded
+    change = base.to(loaded) - loaded
     return change.square().sum(dtype=float64).item(), loaded.square().sum(dtype=float64).item()
 
 

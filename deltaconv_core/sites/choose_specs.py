@@ -10,16 +10,16 @@ from typing import Any
 from ..block.spec import BlockSpec
 from ..errors import DeltaConvError
 from ..locality.recommend import Recommendation
-from .architectures import ARCHITECTURES, release_specs, select
+from .architectures import ARCHITECTURES, authors_specs, select
 
 AUTO = "auto"
-LEAN, RELEASED = FORMS = ("lean", "released")
+LEAN, AUTHORS = FORMS = ("lean", "released")
 COARSE, MIDDLE, FINE = 5, 9, 11
 TRANSFORMER = 13
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """What the choice depends on.
 
     Args:
@@ -34,7 +34,7 @@ class Shape:
 
 
 def block_specs(
-    shape: Shape, chosen: Iterable[str], kernel_sizes: str, form: str = LEAN
+    shape: ModelShape, chosen: Iterable[str], kernel_sizes: str, form: str = LEAN
 ) -> dict[str, BlockSpec]:
     """The specs of the blocks for the chosen sites.
 
@@ -44,7 +44,7 @@ def block_specs(
         kernel_sizes: "auto", one odd number for all, or a JSON object of site patterns and odd numbers, of
             which the last that fits counts; sites that none fits get "auto". Or the JSON text of a
             `locality.Recommendation`, whose `skip` sites are left out.
-        form: "lean", `BlockSpec.lean` | "released", blocks such as the authors published.
+        form: "lean", `BlockSpec.lean` | "released", blocks such as the authors'.
 
     Raises:
         DeltaConvError: anything else, or nothing left to be learned.
@@ -67,15 +67,15 @@ def block_specs(
     return {id: specs[id] for id in chosen}
 
 
-def automatic(shape: Shape) -> dict[str, BlockSpec]:
-    """The authors' blocks for models that they published some for, else blocks of like sizes.
+def automatic(shape: ModelShape) -> dict[str, BlockSpec]:
+    """The authors' blocks for models that they have some for, else blocks of like sizes.
 
     Their SD 1.5 has small kernels where the grid is coarse. So a U-Net of another shape gets 5 in the middle
     and at the lowest level that has attention, 9 one above, and 11 above that; a transformer gets 13 as
     PixArt has.
     """
     if shape.architecture in ARCHITECTURES:
-        return release_specs(shape.architecture)
+        return authors_specs(shape.architecture)
     if shape.architecture.startswith("dit"):
         return {id: BlockSpec(n, TRANSFORMER, gate="sigmoid") for id, n in shape.channels.items()}
     levels = {id: _level(id, shape.levels) for id in shape.channels}
@@ -113,7 +113,7 @@ def _wanted(kernel_sizes: str) -> Mapping[str, Any]:
     return wanted
 
 
-def _check(advice: Recommendation, shape: Shape) -> None:
+def _check(advice: Recommendation, shape: ModelShape) -> None:
     if advice.architecture != shape.architecture:
         raise DeltaConvError(
             f"the recommendation is for {advice.architecture}, but this model is {shape.architecture}; look "

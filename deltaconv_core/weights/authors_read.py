@@ -1,8 +1,8 @@
-"""The authors' published files: tensors named after the model's modules, in several forms of the block.
+"""The authors' files: tensors named after the model's modules, in several forms of the block.
 
 A block's keys are `<path>.transformer_blocks.<n>.conv1.<name>` (PixArt: without a path). The forms are told
 apart by names and shapes:
-- release: Linear projections, depth-wise kernels [K, K, channels];
+- current: Linear projections, depth-wise kernels [K, K, channels];
 - plain twin: projections as 1x1 convolutions [out, in, 1, 1], kernels [channels, 1, K, K];
 - earlier block: exactly two stages `conv_spatial` and `conv_spatial_low`, bilinear pooling, sigmoid gate.
 Biases of any layer may be absent. What tensors cannot tell (gate, scales, pooling) comes from the caller,
@@ -24,7 +24,7 @@ from torch import Tensor
 from ..block.spec import BlockSpec, ratio_of
 from ..errors import CheckpointError, DeltaConvError
 from ..sites import ARCHITECTURES, identify, site_channels
-from .manifest import Form
+from .manifest import SpecHints
 
 PREFIXES = ("denoiser.", "unet.", "base:", "base_ema:")
 BLOCK_KEY = re.compile(
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 class Parts(NamedTuple):
-    """A published file's content in this package's own terms; tensors are named `<site id>.<parameter>`."""
+    """The authors' file in this package's own terms; tensors are named `<site id>.<parameter>`."""
 
     architecture: str
     specs: dict[str, BlockSpec]
@@ -53,14 +53,16 @@ class Parts(NamedTuple):
     metadata: dict[str, str]
 
 
-def read_published(path: str, header: Mapping[str, str], tensors: Mapping[str, Tensor], form: Form) -> Parts:
-    """Sorts and renames a published file's tensors and finds out the specs.
+def read_authors(
+    path: str, header: Mapping[str, str], tensors: Mapping[str, Tensor], hints: SpecHints
+) -> Parts:
+    """Sorts and renames the tensors of a file of the authors' and finds out the specs.
 
     Args:
         path: for messages.
         header: texts of the file's header.
         tensors: as named in the file.
-        form: what the caller knows; wins over the header.
+        hints: what the caller knows; wins over the header.
 
     Raises:
         CheckpointError: keys or shapes of none of the known forms, sites of a known architecture missing, or
@@ -68,14 +70,14 @@ def read_published(path: str, header: Mapping[str, str], tensors: Mapping[str, T
     """
     blocks, base_weights = _sorted_keys(path, _without_prefixes(path, tensors))
     _add_absent_biases(path, blocks)
-    form = _first_known(form, _from_header(path, header))
+    hints = _first_known(hints, _from_header(path, header))
     specs: dict[str, BlockSpec] = {}
     renamed: dict[str, Tensor] = {}
     for site in sorted(blocks, key=lambda s: re.sub(r"\d+", lambda number: number[0].zfill(9), s)):
-        specs[site], own = _read_block(path, site, blocks[site], form)
+        specs[site], own = _read_block(path, site, blocks[site], hints)
         renamed |= {f"{site}.{name}": tensor for name, tensor in own.items()}
     metadata = {key: text for key, text in header.items() if key != "format"}
-    if form.scales is None and any(len(spec.scales) > 2 for spec in specs.values()):
+    if hints.scales is None and any(len(spec.scales) > 2 for spec in specs.values()):
         metadata["assumed"] = _warn_of_scales(path)
     return Parts(_architecture(path, specs), specs, renamed, base_weights, metadata)
 
@@ -140,7 +142,7 @@ def _add_absent_biases(path: str, blocks: Mapping[str, dict[str, Tensor]]) -> No
                 blocks[site][f"{layer}.bias"] = weight.new_zeros(weight.shape[0])
 
 
-def _from_header(path: str, header: Mapping[str, str]) -> Form:
+def _from_header(path: str, header: Mapping[str, str]) -> SpecHints:
     scales = None
     if "scales" in header:
         try:
@@ -149,15 +151,15 @@ def _from_header(path: str, header: Mapping[str, str]) -> Form:
             raise CheckpointError(
                 f"{path}: expected scales in its header like [1, 0.5], got {header['scales']!r:.80}"
             ) from None
-    return Form(header.get("gate"), scales, header.get("pooling"))
+    return SpecHints(header.get("gate"), scales, header.get("pooling"))
 
 
-def _first_known(form: Form, other: Form) -> Form:
-    return Form(*(b if a is None else a for a, b in zip(astuple(form), astuple(other), strict=True)))
+def _first_known(hints: SpecHints, other: SpecHints) -> SpecHints:
+    return SpecHints(*(b if a is None else a for a, b in zip(astuple(hints), astuple(other), strict=True)))
 
 
 def _read_block(
-    path: str, site: str, named: Mapping[str, Tensor], form: Form
+    path: str, site: str, named: Mapping[str, Tensor], hints: SpecHints
 ) -> tuple[BlockSpec, dict[str, Tensor]]:
     """The spec of one block, and its tensors named and laid out as in `DeltaConvBlock`."""
     earlier = any(name.startswith("conv_spatial") for name in named)
@@ -174,18 +176,18 @@ def _read_block(
     for name, tensor in named.items():
         if name not in own:
             own[name] = _kernel(path, site, name, tensor, inter) if name.endswith(".weight") else tensor
-    usual = Form(
+    usual = SpecHints(
         gate="sigmoid" if earlier or site.startswith("transformer_blocks.") else "simple",
         scales=USUAL_SCALES.get(len(stages)),
         pooling="bilinear" if earlier else "average",
     )
-    return _spec(path, site, own, len(stages), _first_known(form, usual)), own
+    return _spec(path, site, own, len(stages), _first_known(hints, usual)), own
 
 
-def _spec(path: str, site: str, own: Mapping[str, Tensor], stages: int, form: Form) -> BlockSpec:
-    if form.scales is None or len(form.scales) != stages:
+def _spec(path: str, site: str, own: Mapping[str, Tensor], stages: int, hints: SpecHints) -> BlockSpec:
+    if hints.scales is None or len(hints.scales) != stages:
         raise CheckpointError(
-            f"{path}: the block at {site} has {stages} stages and needs as many scales, got {form.scales}; "
+            f"{path}: the block at {site} has {stages} stages and needs as many scales, got {hints.scales}; "
             "give them (scales=..., or --scales of the convert command)"
         )
     inter, dim = own["conv_up.weight"].shape
@@ -196,7 +198,7 @@ def _spec(path: str, site: str, own: Mapping[str, Tensor], stages: int, form: Fo
             kernel_size=kernel.shape[-1],
             depthwise_bias=any(name.endswith("conv_spatial.bias") for name in own),
             ratio=ratio_of(inter, dim),
-            **{key: value for key, value in asdict(form).items() if value is not None},
+            **{key: value for key, value in asdict(hints).items() if value is not None},
         )
     except DeltaConvError as error:
         raise CheckpointError(f"{path}: the block at {site} cannot be: {error}") from error
@@ -220,7 +222,7 @@ def _projection(path: str, site: str, name: str, tensor: Tensor) -> Tensor:
 
 
 def _kernel(path: str, site: str, name: str, tensor: Tensor, channels: int) -> Tensor:
-    """[channels, 1, K, K] from itself or from the release's [K, K, channels]."""
+    """[channels, 1, K, K] from itself or from the authors' current [K, K, channels]."""
     shape = tuple(tensor.shape)
     if len(shape) == 3 and shape == (shape[0], shape[0], channels):
         return tensor.permute(2, 0, 1).unsqueeze(1).contiguous()

@@ -1,4 +1,4 @@
-"""Writing blocks as the authors' current release has them; `formats.py` reads that back.
+"""Writing blocks as the authors' current code has them; `authors_read.py` reads that back.
 
 Their code fixes what their files do not tell, so only blocks that it could have made are written.
 """
@@ -24,8 +24,8 @@ FIXED = {"merge": "concat", "pooling": "average", "depthwise_bias": False, "cont
 GATES = ("simple", "sigmoid")
 
 
-def save_release(checkpoint: Checkpoint, path: Pathlike) -> None:
-    """Writes a checkpoint in the form of the authors' release, gate and scales as texts of the header.
+def save_authors(checkpoint: Checkpoint, path: Pathlike) -> None:
+    """Writes a checkpoint in the authors' form, gate and scales as texts of the header.
 
     Raises:
         CheckpointError: what that form cannot hold, by name; or a place that cannot be written.

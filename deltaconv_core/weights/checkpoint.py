@@ -3,7 +3,7 @@
 The file is safetensors. The text `deltaconv` in its header is a JSON object: `format` (the version, 1),
 `architecture`, `specs` (site id -> `BlockSpec.to_dict()`) and `metadata` (text -> text). Its tensors are
 named `blocks.<site id>.<parameter>` and `base_weights.<diffusers parameter name>`. Equal checkpoints make
-equal files. A folder as `repository.py` writes it holds such a file and the same description beside it.
+equal files. A folder as `hub_folder.py` writes it holds such a file and the same description beside it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..block import DeltaConvBlock
 from ..block.spec import BlockSpec
 from ..errors import CheckpointError, DeltaConvError
 from ..sites import ARCHITECTURES, site_channels
-from .authors_read import read_published, some
-from .manifest import Form
+from .authors_read import read_authors, some
+from .manifest import SpecHints
 from .safefile import Pathlike, read_file, write_file
 
 HEADER_KEY = "deltaconv"
@@ -39,7 +39,7 @@ class Checkpoint:
     Args:
         architecture: "sd15", "sdxl", ... or a name made of the model's shape (`sites.identify`).
         blocks: site id -> block.
-        base_weights: diffusers parameter name -> tensor, weights of the base model that were published along.
+        base_weights: diffusers parameter name -> tensor, weights of the base model that came with them.
         metadata: teacher, training settings, license, source; all text.
     """
 
@@ -83,7 +83,7 @@ def load_checkpoint(
     scales: Sequence[float] | None = None,
     pooling: str | None = None,
 ) -> Checkpoint:
-    """Reads a checkpoint: this package's own file or folder, or any form of the authors' (`formats.py`).
+    """Reads a checkpoint: this package's own file or folder, or any form of the authors' (`authors_read.py`).
 
     Only safetensors files are ever opened.
 
@@ -102,10 +102,10 @@ def load_checkpoint(
     header, tensors = read_file(path)
     if folder.is_dir():
         _check_config(folder, header)
-    form = Form(gate, None if scales is None else tuple(scales), pooling)
+    hints = SpecHints(gate, None if scales is None else tuple(scales), pooling)
     if HEADER_KEY in header:
-        return _from_own_form(str(path), header[HEADER_KEY], tensors, form)
-    parts = read_published(str(path), header, tensors, form)
+        return _from_own_form(str(path), header[HEADER_KEY], tensors, hints)
+    parts = read_authors(str(path), header, tensors, hints)
     blocks = assemble_blocks(str(path), parts.specs, parts.tensors)
     return Checkpoint(parts.architecture, blocks, parts.base_weights, parts.metadata)
 
@@ -160,10 +160,10 @@ def check_sites(path: str, architecture: str, specs: Mapping[str, BlockSpec]) ->
             )
 
 
-def _from_own_form(path: str, text: str, tensors: Mapping[str, Tensor], form: Form) -> Checkpoint:
+def _from_own_form(path: str, text: str, tensors: Mapping[str, Tensor], hints: SpecHints) -> Checkpoint:
     description = _read_description(path, text)
     architecture = description.get("architecture", "")
-    specs = _read_specs(path, _object(path, description, "specs"), form)
+    specs = _read_specs(path, _object(path, description, "specs"), hints)
     metadata = _object(path, description, "metadata")
     _check_texts(path, "metadata", metadata)
     check_sites(path, architecture, specs)
@@ -207,15 +207,15 @@ def _read_description(path: str, text: str) -> dict[str, Any]:
     return description
 
 
-def _read_specs(path: str, values: Mapping[str, Any], form: Form) -> dict[str, BlockSpec]:
+def _read_specs(path: str, values: Mapping[str, Any], hints: SpecHints) -> dict[str, BlockSpec]:
     specs = {}
-    told = {key: value for key, value in asdict(form).items() if value is not None}
+    told = {key: value for key, value in asdict(hints).items() if value is not None}
     for site in values:
         try:
             stored = BlockSpec.from_dict(_object(path, values, site))
-            if form.scales is not None and len(form.scales) != len(stored.scales):
+            if hints.scales is not None and len(hints.scales) != len(stored.scales):
                 raise DeltaConvError(
-                    f"it has {len(stored.scales)} stages and needs as many scales, got {form.scales}"
+                    f"it has {len(stored.scales)} stages and needs as many scales, got {hints.scales}"
                 )
             specs[site] = replace(stored, **told)
         except CheckpointError:

@@ -21,7 +21,7 @@ from .model_card import model_card
 from .safefile import Pathlike
 
 
-def save_repository(checkpoint: Checkpoint, folder: Pathlike) -> None:
+def save_hub_folder(checkpoint: Checkpoint, folder: Pathlike) -> None:
     """Writes the folder; a kill leaves the whole of it or nothing.
 
     Args:

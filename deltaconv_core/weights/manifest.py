@@ -96,9 +96,8 @@ def _check_relative_file(path: str) -> None:
 
 
 @dataclass(frozen=True)
-class Form:
-    """What the tensors of a file do not tell about its blocks; None: not known, or told by the file
-    itself."""
+class SpecHints:
+    """What the tensors of a file do not show of its blocks' specs; None: not known, or the file says it."""
 
     gate: str | None = None
     scales: tuple[float, ...] | None = None
@@ -107,7 +106,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Record:
-    """One published file. Fields as in `manifest.schema.json`.
+    """One published file. Fields as in `manifest.schema.json`, but "form" is `hints`, "licence" `license`.
 
     Raises:
         ManifestError: a name that is no plain file name, or a hash or size that cannot be one.
@@ -121,8 +120,8 @@ class Record:
     source: HubSource | UrlSource | RepositorySource
     size: int | None
     sha256: str | None
-    form: Form
-    licence: str
+    hints: SpecHints
+    license: str
     citation: str
     note: str = ""
 
@@ -152,17 +151,14 @@ class Record:
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Record:
         """Build a record from an entry that passed the schema."""
-        source, form = entry["source"], entry["form"]
-        return cls(
-            **{
-                **entry,
-                "recommended_for": tuple(entry["recommended_for"]),
-                "source": _source_from_json(source),
-                "form": Form(
-                    form["gate"], tuple(form["scales"]) if form["scales"] else None, form["pooling"]
-                ),
-            }
+        values = dict(entry)
+        hints, license = values.pop("form"), values.pop("licence")
+        values["recommended_for"] = tuple(entry["recommended_for"])
+        values["source"] = _source_from_json(entry["source"])
+        values["hints"] = SpecHints(
+            hints["gate"], tuple(hints["scales"]) if hints["scales"] else None, hints["pooling"]
         )
+        return cls(**values, license=license)
 
 
 def _source_from_json(source: Mapping[str, Any]) -> HubSource | UrlSource | RepositorySource:

@@ -38,7 +38,9 @@ def main() -> None:
     prompt = held_out_prompts(2, seed=0)[0]
     positive = [[teacher.words[token_rows(prompt)].unsqueeze(0), {}]]
     latent = {"samples": torch.zeros(1, 3, FULL, FULL)}
-    seen = look.look(teacher.model, positive, latent, look.Settings(steps=20, looks=4, blocks="all", seed=0))
+    seen = look.look(
+        teacher.model, positive, latent, look.LookSettings(steps=20, looks=4, blocks="all", seed=0)
+    )
     advice = recommend(seen.layers, seen.architecture, args.max_kernel_size)
     args.output.mkdir(parents=True, exist_ok=True)
     save(args.output / "locality.png", seen.layers, advice, f"Self-attention of {seen.architecture}")

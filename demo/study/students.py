@@ -124,5 +124,5 @@ def put_student(model: Any, path: Path, pack: str) -> Any:
     apply = import_module(".nodes.host.patch.apply", pack)
     switch = import_module(".deltaconv_core.sites.sampling_range", pack)
     checkpoint = load_checkpoint(path)
-    settings = apply.Settings(",".join(checkpoint.blocks), switch.SamplingRange(), None)
+    settings = apply.PatchSettings(",".join(checkpoint.blocks), switch.SamplingRange(), None)
     return apply.apply_checkpoint(model, checkpoint, settings)[0]

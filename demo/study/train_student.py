@@ -63,7 +63,7 @@ class Teacher:
             id: whole.get_submodule(site.path.removesuffix("attn1") + "norm2")
             for id, site in self.sites.items()
         }
-        grids = {id: site.grid for id, site in self.sites.items()}
+        grids = {id: site.grid_of for id, site in self.sites.items()}
         self.network = DemoNetwork(whole.diffusion_model, modules, grids, after)
 
     def batches(self, batch_size: int, seed: int) -> Any:

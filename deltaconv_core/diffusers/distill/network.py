@@ -64,14 +64,14 @@ class DiffusersNetwork:
         """Inside, the calls of the attentions carry the grid of their tokens, which they do not see."""
         own = [(attention, _Without(attention.forward)) for attention in self.attentions.values()]
         chosen = {id(attention) for attention in self.attentions.values()}
-        with replaced(own), ExitStack() as stack:
-            for place in self.teacher.sites.places:
-                if not any(site in self.attentions for site in place.sites):
+        with replaced(own), ExitStack() as hooks:
+            for stack in self.teacher.sites.stacks:
+                if not any(site in self.attentions for site in stack.sites):
                     continue
-                tell: Any = TellGrid.of(place.module, place.patch_size)
-                others = [attention for attention in place.attentions() if id(attention) not in chosen]
-                for module, hook in [(place.module, tell), *((other, keep_back) for other in others)]:
-                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                tell: Any = TellGrid.of(stack.module, stack.patch_size)
+                others = [attention for attention in stack.attentions() if id(attention) not in chosen]
+                for module, hook in [(stack.module, tell), *((other, keep_back) for other in others)]:
+                    hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
 
 

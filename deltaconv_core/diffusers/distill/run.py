@@ -18,7 +18,7 @@ from ...distill.optimizer import make_optimizer
 from ...distill.settings import DTYPES
 from ...errors import DeltaConvError
 from ...sites import select
-from ...sites.choose_specs import AUTO, Shape, block_specs
+from ...sites.choose_specs import AUTO, ModelShape, block_specs
 from .accelerated import Processes
 from .batches import Batches
 from .cache import Cache
@@ -180,7 +180,7 @@ def _precision(wanted: str, processes: Processes) -> str:
 
 def _specs(options: Options, teacher: Teacher) -> dict[str, BlockSpec]:
     channels = teacher.sites.channels
-    shape = Shape(teacher.sites.architecture, channels, teacher.levels)
+    shape = ModelShape(teacher.sites.architecture, channels, teacher.levels)
     return block_specs(
         shape, select(options.blocks, channels), _kernel_sizes(options.kernel_sizes), options.form
     )

@@ -19,7 +19,7 @@ from ....deltaconv_core.sites.match import matching_sites
 from ....deltaconv_core.sites.sampling_range import SamplingRange
 from ..model.sites import Sites, find_sites
 from ..model.specs import AUTO, LEAN, block_specs
-from ..patch.patch import add_patch, find_patch, without_patch
+from ..patch.applied import blocks_on, with_blocks, without_blocks
 from .passes import Clock, Given, one_pass, random_input, without_attention
 
 ATTENTION, DELTACONV, NOTHING = "attention", "ΔConv", "nothing"
@@ -28,7 +28,7 @@ MOST_ON_CPU = 2**16
 
 
 @dataclass(frozen=True)
-class Settings:
+class MeasureSettings:
     """What the user chose.
 
     Args:
@@ -64,7 +64,7 @@ class Measured:
     unseen: list[str]
 
 
-def measure(model: Any, checkpoint: Any, settings: Settings) -> Measured:
+def measure(model: Any, checkpoint: Any, settings: MeasureSettings) -> Measured:
     """Passes of the network with random input, by turns; the first of each kind is not counted.
 
     Args:
@@ -75,12 +75,12 @@ def measure(model: Any, checkpoint: Any, settings: Settings) -> Measured:
     Raises:
         DeltaConvError: a MODEL without sites, a checkpoint of another model, or a size that does not fit.
     """
-    bare = without_patch(model)
+    bare = without_blocks(model)
     found = find_sites(bare)
     size = _latent_size(model, settings)
     blocks, origin = _blocks(model, found, checkpoint, settings.form)
     sites = {id: found.sites[id] for id in blocks}
-    patched, _ = add_patch(bare, sites, blocks, SamplingRange())
+    patched, _ = with_blocks(bare, sites, blocks, SamplingRange())
     clocks = {ATTENTION: Clock(), DELTACONV: Clock()}
     models = {
         ATTENTION: clocks[ATTENTION].put_on(bare, sites.values()),
@@ -103,7 +103,7 @@ def measure(model: Any, checkpoint: Any, settings: Settings) -> Measured:
     return Measured(found.architecture, _costs(layers, seconds, settings.batch), passes, origin, unseen)
 
 
-def _latent_size(model: Any, settings: Settings) -> tuple[int, int]:
+def _latent_size(model: Any, settings: MeasureSettings) -> tuple[int, int]:
     ratio = getattr(model.model.latent_format, "spacial_downscale_ratio", LATENT)
     height, width = settings.height // ratio, settings.width // ratio
     if model.load_device.type == "cpu" and height * width > MOST_ON_CPU:
@@ -121,7 +121,7 @@ def _blocks(model: Any, found: Sites, checkpoint: Any, form: str) -> tuple[dict[
         selection = ",".join(both) or "all"
         chosen = matching_sites(found.architecture, found.channels, checkpoint, selection, "MODEL")
         return {id: checkpoint.blocks[id] for id in chosen}, "the connected weights"
-    if patch := find_patch(model):
+    if patch := blocks_on(model):
         return dict(zip(patch.sites, patch.blocks, strict=True)), "the blocks on this MODEL"
     with torch.inference_mode(False):
         specs = block_specs(found, found.sites, AUTO, form)
@@ -129,7 +129,7 @@ def _blocks(model: Any, found: Sites, checkpoint: Any, form: str) -> tuple[dict[
     return blocks, f"untrained {form} blocks, which take the same time as trained ones"
 
 
-def _alternate(models: Mapping[str, Any], given: Given, settings: Settings) -> dict[str, float]:
+def _alternate(models: Mapping[str, Any], given: Given, settings: MeasureSettings) -> dict[str, float]:
     taken: dict[str, list[float]] = {name: [] for name in models}
     bar = comfy.utils.ProgressBar(len(models) * (settings.repeats + 1))
     for turn in range(settings.repeats + 1):

@@ -118,7 +118,7 @@ class Clock:
         self, model: Any, site: Site, patch: Callable[..., torch.Tensor] | None
     ) -> Callable[..., torch.Tensor]:
         def run(x: torch.Tensor, *args: Any, **call: Any) -> torch.Tensor:
-            self.grids[site.id] = site.grid(x, call)
+            self.grids[site.id] = site.grid_of(x, call)
             forward = own_forward(model.model, site.path) if patch is None else patch
             with Span(x.device) as span:
                 y = forward(x, *args, **call)

@@ -49,7 +49,7 @@ class ComfyNetwork:
         self.sampling = model.get_model_object("model_sampling")
         self.flow = isinstance(self.sampling, comfy.model_sampling.CONST)
         self.attentions = {id: comfy.utils.get_attr(self.base, site.path) for id, site in sites.items()}
-        self.grids = {id: site.grid for id, site in sites.items()}
+        self.grids = {id: site.grid_of for id, site in sites.items()}
         self.streams = {id: _stream(self.base, site) for id, site in sites.items()}
         self.options = _sampler_options(model)
         _check(model, sites)

@@ -8,7 +8,7 @@ import folder_paths
 
 from ....deltaconv_core.distill import RunFolder
 from ....deltaconv_core.errors import DeltaConvError
-from ..files.free_path import place
+from ..files.free_path import free_path
 
 NEW = "new run"
 
@@ -33,7 +33,7 @@ def open_run(resume: str, name: str) -> RunFolder:
     if resume != NEW:
         check(resume)
         return RunFolder(runs_folder() / resume)
-    path = place(runs_folder(), name)
+    path = free_path(runs_folder(), name)
     try:
         path.mkdir(parents=True)
     except OSError as error:

@@ -26,9 +26,8 @@ from ....deltaconv_core.weights.checkpoint import Checkpoint
 from ..model.borrow import borrowed
 from ..model.sites import Sites, find_sites
 from ..model.specs import LEAN, block_specs
-from ..patch.apply import Settings as PatchSettings
-from ..patch.apply import apply_checkpoint
-from ..patch.patch import without_patch
+from ..patch.applied import without_blocks
+from ..patch.apply import PatchSettings, apply_checkpoint
 from ..report import Report, show
 from .dataset import Batches, Dataset
 from .network import ComfyNetwork
@@ -77,7 +76,7 @@ class Distillation:
     """
 
     def __init__(self, model: Any, dataset: Dataset, job: Job) -> None:
-        self.model = without_patch(model)
+        self.model = without_blocks(model)
         self.dataset = dataset
         self.job = job
         self.found: Sites = find_sites(self.model)

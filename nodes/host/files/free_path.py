@@ -1,4 +1,4 @@
-"""Places for what users name: inside the folder they belong in, and never one that is taken."""
+"""Paths for what users name: inside the folder they belong in, and never one that is taken."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ....deltaconv_core.errors import DeltaConvError
 FORBIDDEN = set('<>:"|?*\\\0')
 
 
-def place(folder: Path, name: str, ending: str = "") -> Path:
+def free_path(folder: Path, name: str, ending: str = "") -> Path:
     """A free path `<folder>/<name>_00001<ending>`, or the next number.
 
     Args:
         folder: where it is to be.
-        name: may begin with subfolders, parted by "/".
+        name: may begin with subfolders, separated by "/".
         ending: of a file.
 
     Raises:

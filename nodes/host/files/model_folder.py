@@ -15,8 +15,8 @@ import torch
 from ....deltaconv_core.errors import DeltaConvError, ManifestError
 from ....deltaconv_core.weights.checkpoint import Checkpoint, load_checkpoint
 from ....deltaconv_core.weights.fetch import resolve
-from ....deltaconv_core.weights.manifest import Form, Manifest, Record, load_manifest
-from .free_path import place
+from ....deltaconv_core.weights.manifest import Manifest, Record, SpecHints, load_manifest
+from .free_path import free_path
 
 FOLDER = "deltaconv"
 AUTO = "auto"
@@ -61,10 +61,10 @@ def load(name: str) -> Checkpoint:
         DeltaConvError: no such choice, or a file that cannot be fetched or read.
     """
     path, record = _locate(name), _manifest().for_file(name)
-    form = record.form if record else Form()
+    hints = record.hints if record else SpecHints()
     # Nodes run in inference mode, and tensors made there can never take part in training.
     with torch.inference_mode(False):
-        return load_checkpoint(path, gate=form.gate, scales=form.scales, pooling=form.pooling)
+        return load_checkpoint(path, gate=hints.gate, scales=hints.scales, pooling=hints.pooling)
 
 
 def fingerprint(name: str) -> list[Any]:
@@ -72,13 +72,13 @@ def fingerprint(name: str) -> list[Any]:
     return [name, *(_stamp(_present(file)) for file in (choices() if name == AUTO else [name]))]
 
 
-def free_path(name: str) -> Path:
+def path_to_save(name: str) -> Path:
     """Where new weights of this name are to be saved; the folders on the way are made.
 
     Raises:
         DeltaConvError: a name that leads out of the folder, or a folder that cannot be made.
     """
-    path = place(_folders()[0], name, ".safetensors")
+    path = free_path(_folders()[0], name, ".safetensors")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

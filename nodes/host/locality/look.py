@@ -22,8 +22,8 @@ from ..model.attend import Forward, intercepted
 from ..model.joint import JointSite, JointSites, Tokens, find_joint_sites
 from ..model.sampler_call import COMPILED
 from ..model.sites import Site, Sites, find_sites
+from ..patch.applied import without_blocks
 from ..patch.current_call import own_forward
-from ..patch.patch import without_patch
 
 KEY = "deltaconv_look"
 
@@ -38,7 +38,7 @@ GUIDANCE = (
 
 
 @dataclass(frozen=True)
-class Settings:
+class LookSettings:
     """What the user chose.
 
     Args:
@@ -73,7 +73,7 @@ class Look:
     replaceable: bool
 
 
-def look(model: Any, positive: Any, latent: dict[str, Any], settings: Settings) -> Look:
+def look(model: Any, positive: Any, latent: dict[str, Any], settings: LookSettings) -> Look:
     """Samples with the positive conditioning alone and gathers statistics of the self-attention on the way.
 
     Args:
@@ -92,7 +92,9 @@ def look(model: Any, positive: Any, latent: dict[str, Any], settings: Settings) 
     chosen = select(settings.blocks, channels)
     samples = _fitting(clone, latent)
     at = spread(settings.steps, settings.looks)
-    watch = Watch.of({id: channels[id] for id in chosen}, total=settings.steps + len(at) * len(chosen))
+    watch = LocalityWatch.of(
+        {id: channels[id] for id in chosen}, total=settings.steps + len(at) * len(chosen)
+    )
     if found:
         _watch_sites(clone, watch, found, chosen)
     else:
@@ -107,7 +109,7 @@ def look(model: Any, positive: Any, latent: dict[str, Any], settings: Settings) 
 
 def _plain(model: Any) -> Any:
     """A clone without ΔConv, compiled code, which would hide the attention, and additions to guidance."""
-    clone = without_patch(model).clone()
+    clone = without_blocks(model).clone()
     clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILED)
     for key in GUIDANCE:
         clone.model_options.pop(key, None)
@@ -115,7 +117,7 @@ def _plain(model: Any) -> Any:
 
 
 @dataclass
-class Watch:
+class LocalityWatch:
     """The statistics that are being gathered, and what the running call is."""
 
     statistics: dict[str, LayerStatistics]
@@ -124,7 +126,7 @@ class Watch:
     tokens: Tokens | None = None
 
     @classmethod
-    def of(cls, channels: dict[str, int], total: int) -> Watch:
+    def of(cls, channels: dict[str, int], total: int) -> LocalityWatch:
         check = comfy.model_management.throw_exception_if_processing_interrupted
         statistics = {id: LayerStatistics(id, width, check=check) for id, width in channels.items()}
         return cls(statistics, comfy.utils.ProgressBar(total))
@@ -150,7 +152,7 @@ class Watch:
             self.bar.update(1)
 
 
-def _watch_sites(clone: Any, watch: Watch, found: Sites, chosen: tuple[str, ...]) -> None:
+def _watch_sites(clone: Any, watch: LocalityWatch, found: Sites, chosen: tuple[str, ...]) -> None:
     for id in chosen:
         site = found.sites[id]
         clone.add_object_patch(
@@ -158,11 +160,11 @@ def _watch_sites(clone: Any, watch: Watch, found: Sites, chosen: tuple[str, ...]
         )
 
 
-def _watched(watch: Watch, site: Site, forward: Forward) -> Forward:
+def _watched(watch: LocalityWatch, site: Site, forward: Forward) -> Forward:
     def run(x: torch.Tensor, *args: Any, **call: Any) -> torch.Tensor:
         if watch.moment is None:
             return forward(x, *args, **call)
-        grid = site.grid(x, call)
+        grid = site.grid_of(x, call)
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> None:
             watch.see(site.id, q, k, grid, slice(0, q.shape[2]), mask)
@@ -172,7 +174,7 @@ def _watched(watch: Watch, site: Site, forward: Forward) -> Forward:
     return run
 
 
-def _watch_joint(clone: Any, watch: Watch, found: JointSites) -> None:
+def _watch_joint(clone: Any, watch: LocalityWatch, found: JointSites) -> None:
     def wrapper(executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         watch.tokens = found.tokens(x)
         return executor(x, *args, **kwargs)
@@ -183,7 +185,7 @@ def _watch_joint(clone: Any, watch: Watch, found: JointSites) -> None:
         clone.add_object_patch(f"{site.path}.forward", forward)
 
 
-def _watched_joint(watch: Watch, site: JointSite, forward: Forward) -> Forward:
+def _watched_joint(watch: LocalityWatch, site: JointSite, forward: Forward) -> Forward:
     def run(*args: Any, **call: Any) -> Any:
         if watch.moment is None:
             return forward(*args, **call)
@@ -206,7 +208,7 @@ def _fitting(model: Any, latent: dict[str, Any]) -> torch.Tensor:
 
 
 def _sample(
-    clone: Any, positive: Any, samples: torch.Tensor, settings: Settings, turn_to: Callable[[int], None]
+    clone: Any, positive: Any, samples: torch.Tensor, settings: LookSettings, turn_to: Callable[[int], None]
 ) -> None:
     """Euler steps from noise to picture, without guidance: one call of the network each."""
     noise = comfy.sample.prepare_noise(samples, settings.seed)
@@ -227,7 +229,7 @@ def _sample(
     )
 
 
-def _result(watch: Watch, architecture: str, size: tuple[int, int], replaceable: bool) -> Look:
+def _result(watch: LocalityWatch, architecture: str, size: tuple[int, int], replaceable: bool) -> Look:
     layers = [statistics.result() for statistics in watch.statistics.values() if statistics.seen]
     unseen = [id for id, statistics in watch.statistics.items() if not statistics.seen]
     if not layers:

@@ -27,14 +27,14 @@ class Site:
         id: diffusers module path.
         path: attribute path of the attention from ComfyUI's BaseModel.
         channels: C of its tokens.
-        grid: gives (H, W) from the tokens and the keyword arguments of one call.
+        grid_of: gives (H, W) from the tokens and the keyword arguments of one call.
         block: ComfyUI's name of the transformer block for attn1 replace patches; None where it has none.
     """
 
     id: str
     path: str
     channels: int
-    grid: Callable[[torch.Tensor, dict[str, Any]], tuple[int, int]]
+    grid_of: Callable[[torch.Tensor, dict[str, Any]], tuple[int, int]]
     block: tuple[str, int, int] | None = None
 
 
@@ -124,7 +124,7 @@ def _walk(blocks: Any) -> Iterator[tuple[int, int, int, int, torch.nn.Module]]:
 
 
 def _read_pixart(network: PixArtMS, found: Sites) -> None:
-    grid = grids.of_patches(network.patch_size)
+    grid_of = grids.of_patches(network.patch_size)
     for number, block in enumerate(network.blocks):
         id = f"transformer_blocks.{number}.attn1"
-        found.sites[id] = Site(id, f"diffusion_model.blocks.{number}.attn", block.hidden_size, grid)
+        found.sites[id] = Site(id, f"diffusion_model.blocks.{number}.attn", block.hidden_size, grid_of)

@@ -27,6 +27,6 @@ def automatic(found: Sites) -> dict[str, BlockSpec]:
     return choose_specs.automatic(_shape(found))
 
 
-def _shape(found: Sites) -> choose_specs.Shape:
+def _shape(found: Sites) -> choose_specs.ModelShape:
     ups = {int(name.split(".")[1]) for name in found.convolutions if name.startswith("up_blocks")}
-    return choose_specs.Shape(found.architecture, found.channels, max(ups, default=-1) + 1)
+    return choose_specs.ModelShape(found.architecture, found.channels, max(ups, default=-1) + 1)

@@ -13,13 +13,13 @@ from ....deltaconv_core.sites.match import matching_sites
 from ....deltaconv_core.sites.report import Report
 from ....deltaconv_core.sites.sampling_range import SamplingRange
 from ..model.sites import Sites, find_sites
+from .applied import KEY, AppliedBlocks, blocks_on, with_blocks, without_blocks
 from .base_weights import BaseWeights
 from .conflicts import conflicts, warn_when_sampling
-from .patch import KEY, DeltaConvPatch, add_patch, find_patch, without_patch
 
 
 @dataclass(frozen=True)
-class Settings:
+class PatchSettings:
     """What the user chose.
 
     Args:
@@ -33,7 +33,7 @@ class Settings:
     base_strength: float | None
 
 
-def apply_checkpoint(model: Any, checkpoint: Any, settings: Settings) -> tuple[Any, Report]:
+def apply_checkpoint(model: Any, checkpoint: Any, settings: PatchSettings) -> tuple[Any, Report]:
     """Puts ΔConv on a clone of the MODEL, in place of one that may be there already.
 
     Args:
@@ -47,20 +47,20 @@ def apply_checkpoint(model: Any, checkpoint: Any, settings: Settings) -> tuple[A
     found = find_sites(model)
     chosen = matching_sites(found.architecture, found.channels, checkpoint, settings.blocks, "MODEL")
     sites = {id: found.sites[id] for id in chosen}
-    bare = without_patch(model)
+    bare = without_blocks(model)
     warnings = [*report.assumptions(checkpoint), *conflicts(bare, sites)]
-    clone, patch = add_patch(bare, sites, checkpoint.blocks, settings.sampling)
+    clone, patch = with_blocks(bare, sites, checkpoint.blocks, settings.sampling)
     base = _base_weights(clone, patch, found, checkpoint, settings.base_strength)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, warn_when_sampling(sites, warnings))
     lines = [report.of_blocks(found.architecture, len(found.sites), patch.blocks)]
     lines += [*report.of_range(settings.sampling), *base]
-    if find_patch(model) is not None:
+    if blocks_on(model) is not None:
         lines.append("The ΔConv that was on this MODEL before is replaced as a whole.")
     return clone, Report(lines, warnings)
 
 
 def _base_weights(
-    clone: Any, patch: DeltaConvPatch, found: Sites, checkpoint: Any, strength: float | None
+    clone: Any, patch: AppliedBlocks, found: Sites, checkpoint: Any, strength: float | None
 ) -> list[str]:
     count = len(checkpoint.base_weights)
     if not count:

@@ -1,4 +1,4 @@
-"""Weights of the base model that were published with the blocks: the first convolution of every ResNet.
+"""Weights of the base model that came with the blocks: the first convolution of every ResNet.
 
 They become weight patches on the clone, ahead of those that only add something, so that a LoRA acts the same
 before and after ΔConv.
@@ -18,32 +18,32 @@ LEAVE_OUT = "set base_weights to 'leave out' to use the blocks alone"
 
 
 class BaseWeights:
-    """Published weights beside those of the MODEL that they belong to.
+    """Base weights beside those of the MODEL that they belong to.
 
     Args:
         model: ModelPatcher.
         found: its sites and convolutions.
-        published: diffusers parameter name -> tensor.
+        base_weights: diffusers parameter name -> tensor.
 
     Raises:
         DeltaConvError: a name that the model does not have, or another shape.
     """
 
-    def __init__(self, model: Any, found: Sites, published: Mapping[str, Tensor]) -> None:
-        self.published = published
-        self.keys = _host_keys(found, published)
+    def __init__(self, model: Any, found: Sites, base_weights: Mapping[str, Tensor]) -> None:
+        self.base_weights = base_weights
+        self.keys = _host_keys(found, base_weights)
         loaded = _loaded_weights(model, self.keys)
-        check_fit(published, loaded, f"this MODEL ({found.architecture})", LEAVE_OUT)
-        self.difference = difference(published, loaded)
-        """How far the published weights are from the loaded ones."""
+        check_fit(base_weights, loaded, f"this MODEL ({found.architecture})", LEAVE_OUT)
+        self.difference = difference(base_weights, loaded)
+        """How far the base weights are from the loaded ones."""
 
     def add_to(self, clone: Any, strength: float) -> dict[str, Any]:
-        """Patches the weights to loaded * (1 - strength) + published * strength.
+        """Patches the weights to loaded * (1 - strength) + base * strength.
 
         Returns:
             ComfyUI's key -> what was added, for `remove`.
         """
-        values = {key: (self.published[name],) for name, key in self.keys.items()}
+        values = {key: (self.base_weights[name],) for name, key in self.keys.items()}
         clone.add_patches(values, strength, 1.0 - strength)
         for key in values:
             own = clone.patches[key].pop()

@@ -61,8 +61,8 @@ def build_blocks(trained: Mapping[str, Any], dtype: torch.dtype | None) -> dict[
     return {id: shared_copy(block, dtype=dtype, operations=Layers) for id, block in trained.items()}
 
 
-def compute_dtype(model: Any) -> torch.dtype | None:
-    """The dtype that the MODEL computes in; None where it is not an ordinary floating point one."""
+def network_dtype(model: Any) -> torch.dtype | None:
+    """The dtype that the MODEL's network computes in; None where it is not an ordinary floating point one."""
     dtype = model.get_model_object("manual_cast_dtype") or model.model_dtype()
     return dtype if dtype in HALF_OR_MORE else None
 

@@ -20,7 +20,7 @@ class MixerForward:
     block: torch.nn.Module
 
     def __call__(self, x: torch.Tensor, *args: Any, **call: Any) -> torch.Tensor:
-        return self.block(x, grid=self.site.grid(x, call))
+        return self.block(x, grid=self.site.grid_of(x, call))
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +33,6 @@ class RangedForward(MixerForward):
         run = current_call(self.owner, "set start_percent to 0 and end_percent to 1")
         return answer(
             run.choice,
-            mixer=lambda: self.block(x, grid=self.site.grid(x, call)),
+            mixer=lambda: self.block(x, grid=self.site.grid_of(x, call)),
             attention=lambda: run.attention[self.site.path](x, *args, **call),
         )

@@ -30,7 +30,7 @@ class NeighborhoodForward:
     owner: object
 
     def __call__(self, x: torch.Tensor, *args: Any, **call: Any) -> torch.Tensor:
-        grid = self.site.grid(x, call)
+        grid = self.site.grid_of(x, call)
 
         def attend(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None

@@ -25,7 +25,7 @@ def measure(pack, model, checkpoint=None, size=(128, 96), batch=2, repeats=2):
     """What the node's host code returns, run as ComfyUI's executor runs it."""
     host = in_pack(pack, "nodes.host.bench.measure")
     with torch.inference_mode():
-        return host.measure(model, checkpoint, host.Settings(*size, batch, repeats))
+        return host.measure(model, checkpoint, host.MeasureSettings(*size, batch, repeats))
 
 
 def run_node(pack, model, deltaconv=None, size=(128, 96)):

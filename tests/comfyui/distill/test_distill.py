@@ -395,7 +395,7 @@ def test_presets(pack):
         decided = presets.settled(preset, cpu)
         assert decided.precision == "fp32" and decided.optimizer == "adamw"
         assert decided.batch_size * decided.accumulation == 4
-    specs = in_pack(pack, "deltaconv_core.sites").release_specs("sdxl")
+    specs = in_pack(pack, "deltaconv_core.sites").authors_specs("sdxl")
     settings = in_pack(pack, "deltaconv_core.distill").Settings
     weights = sum(spec.num_parameters for spec in specs.values())
     assert presets.training_bytes(specs, settings()) == 20 * weights

@@ -99,7 +99,7 @@ def test_automatic_kernel_sizes(pack):
     kernels, sites = in_pack(pack, "nodes.host.model.specs"), in_pack(pack, "nodes.host.model.sites")
     core = in_pack(pack, "deltaconv_core.sites")
     found = sites.Sites({id: sites.Site(id, "", n, None) for id, n in core.site_channels("sdxl").items()})
-    assert kernels.automatic(found) == core.release_specs("sdxl")
+    assert kernels.automatic(found) == core.authors_specs("sdxl")
     demo = in_pack(pack, "nodes.host.demo.unet").load_demo_model(
         str(in_pack(pack, "demo.files").teacher_file())
     )

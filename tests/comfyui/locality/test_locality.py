@@ -32,7 +32,7 @@ def look(pack, model, size=(16, 12), batch=1, steps=2, looks=2, blocks="all", po
     latent = {"samples": torch.zeros(batch, channels, *size)}
     positive = conditioning(1) if positive is None else positive
     with torch.inference_mode():
-        return host.look(model, positive, latent, host.Settings(steps, looks, blocks, seed=3))
+        return host.look(model, positive, latent, host.LookSettings(steps, looks, blocks, seed=3))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from deltaconv_core.bench import layers as layers_module
 from deltaconv_core.bench import timing
 from deltaconv_core.block.flops import attention_flops, block_flops
 from deltaconv_core.cli import main
-from deltaconv_core.sites import ARCHITECTURES, release_specs
+from deltaconv_core.sites import ARCHITECTURES, authors_specs
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -153,7 +153,7 @@ def test_every_site_is_in_one_layer(architecture):
     for layer in found:
         widths[layer.spec] += layer.sites
         assert layer.spec.dim % layer.heads == 0
-    assert widths == Counter(release_specs(architecture).values())
+    assert widths == Counter(authors_specs(architecture).values())
     assert len(found) == len({layer.stage for layer in found})
 
 

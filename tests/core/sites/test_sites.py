@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deltaconv_core import DeltaConvError
-from deltaconv_core.sites import ARCHITECTURES, identify, release_specs, select, site_channels
+from deltaconv_core.sites import ARCHITECTURES, authors_specs, identify, select, site_channels
 
 SD15 = tuple(site_channels("sd15"))
 
@@ -21,7 +21,7 @@ SD15 = tuple(site_channels("sd15"))
     ],
 )
 def test_tables_have_the_published_size(architecture, count, millions):
-    specs = release_specs(architecture)
+    specs = authors_specs(architecture)
     assert len(specs) == count
     assert {site: spec.dim for site, spec in specs.items()} == site_channels(architecture)
     if millions is not None:
@@ -42,7 +42,7 @@ def test_tables_have_the_published_size(architecture, count, millions):
     ],
 )
 def test_single_sites(architecture, site, channels, kernel_size):
-    spec = release_specs(architecture)[site]
+    spec = authors_specs(architecture)[site]
     assert (spec.dim, spec.kernel_size) == (channels, kernel_size)
     assert spec.gate == ("sigmoid" if architecture == "pixart_sigma" else "simple")
 

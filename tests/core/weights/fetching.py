@@ -12,7 +12,7 @@ import numpy
 from safetensors.numpy import save
 
 from deltaconv_core.weights.fetch import resolve
-from deltaconv_core.weights.manifest import Form, HubSource, Record, RepositorySource, UrlSource
+from deltaconv_core.weights.manifest import HubSource, Record, RepositorySource, SpecHints, UrlSource
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -54,8 +54,8 @@ def record(
         source=source,
         size=len(body) if body is not None else size,
         sha256=sha256(body) if body is not None else digest,
-        form=Form(),
-        licence="MIT",
+        hints=SpecHints(),
+        license="MIT",
         citation="nobody",
     )
 

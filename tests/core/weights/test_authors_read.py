@@ -19,7 +19,7 @@ from deltaconv_core import (
     save_checkpoint,
 )
 from deltaconv_core.cli import main
-from deltaconv_core.sites import ARCHITECTURES, Level, UNet, release_specs
+from deltaconv_core.sites import ARCHITECTURES, Level, UNet, authors_specs
 
 DOWN = "down_blocks.0.attentions.0.transformer_blocks.0"
 MID = "mid_block.attentions.0.transformer_blocks.0"
@@ -214,7 +214,7 @@ TINY = UNet((Level(8, (1,), 5), Level(16, (2,), 3)), Level(16, (1,), 3), (Level(
 
 def test_a_known_architecture_is_named_and_has_all_its_sites(path, monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, "tiny", TINY)
-    specs = release_specs("tiny")
+    specs = authors_specs("tiny")
     twins = {site.removesuffix(".attn1"): Twin(s.dim, s.kernel_size) for site, s in specs.items()}
     checkpoint = load_checkpoint(write(path, twins, release))
     assert checkpoint.architecture == "tiny"

@@ -9,7 +9,7 @@ from test_authors_read import DOWN, MID, RESNET, Twin, assert_same_outputs, conv
 
 from deltaconv_core import BlockSpec, Checkpoint, CheckpointError, DeltaConvBlock, load_checkpoint
 from deltaconv_core.cli import main
-from deltaconv_core.weights.authors_write import save_release
+from deltaconv_core.weights.authors_write import save_authors
 
 
 def checkpoint_of(architecture="unet-8x1-16x1", **changes):
@@ -26,7 +26,7 @@ def checkpoint_of(architecture="unet-8x1-16x1", **changes):
 )
 def test_back_and_forth(tmp_path, form):
     checkpoint = checkpoint_of(**form)
-    save_release(checkpoint, tmp_path / "a.safetensors")
+    save_authors(checkpoint, tmp_path / "a.safetensors")
     again = load_checkpoint(tmp_path / "a.safetensors")
     assert again.architecture == checkpoint.architecture and again.metadata["teacher"] == "a model"
     for site, block in checkpoint.blocks.items():
@@ -42,7 +42,7 @@ def test_keys_and_shapes_are_those_of_the_release(tmp_path):
     extra = {f"{RESNET}.weight": torch.randn(8, 4, 3, 3), f"{RESNET}.bias": torch.randn(8)}
     paths = [str(tmp_path / name) for name in ("theirs.safetensors", "back.safetensors")]
     write(paths[0], twins, release, extra=extra)
-    assert main(["convert", *paths, "--form", "authors"]) == 0
+    assert main(["convert", *paths, "--as", "authors"]) == 0
     files = [safe_open(path, "pt") for path in paths]
     assert set(files[0].keys()) == set(files[1].keys())
     for name in files[0].keys():  # noqa: SIM118
@@ -101,5 +101,5 @@ def test_what_it_cannot_hold(tmp_path, changes, spoil, message):
     if spoil:
         spoil(checkpoint)
     with pytest.raises(CheckpointError, match=message):
-        save_release(checkpoint, tmp_path / "a.safetensors")
+        save_authors(checkpoint, tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []

@@ -320,7 +320,8 @@ KILLS = """
 import itertools, os, resource, signal, sys
 from pathlib import Path
 import torch
-from deltaconv_core import BlockSpec, Checkpoint, DeltaConvBlock, load_checkpoint, safefile, save_checkpoint
+from deltaconv_core import BlockSpec, Checkpoint, DeltaConvBlock, load_checkpoint, save_checkpoint
+from deltaconv_core.weights import safefile
 
 path = Path(sys.argv[1])
 

@@ -11,20 +11,20 @@ from test_checkpoint import assert_same, small_checkpoint
 
 from deltaconv_core import CheckpointError, load_checkpoint, save_checkpoint
 from deltaconv_core.cli import main
-from deltaconv_core.weights.hub_folder import save_repository
+from deltaconv_core.weights.hub_folder import save_hub_folder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
 def folder(tmp_path):
-    save_repository(small_checkpoint(), tmp_path / "weights")
+    save_hub_folder(small_checkpoint(), tmp_path / "weights")
     return tmp_path / "weights"
 
 
 def card_of(checkpoint, folder):
     """(front matter, the rest) of the card."""
-    save_repository(checkpoint, folder)
+    save_hub_folder(checkpoint, folder)
     start, front, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     assert start == ""
     return yaml.safe_load(front), text
@@ -140,13 +140,13 @@ def test_nothing_is_overwritten(folder):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     for target in (folder, folder / "README.md"):
         with pytest.raises(CheckpointError, match="holds something already; name a new or empty folder"):
-            save_repository(small_checkpoint(1), target)
+            save_hub_folder(small_checkpoint(1), target)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_an_empty_folder_will_do(tmp_path):
     (tmp_path / "weights").mkdir()
-    save_repository(small_checkpoint(), tmp_path / "weights")
+    save_hub_folder(small_checkpoint(), tmp_path / "weights")
     assert_same(load_checkpoint(tmp_path / "weights"), small_checkpoint())
 
 
@@ -156,7 +156,7 @@ def test_nothing_is_left_of_what_could_not_be_written(tmp_path, place):
     if place == "weights":
         checkpoint.architecture = "sdxl"
     with pytest.raises(CheckpointError, match=r"cannot write .*missing|sdxl has no such site"):
-        save_repository(checkpoint, tmp_path / place)
+        save_hub_folder(checkpoint, tmp_path / place)
     assert list(tmp_path.iterdir()) == []
 
 

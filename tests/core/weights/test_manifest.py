@@ -67,15 +67,15 @@ def test_the_authors_files_are_listed_with_what_is_known_and_no_more() -> None:
     for name in PUBLISHED:
         record = manifest[name]
         assert record.source == HubSource("7eu7d7/ConvFusion", f"{name}.safetensors")
-        assert (record.size, record.sha256, record.licence) == (None, None, "not stated by the authors")
+        assert (record.size, record.sha256, record.license) == (None, None, "not stated by the authors")
         assert "bc62c86" in record.note
         assert (
             manifest.for_file(record.filename)
             == manifest.for_file(f"some/folder/{name}.safetensors")
             == record
         )
-    assert manifest["ConvFusion-pixart1024-laion"].form.scales is None
-    assert manifest["ConvFusion-sdxl-mjv5"].form == module.Form("simple", (1, 0.5), "average")
+    assert manifest["ConvFusion-pixart1024-laion"].hints.scales is None
+    assert manifest["ConvFusion-sdxl-mjv5"].hints == module.SpecHints("simple", (1, 0.5), "average")
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,15 @@ from comfy.patcher_extension import WrappersMP
 from ....deltaconv_core.sites.sampling_range import SamplingRange
 from ..model.sites import Site
 from . import base_weights
-from .blocks import build_blocks, compute_dtype, own_patcher
+from .blocks import build_blocks, network_dtype, own_patcher
 from .current_call import watch_calls
 from .forwards import MixerForward, RangedForward
 
 KEY = "deltaconv"
 
 
-class DeltaConvPatch:
-    """Travels with the MODEL among its patches, so that ComfyUI loads the blocks whenever it loads the MODEL.
+class AppliedBlocks:
+    """What ΔConv put on a MODEL; travels among its patches, so ComfyUI loads the blocks whenever the MODEL.
 
     Args:
         patcher: ModelPatcher of the blocks.
@@ -37,10 +37,10 @@ class DeltaConvPatch:
     def models(self) -> list[Any]:
         return [self.patcher]
 
-    def to(self, device_or_dtype: Any) -> DeltaConvPatch:
+    def to(self, device_or_dtype: Any) -> AppliedBlocks:
         return self
 
-    def __deepcopy__(self, memo: dict) -> DeltaConvPatch:
+    def __deepcopy__(self, memo: dict) -> AppliedBlocks:
         # Up to ComfyUI 0.12, cloning a MODEL deep-copies its options; that would load the blocks once per
         # clone.
         return self
@@ -50,20 +50,20 @@ class DeltaConvPatch:
         return self.patcher.model.blocks
 
 
-def add_patch(
+def with_blocks(
     model: Any, sites: Mapping[str, Site], trained: Mapping[str, Any], sampling: SamplingRange
-) -> tuple[Any, DeltaConvPatch]:
+) -> tuple[Any, AppliedBlocks]:
     """A clone of the MODEL in which the blocks stand at the sites, and the patch that is on it.
 
     Args:
-        model: ModelPatcher without ΔConv (see `without_patch`).
+        model: ModelPatcher without ΔConv (see `without_blocks`).
         sites: the sites to replace, by id.
         trained: site id -> trained DeltaConvBlock, at least for these sites.
         sampling: the part of the sampling in which they run.
     """
     clone = model.clone()
-    blocks = build_blocks({id: trained[id] for id in sites}, compute_dtype(model))
-    patch = DeltaConvPatch(own_patcher(blocks, model), sites)
+    blocks = build_blocks({id: trained[id] for id in sites}, network_dtype(model))
+    patch = AppliedBlocks(own_patcher(blocks, model), sites)
     clone.set_model_patch(patch, KEY)
     for id, site in sites.items():
         key = f"{site.path}.forward"
@@ -78,15 +78,15 @@ def add_patch(
     return clone, patch
 
 
-def find_patch(model: Any) -> DeltaConvPatch | None:
+def blocks_on(model: Any) -> AppliedBlocks | None:
     """The ΔConv on this MODEL, if any."""
     patches = model.model_options["transformer_options"].get("patches", {}).get(KEY, [])
     return patches[-1] if patches else None
 
 
-def without_patch(model: Any) -> Any:
+def without_blocks(model: Any) -> Any:
     """A clone of the MODEL without ΔConv; the MODEL itself where it has none."""
-    patch = find_patch(model)
+    patch = blocks_on(model)
     if patch is None:
         return model
     clone = model.clone()
