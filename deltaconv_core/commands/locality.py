@@ -14,6 +14,7 @@ from ..errors import DeltaConvError
 from ..locality import check_limit, recommend
 from ..locality.recommend import LARGEST
 from ..locality.sampled_steps import spread
+from .output import check_folder
 
 HELP = "show how local a diffusers model's self-attention is"
 
@@ -59,14 +60,15 @@ def run(options: argparse.Namespace) -> int:
 
     check_matplotlib()
     dtype = DTYPES[options.dtype or ("float32" if device.type == "cpu" else "float16")]
+    check_folder(options.output, "--output")
     pipeline = _load(options.model, device, dtype, options.variant)
-    _make(options.output)
     picture = Picture(
         options.prompt, options.width, options.height, options.steps, options.looks, options.seed
     )
     architecture, layers = look(pipeline, picture, options.blocks)
     advice = recommend(layers, architecture, options.max_kernel_size)
     title = f"Self-attention of {architecture}: {printable(options.model.resolve().name)}"
+    options.output.mkdir(parents=True, exist_ok=True)
     write_csv(layers, advice, options.output)
     (options.output / "recommendation.json").write_text(advice.to_json(), encoding="utf-8")
     save(options.output / "locality.png", layers, advice, title)
@@ -75,29 +77,15 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DeltaConvError(f"--output: cannot write to {folder}: {error}") from error
-
-
 def _load(folder: Path, device: torch.device, dtype: torch.dtype, variant: str | None) -> Any:
-    if not (folder / "model_index.json").is_file():
-        raise DeltaConvError(
-            f"expected the folder of a diffusers pipeline, with a model_index.json; there is none in {folder}"
-        )
     try:
-        from diffusers import DiffusionPipeline
+        import diffusers  # noqa: F401
     except ImportError:
         raise DeltaConvError(
             "this needs the diffusers library: pip install '.[diffusers]' in the folder of ComfyUI-DeltaConv"
         ) from None
-    pipelines: Any = DiffusionPipeline
-    # float32 is what diffusers loads unasked; newer versions warn of this name, older ones know no other.
-    options: dict[str, Any] = {} if dtype == torch.float32 else {"torch_dtype": dtype}
-    options |= {"variant": variant} if variant else {}
-    try:
-        return pipelines.from_pretrained(folder, local_files_only=True, **options).to(device)
-    except (OSError, ValueError, AttributeError, ImportError, torch.cuda.OutOfMemoryError) as error:
-        raise DeltaConvError(f"diffusers cannot load {folder}: {error}") from error
+    from ..diffusers.pipeline_folder import load_pipeline, loading, read_index
+
+    read_index(folder)
+    with loading(folder):
+        return load_pipeline(folder, dtype, variant).to(device)

@@ -107,16 +107,24 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
 }
 
 
+def check_ending(file: Path) -> None:
+    """diffusers goes by the ending, and would open pickles.
+
+    Raises:
+        DeltaConvError: another one.
+    """
+    if file.suffix != ".safetensors":
+        raise DeltaConvError(
+            f"{file} does not end with .safetensors; only such files are opened, as others can run code"
+        )
+
+
 def width_of(file: Path) -> int:
     """Width of the text embedding that a Stable Diffusion file was made for, which tells its family.
 
     Raises:
         DeltaConvError: another file.
     """
-    if file.suffix != ".safetensors":
-        raise DeltaConvError(
-            f"{file} does not end with .safetensors; only such files are opened, as others can run code"
-        )
     try:
         with safe_open(file, framework="pt") as opened:
             width = int(opened.get_slice(CONTEXT).get_shape()[-1])

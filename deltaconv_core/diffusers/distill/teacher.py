@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import DeltaConvError
+from ..pipeline_folder import ONLY_SAFETENSORS, dtype_argument, load_pipeline, loading, read_index
 from ..sites import Sites, find_sites, network_of
 from . import single_file
 from .families import Kind, kind_of
 from .options import Options
 
-INDEX = "model_index.json"
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 
@@ -86,7 +86,7 @@ def load_teacher(options: Options, dtype: torch.dtype) -> Teacher:
         DeltaConvError: a model that cannot be loaded, or not be learned from.
     """
     _check_libraries()
-    pipeline = _from_folder(options, dtype) if options.model.is_dir() else _from_file(options, dtype)
+    pipeline = (_from_folder if os.path.isdir(options.model) else _from_file)(options, dtype)
     pipeline.set_progress_bar_config(disable=True)
     network: Any = network_of(pipeline)
     if getattr(pipeline, "vae", None) is None or pipeline.vae.config.get("latents_mean") is not None:
@@ -134,40 +134,26 @@ def _check_libraries() -> None:
         quiet.disable_progress_bar()
 
 
-def _dtype(dtype: torch.dtype) -> dict[str, Any]:
-    """float32 is what diffusers loads unasked; newer versions warn of this name, older know no other."""
-    return {} if dtype == torch.float32 else {"torch_dtype": dtype}
-
-
 def _from_folder(options: Options, dtype: torch.dtype) -> Any:
-    index = options.model / INDEX
-    if not index.is_file():
-        raise DeltaConvError(
-            f"expected model to be the folder of a diffusers pipeline, with a {INDEX}, or a .safetensors "
-            f"file; there is no {index}"
-        )
+    leave_out = _left_out(read_index(options.model))
     import diffusers
 
     classes: Any = diffusers
-    common: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
-    try:
-        parts = json.loads(index.read_text(encoding="utf-8"))
-        leave_out = _left_out(parts)
-        common |= {"variant": options.variant} if options.variant else {}
-        vae = classes.AutoencoderKL.from_pretrained(options.model, subfolder="vae", **common)
-        return classes.DiffusionPipeline.from_pretrained(
-            options.model, vae=vae, **_dtype(dtype), **leave_out, **common
+    variant = {"variant": options.variant} if options.variant else {}
+    with loading(options.model):
+        vae = classes.AutoencoderKL.from_pretrained(
+            options.model, subfolder="vae", **ONLY_SAFETENSORS, **variant
         )
-    except Exception as error:  # diffusers raises many kinds
-        raise DeltaConvError(f"diffusers cannot load {options.model}: {error}") from error
+        return load_pipeline(options.model, dtype, options.variant, vae=vae, **leave_out)
 
 
 def _from_file(options: Options, dtype: torch.dtype) -> Any:
-    if not options.model.is_file():
+    if not os.path.isfile(options.model):
         raise DeltaConvError(
             f"expected model to be the folder of a diffusers pipeline or a .safetensors file; there is no "
             f"{options.model}"
         )
+    single_file.check_ending(options.model)
     if options.model_config is not None:
         return _out_of_one_file(options, options.model_config, dtype, {})
     width = single_file.width_of(options.model)
@@ -191,19 +177,15 @@ def _left_out(parts: dict[str, Any]) -> dict[str, Any]:
 def _out_of_one_file(options: Options, folder: Path, dtype: torch.dtype, given: dict[str, Any]) -> Any:
     import diffusers
 
-    try:
-        parts = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    parts = read_index(folder)
+    with loading(options.model, f" with the configuration in {folder}"):
         kind: Any = getattr(diffusers, parts["_class_name"])
         leave_out = _left_out(parts)
         common = {"config": str(folder), "local_files_only": True}
         vae = diffusers.AutoencoderKL.from_single_file(str(options.model), subfolder="vae", **common)
         return kind.from_single_file(
-            str(options.model), vae=vae, **_dtype(dtype), **given, **leave_out, **common
+            str(options.model), vae=vae, **dtype_argument(dtype), **given, **leave_out, **common
         )
-    except Exception as error:  # diffusers raises many kinds
-        raise DeltaConvError(
-            f"diffusers cannot load {options.model} with the configuration in {folder}: {error}"
-        ) from error
 
 
 def _noise(scheduler: Any, stated: str | None) -> tuple[Tensor, str]:
