@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from .errors import DeltaConvError
+from .errors import LONGEST, DeltaConvError
+from .util.text import shortened
 
 COMMANDS = ("fetch", "inspect", "convert", "locality", "bench", "distill")
 
@@ -28,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
-    except DeltaConvError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+    except (DeltaConvError, OSError) as error:
+        print(f"error: {printable(shortened(str(error), LONGEST))}", file=sys.stderr)
         return 2
 
 

@@ -17,6 +17,7 @@ from ..errors import DeltaConvError
 from ..sites import ARCHITECTURES, authors_specs
 from ..sites.choose_specs import AUTHORS, FORMS, LEAN
 from ..weights.checkpoint import load_checkpoint
+from .output import check_file
 
 HELP = "measure what self-attention and ΔConv cost on this machine"
 
@@ -60,12 +61,14 @@ def run(options: argparse.Namespace) -> int:
     for name in ("batch", "repeats"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise DeltaConvError(f"expected --{name} to be at least 1, got {value}")
+    if options.json is not None:
+        check_file(options.json, "--json")
     architecture, specs = _model(options)
     layers = bench.layers_of(architecture, bench.latent_of(size), specs)
     print(printable(_title(architecture, size, options.batch, dtype, device)), flush=True)
     costs = list(bench.measure_stages(layers, options.batch, device, dtype, repeats))
     print(f"\n{bench.stage_table(costs)}\n\n{LEGEND}")
-    if options.json:
+    if options.json is not None:
         figures = {
             **bench.describe(device),
             "dtype": str(dtype).removeprefix("torch."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from fractions import Fraction
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ from ..block.spec import GATES, POOLINGS
 from ..errors import DeltaConvError
 from ..weights.authors_write import save_authors
 from ..weights.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from ..weights.hub_folder import save_hub_folder
+from ..weights.hub_folder import check_new, save_hub_folder
+from .output import check_file, check_folder
 
+TOLD_BY_BLOCKS = ("architecture", "format", "specs", "deltaconv", "gate", "scales", "pooling")
 HELP = "read a checkpoint of any known form and write it in another"
 WRITERS = {"deltaconv": save_checkpoint, "diffusers": save_hub_folder, "authors": save_authors}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -22,7 +25,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds both files, and what the input may not tell about its blocks."""
     parser.add_argument("input", metavar="IN", help="a .safetensors checkpoint, or a folder with one")
-    parser.add_argument("output", metavar="OUT", help="the file or folder to write")
+    parser.add_argument("output", metavar="OUT", type=Path, help="the file or folder to write")
     parser.add_argument(
         "--as",
         "--form",  # its earlier name
@@ -55,15 +58,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Reads, casts, writes."""
+    _check_output(options.output, options.kind)
     checkpoint = load_checkpoint(
         options.input, gate=options.gate, scales=options.scales, pooling=options.pooling
     )
     if options.dtype is not None:
         _cast(checkpoint, DTYPES[options.dtype])
+    _check_metadata(options.metadata, checkpoint)
     checkpoint.metadata |= dict(options.metadata)
     WRITERS[options.kind](checkpoint, options.output)
     print(f"wrote {len(checkpoint.blocks)} blocks of {checkpoint.architecture} to {options.output}")
     return 0
+
+
+def _check_output(output: Path, kind: str) -> None:
+    """Refuses what cannot be written, before anything is read."""
+    if WRITERS[kind] is save_hub_folder:
+        check_new(output)
+        check_folder(output, "OUT")
+        return
+    if output.suffix != ".safetensors":
+        raise DeltaConvError(
+            f"expected OUT to end with .safetensors, which is what is written, got {output}; other programs "
+            "go by the ending"
+        )
+    check_file(output, "OUT")
+
+
+def _check_metadata(texts: list[tuple[str, str]], checkpoint: Checkpoint) -> None:
+    """Refuses texts that say something else than the blocks themselves do."""
+    for name, text in texts:
+        if name in TOLD_BY_BLOCKS and not (name == "architecture" and text == checkpoint.architecture):
+            raise DeltaConvError(
+                f"--metadata {name}={text} would contradict the blocks, which are of "
+                f"{checkpoint.architecture}: {name} follows from them"
+                + (f"; to change it, use --{name}" if name in ("gate", "scales", "pooling") else "")
+            )
 
 
 def _cast(checkpoint: Checkpoint, dtype: torch.dtype) -> None:

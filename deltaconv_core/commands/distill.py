@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from ..diffusers.distill.arguments import add_options, read_options
+from .output import check_folder
 
 HELP = "train ΔConv blocks to stand in for a model's self-attention"
 
@@ -24,6 +25,9 @@ def run(options: argparse.Namespace) -> int:
     given = dict(vars(options))
     del given["run"]
     read = read_options(given, given.pop("config"))
+    check_folder(read.output, "--output")
+    if read.cache is not None:
+        check_folder(read.cache, "--cache")
     from ..diffusers.distill.run import train  # what it needs is optional
 
     try:

@@ -33,8 +33,7 @@ def save_hub_folder(checkpoint: Checkpoint, folder: Pathlike) -> None:
             `load_checkpoint` would refuse.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise CheckpointError(f"{folder} holds something already; name a new or empty folder")
+    check_new(folder)
     part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     config = {"_class_name": CLASS_NAME} | describe(checkpoint)
     try:
@@ -52,3 +51,13 @@ def save_hub_folder(checkpoint: Checkpoint, folder: Pathlike) -> None:
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def check_new(folder: Path) -> None:
+    """Refuses a folder with something in it.
+
+    Raises:
+        CheckpointError: that one, or a file.
+    """
+    if os.path.lexists(folder) and not (os.path.isdir(folder) and not any(folder.iterdir())):
+        raise CheckpointError(f"{folder} holds something already; name a new or empty folder")
