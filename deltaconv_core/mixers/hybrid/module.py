@@ -17,11 +17,8 @@ from torch.nn import functional as F
 from ...block import ops
 from ...errors import DeltaConvError
 from .cells import Cells, Grid, key_weights
-from .nystrom import corrected
+from .landmarks import global_part, own_share
 from .spec import HybridSpec
-from .windowed import windowed_attention
-
-CHUNK = 4096  # queries whose scores exist at a time where they are formed one by one
 
 
 class HybridMixer(nn.Module):
@@ -96,37 +93,22 @@ class HybridMixer(nn.Module):
             return y
         near = self._near(v, grid, weights)
         if spec.gate:
-            near = near * _own_share(q, cells.means(k), cells)
+            near = near * own_share(q, k, cells)
         return y + near
 
     def _far(self, q: Tensor, k: Tensor, v: Tensor, cells: Cells, mean: Tensor | None) -> Tensor:
-        """The global part and the mean, which a softmax hands on whole: its weights sum to 1."""
-        spec = self.spec
+        """The global part and the mean."""
         gain = self._gain(self.gain, v)
-        if cells.are_tokens or spec.window:
-            if cells.are_tokens:
-                bias = None if cells.weights is None else cells.weights.log().to(q.dtype)[:, None, None]
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-            else:
-                y = windowed_attention(q, k, v, cells, spec.window)
-            y = y * gain.to(y.dtype)
+        if cells.are_tokens or self.spec.window:
+            y = global_part(self.spec, q, k, v, cells) * gain.to(v.dtype)
             return y if mean is None else y + mean.to(y.dtype)
-        keys = cells.means(k)
-        bias = cells.bias()
-        if spec.nystrom == "none":
-            values = cells.means(v)
-        else:
-            queries = cells.means(q)
-            scores = queries @ keys.mT / spec.head_dim**0.5
-            among = (scores if bias is None else scores + bias).softmax(dim=-1)
-            own = None if cells.weights is None else cells.weights.log().to(q.dtype)[:, None, None]
-            to_all = F.scaled_dot_product_attention(queries.to(q.dtype), k, v, attn_mask=own)
-            values = corrected(among, to_all.to(among.dtype), spec.nystrom)
-        values = values * gain.to(values.dtype)
-        if mean is not None:
-            values = values + mean.to(values.dtype)
-        bias = None if bias is None else bias.to(q.dtype)
-        return F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), attn_mask=bias)
+
+        def change(values: Tensor) -> Tensor:
+            """Cheaper on the landmarks, and the same: what a softmax weighs sums to the mean's 1."""
+            values = values * gain.to(values.dtype)
+            return values if mean is None else values + mean.to(values.dtype)
+
+        return global_part(self.spec, q, k, v, cells, change)
 
     def _near(self, v: Tensor, grid: Grid, weights: Tensor | None) -> Tensor:
         """The local part: depth-wise convolutions of the values."""
@@ -183,15 +165,3 @@ class HybridMixer(nn.Module):
     def extra_repr(self) -> str:
         """The spec, for printing."""
         return str(self.spec)
-
-
-def _own_share(q: Tensor, keys: Tensor, cells: Cells) -> Tensor:
-    """(B, heads, N, 1): the share that the softmax over landmarks gives to each query's own cell."""
-    bias, own = cells.bias(), cells.own()
-    parts = []
-    for start in range(0, q.shape[2], CHUNK):
-        some = slice(start, start + CHUNK)
-        scores = q[:, :, some] @ keys.to(q.dtype).mT / q.shape[3] ** 0.5
-        shares = (scores if bias is None else scores + bias.to(scores.dtype)).softmax(dim=-1)
-        parts.append(shares.gather(3, own[some, None].expand(*shares.shape[:2], -1, 1)))
-    return torch.cat(parts, dim=2)

@@ -1,0 +1,351 @@
+"""Fitting hybrid mixers to a model's own attention: one pass while it samples, and no gradient step.
+
+A hybrid mixer is linear in its parameters (`mixers.hybrid.features`), so the best ones follow from sums over
+queries: the Gram matrix of the features and their products with what attention answers. The sums are taken
+for some queries of each call, drawn by the seed, and forgotten with the call. There are two sets of them, of
+the pictures that parameters are solved from and of those held out, whose error follows from the sums as well.
+So memory does not grow with the pictures: it is that of the sums, known before the first call (`sums_bytes`),
+and of one call's features (CHUNK).
+
+What is solved for is the change from the mixer as it starts, with a ridge of `Settings.ridge` times the mean
+of the Gram matrix's diagonal: with few pictures a mixer stays near its start.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import CheckpointError, DeltaConvError
+from ..mixers.hybrid import HybridMixer, HybridSpec
+from ..mixers.hybrid.features import count, features, unpack
+from ..weights.safefile import Pathlike, read_file, write_file
+from .order import generator
+
+See = Callable[[str, Tensor, Tensor, Tensor, tuple[int, int], Tensor | None], None]
+"""Is told (site id, q, k, v (B, heads, N, d), grid, mask of the keys (B, N) or None) of a call."""
+
+CHUNK = 2**26  # bytes of features that exist at a time
+HEADER_KEY = "deltaconv_hybrid_fit"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How hybrid mixers are fitted.
+
+    Args:
+        rows: queries looked at in each call of an attention, drawn without repetition.
+        ridge: times the mean of the Gram matrix's diagonal.
+        held_out: every so many-th picture is held out; its error is the one reported.
+        seed: of the queries that are drawn.
+        memory: bytes that the sums may take.
+
+    Raises:
+        DeltaConvError: a value that makes no sense.
+    """
+
+    rows: int = 256
+    ridge: float = 1e-2
+    held_out: int = 4
+    seed: int = 0
+    memory: int = 2**30
+
+    def __post_init__(self) -> None:
+        for name, least in (("rows", 1), ("ridge", 0), ("held_out", 2), ("memory", 1)):
+            if not getattr(self, name) >= least:
+                raise DeltaConvError(
+                    f"expected {name} of a fit to be at least {least}, got {getattr(self, name)!r}"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """One mixer fitted to one attention.
+
+    Args:
+        mixer: with its parameters, float32.
+        error: relative error on the held-out pictures: |mixer - attention| / |attention| before the last
+            projection, in the 2-norm over all queries, heads and channels.
+        start_error: the same of the mixer as it starts.
+    """
+
+    mixer: HybridMixer
+    error: float
+    start_error: float
+
+
+class _Sums:
+    """The sums over one set of queries.
+
+    Attributes:
+        gram: (heads or channels, F, F).
+        products: (heads or channels, F) of the features with what the start leaves of attention's answer.
+        rest: (heads or channels,) squares of what the start leaves.
+        answers: (heads or channels,) squares of attention's answer.
+    """
+
+    def __init__(self, spec: HybridSpec, device: torch.device) -> None:
+        size, shared = count(spec), spec.shared
+        self.gram, self.products, self.rest, self.answers = (
+            torch.zeros(shape, dtype=torch.float64, device=device)
+            for shape in ((shared, size, size), (shared, size), (shared,), (shared,))
+        )
+
+    def add(self, x: Tensor, rest: Tensor, answers: Tensor) -> None:
+        """Features (heads or channels, n, F), and (heads or channels, n) twice."""
+        self.gram += x.mT @ x
+        self.products += (x.mT @ rest[..., None])[..., 0]
+        self.rest += rest.square().sum(dim=1)
+        self.answers += answers.square().sum(dim=1)
+
+    def error(self, change: Tensor) -> float:
+        """The relative error of the start plus a change (heads or channels, F) of its parameters."""
+        bent = (self.gram @ change[..., None])[..., 0]
+        squares = self.rest.sum() - 2 * (change * self.products).sum() + (change * bent).sum()
+        return float((squares.clamp(min=0) / self.answers.sum()).sqrt())
+
+    def solve(self, ridge: float) -> Tensor:
+        """(heads or channels, F): the change from the start."""
+        size = self.gram.shape[-1]
+        scale = self.gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+        eye = torch.eye(size, dtype=self.gram.dtype, device=self.gram.device)
+        # Where nothing was seen, nothing is changed.
+        added = torch.where(scale > 0, ridge * scale, 1)[:, None, None] * eye
+        factor = torch.linalg.cholesky(self.gram + added)
+        return torch.cholesky_solve(self.products[..., None], factor)[..., 0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ("gram", "products", "rest", "answers")}
+
+    def to(self, device: torch.device) -> None:
+        """Moves the sums, which may have come from a file."""
+        for name, tensor in self.tensors().items():
+            setattr(self, name, tensor.to(device))
+
+
+def sums_bytes(specs: Sequence[HybridSpec]) -> int:
+    """What the sums for these mixers take, whatever the size and number of the pictures."""
+    return sum(2 * 8 * spec.shared * (count(spec) ** 2 + count(spec) + 2) for spec in specs)
+
+
+class HybridFit:
+    """Fits any number of candidate mixers to each attention of a model that samples pictures.
+
+    Call `picture` before each picture and `see` for each call of an attention; then `fitted`.
+
+    Args:
+        candidates: site id -> specs of the mixers to fit there.
+        settings: how.
+
+    Raises:
+        DeltaConvError: the sums would take more memory than the settings allow.
+    """
+
+    def __init__(
+        self, candidates: Mapping[str, Sequence[HybridSpec]], settings: Settings | None = None
+    ) -> None:
+        self.candidates = {site: tuple(specs) for site, specs in candidates.items()}
+        self.settings = settings or Settings()
+        needed = sums_bytes([spec for specs in self.candidates.values() for spec in specs])
+        if needed > self.settings.memory:
+            raise DeltaConvError(
+                f"fitting these mixers takes {needed / 2**20:,.0f} MiB for sums, and "
+                f"{self.settings.memory / 2**20:,.0f} MiB are allowed; share kernels by "
+                "head, choose smaller kernels, or fit fewer candidates"
+            )
+        self.number = -1
+        self.grids: dict[str, tuple[int, int]] = {}
+        """Site id -> (H, W) of its tokens in the last call."""
+        self._calls: Counter[str] = Counter()
+        self._sums: dict[str, list[tuple[_Sums, _Sums]]] = {}
+
+    @property
+    def pictures(self) -> int:
+        """How many there were so far."""
+        return self.number + 1
+
+    def picture(self, number: int) -> None:
+        """The picture that comes next; they are numbered from 0."""
+        self.number = number
+        self._calls.clear()
+
+    @torch.no_grad()
+    def see(
+        self,
+        site: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: tuple[int, int],
+        mask: Tensor | None = None,
+    ) -> None:
+        """One call of an attention: its queries, keys and values (B, heads, H * W, d), as it uses them.
+
+        Args:
+            mask: (B, H * W) of the keys, as `HybridMixer` takes it.
+        """
+        if site not in self.candidates:
+            return
+        call = self._calls[site]
+        self._calls[site] += 1
+        self.grids[site] = grid
+        random = generator(self.settings.seed, f"{site} {call}", self.number)
+        rows = torch.randperm(q.shape[2], generator=random)[: self.settings.rows].to(q.device)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        added = mask
+        if mask is not None:
+            added = (mask if mask.dtype == torch.bool else mask.to(dtype))[:, None, None]
+        answers = F.scaled_dot_product_attention(q[:, :, rows], k, v, attn_mask=added)
+        held_out = self.number % self.settings.held_out == self.settings.held_out - 1
+        for spec, both in zip(self.candidates[site], self._of(site, q.device), strict=True):
+            step = max(1, CHUNK // (8 * len(q) * spec.inner * count(spec)))
+            for start in range(0, len(rows), step):
+                some = slice(start, start + step)
+                x = features(spec, q, k, v, grid, mask, rows[some])
+                _add(both[held_out], spec, x, answers[:, :, some])
+
+    def fitted(self) -> dict[str, list[Fitted]]:
+        """Site id -> a mixer for each of its candidates. Sites that were never called are left out.
+
+        Raises:
+            DeltaConvError: there were pictures of one kind only, those to solve from or those held out.
+        """
+        least = self.settings.held_out
+        if self.pictures < least:
+            raise DeltaConvError(
+                f"expected at least {least} pictures, of which one in {least} is held out to measure the "
+                f"error, got {self.pictures}"
+            )
+        found: dict[str, list[Fitted]] = {}
+        for site, sums in self._sums.items():
+            found[site] = []
+            for spec, (own, others) in zip(self.candidates[site], sums, strict=True):
+                change = own.solve(self.settings.ridge)
+                start = torch.zeros_like(change)
+                start[:, -1] = bool(spec.landmarks)
+                mixer = unpack(spec, (start + change).cpu())
+                errors = (others.error(change), others.error(torch.zeros_like(change)))
+                found[site].append(Fitted(mixer, *errors))
+        return found
+
+    def save(self, path: Pathlike) -> None:
+        """Writes the sums, so that `restore` goes on after the last picture.
+
+        Raises:
+            CheckpointError: the place cannot be written, or a sum is not finite.
+        """
+        tensors = {
+            f"{site}/{number}/{which}/{name}": tensor
+            for site, sums in self._sums.items()
+            for number, both in enumerate(sums)
+            for which, one in enumerate(both)
+            for name, tensor in one.tensors().items()
+        }
+        write_file(path, tensors, {HEADER_KEY: json.dumps(self._described() | {"picture": self.number})})
+
+    def restore(self, path: Pathlike) -> None:
+        """Takes over saved sums; the next picture is number `pictures`.
+
+        Raises:
+            CheckpointError: no such file, or another kind of file.
+            DeltaConvError: the sums are of other candidates or settings.
+        """
+        header, tensors = read_file(path)
+        try:
+            saved = json.loads(header[HEADER_KEY])
+            number, grids = saved.pop("picture"), saved.pop("grids")
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{path} is not the state of a fit ({error})") from error
+        own = json.loads(json.dumps(self._described()))
+        del own["grids"]
+        other = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
+        if other:
+            raise DeltaConvError(
+                f"the fit in {path} was started with other {', '.join(other)}; continue it with the same, or "
+                "choose another place"
+            )
+        self.number = number
+        self.grids = {site: (grid[0], grid[1]) for site, grid in grids.items()}
+        for name, tensor in tensors.items():
+            site, candidate, which, part = name.split("/")
+            getattr(self._of(site, tensor.device)[int(candidate)][int(which)], part).copy_(tensor)
+
+    def _described(self) -> dict[str, object]:
+        return {
+            "format": FORMAT,
+            "settings": {name: v for name, v in asdict(self.settings).items() if name != "memory"},
+            "candidates": {s: [spec.to_dict() for spec in specs] for s, specs in self.candidates.items()},
+            "grids": self.grids,
+        }
+
+    def _of(self, site: str, device: torch.device) -> list[tuple[_Sums, _Sums]]:
+        """The sums of a site: for each candidate those to solve from and those held out."""
+        # Apple's GPUs have no float64.
+        place = torch.device("cpu") if device.type == "mps" else device
+        if site not in self._sums:
+            self._sums[site] = [(_Sums(spec, place), _Sums(spec, place)) for spec in self.candidates[site]]
+        for sums in self._sums[site]:
+            for one in sums:
+                one.to(place)
+        return self._sums[site]
+
+
+def fit_hybrids(
+    fit: HybridFit,
+    watched: Callable[[See], AbstractContextManager[None]],
+    sample: Callable[[int], None],
+    pictures: int,
+    state: Path | None = None,
+    on_picture: Callable[[int], None] | None = None,
+) -> dict[str, list[Fitted]]:
+    """Samples calibration pictures and fits the mixers to what the attentions do meanwhile.
+
+    Whatever stops it, an exception of `sample` or `on_picture` (a user's cancel) included, the sums of the
+    last whole picture are in the state; a fit that finds one continues after it, with the same result.
+
+    Args:
+        fit: what to fit.
+        watched: inside, every call of the model's attention is told to the function that it is given.
+        sample: has the model sample the picture of a number, always the same one.
+        pictures: how many.
+        state: file that the sums are kept in while it lasts; None keeps none.
+        on_picture: told the number of pictures done after each.
+
+    Raises:
+        DeltaConvError: a saved state of another fit, or too few pictures.
+    """
+    if state is not None and state.is_file():
+        fit.restore(state)
+    with watched(fit.see):
+        for number in range(fit.pictures, pictures):
+            fit.picture(number)
+            sample(number)
+            if state is not None:
+                fit.save(state)
+            if on_picture is not None:
+                on_picture(number + 1)
+    return fit.fitted()
+
+
+def _add(sums: _Sums, spec: HybridSpec, x: Tensor, answers: Tensor) -> None:
+    """Features (B, heads, n, F, d) and attention's answers (B, heads, n, d) of some queries."""
+    device = sums.gram.device
+    x, answers = x.to(device, torch.float64), answers.to(device, torch.float64)
+    rest = answers - x[:, :, :, -1] if spec.landmarks else answers
+    if spec.share == "head":
+        by = x.permute(1, 0, 2, 4, 3).flatten(1, 3)
+        flat = [t.transpose(0, 1).flatten(1) for t in (rest, answers)]
+    else:
+        by = x.permute(1, 4, 0, 2, 3).flatten(0, 1).flatten(1, 2)
+        flat = [t.permute(1, 3, 0, 2).flatten(0, 1).flatten(1) for t in (rest, answers)]
+    sums.add(by, *flat)
