@@ -81,7 +81,12 @@ def _attempt(url: str, part: Part, size: int | None, sha256: str | None) -> None
             _receive(response, part, total)
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
         raise _Passing(f"the connection failed ({error})") from error
-    except requests.RequestException as error:
+    except FetchError:
+        raise
+    except (
+        requests.RequestException,
+        ValueError,
+    ) as error:  # ValueError: headers that are no addresses or numbers
         raise FetchError(f"{url}: {error}") from error
 
 

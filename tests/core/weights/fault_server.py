@@ -35,6 +35,7 @@ class Fault:
     page: bool = False  # send a web page instead
     plain_page: bool = False  # the same, and call it a file
     encoding: str | None = None  # state a content encoding
+    header: tuple[str, str] | None = None  # state this too
 
 
 @dataclass
@@ -194,6 +195,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers["ETag"] = content.etag
         if fault.encoding:
             headers["Content-Encoding"] = fault.encoding
+        if fault.header:
+            headers |= [fault.header]
         start = self._start(content, fault)
         if start is not None and start >= content.size:
             return self._reply(416, {**headers, "Content-Range": f"bytes */{content.size}"}, 0)

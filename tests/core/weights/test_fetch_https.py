@@ -184,6 +184,40 @@ def test_a_redirect_to_a_refused_address_is_refused(server: FaultServer, tmp_pat
     assert leftovers(tmp_path) == set() and len(server.gets()) == 1
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        "https://a:99999/w",
+        "https://[::1/w",
+        "https://a b/w",
+        "https:///w",
+        "//[",
+        "https://\xff/w",
+        "\x7f",
+        "a" * 9000,
+    ],
+)
+def test_a_redirect_to_what_is_no_address(
+    server: FaultServer, tmp_path: Path, one_attempt: None, target: str
+) -> None:
+    server.faults = [Fault(redirect=target)]
+    with pytest.raises(FetchError):
+        resolve(known(server), tmp_path)
+    assert leftovers(tmp_path) == set()
+
+
+@pytest.mark.parametrize("length", ["9" * 5000, "\u0663", "1e9", "-1", "0x10", "1_0"])
+@pytest.mark.parametrize("header", ["Content-Length", "Content-Range"])
+def test_lengths_that_are_none(
+    server: FaultServer, tmp_path: Path, one_attempt: None, header: str, length: str
+) -> None:
+    value = length if header == "Content-Length" else f"bytes 0-1/{length}"
+    server.faults = [Fault(no_length=True, header=(header, value))]
+    with pytest.raises(FetchError):
+        resolve(known(server), tmp_path)
+    assert not (tmp_path / NAME).exists()
+
+
 def test_a_ring_of_redirects_ends(server: FaultServer, tmp_path: Path) -> None:
     server.faults = [Fault(redirect=f"{server.url}/{NAME}")] * 99
     with pytest.raises(FetchError, match="redirects"):

@@ -235,6 +235,28 @@ REFUSED = [
     "https://[fd00::1]/a",
     "https://[::ffff:127.0.0.1]/a",
     "https://[::ffff:10.0.0.1]/a",
+    "https://192.88.99.1/a",
+    "https://[::127.0.0.1]/a",  # IPv4-compatible
+    "https://[::93.184.216.34]/a",
+    "https://[::ffff:0:127.0.0.1]/a",  # translated
+    "https://[::ffff:0:93.184.216.34]/a",
+    "https://[64:ff9b::7f00:1]/a",  # NAT64
+    "https://[64:ff9b::a9fe:a9fe]/a",
+    "https://[64:ff9b::192.168.1.1]/a",
+    "https://[64:ff9b::192.88.99.1]/a",
+    "https://[64:ff9b:1::7f00:1]/a",
+    "https://[64:ff9b:1::93.184.216.34]/a",
+    "https://[2002:7f00:1::]/a",  # 6to4
+    "https://[2002:a9fe:a9fe::]/a",
+    "https://[2002:c0a8:101::1]/a",
+    "https://[2606:2800::5efe:10.0.0.1]/a",  # ISATAP
+    "https://[2606:2800::200:5efe:10.0.0.1]/a",
+    "https://[fec0::1]/a",
+    "https://[5f00::1]/a",
+    "https://[3fff::1]/a",
+    "https://[100:0:0:1::1]/a",
+    "https://[2001:db8::1]/a",
+    "https://[2001:0:7f00:1::]/a",  # Teredo
 ]
 
 
@@ -248,9 +270,32 @@ def test_an_address_that_a_manifest_must_not_use_is_refused(
         check_address(url, proxied=proxied)
 
 
-@pytest.mark.parametrize("url", ["https://93.184.216.34/a", "https://[2606:2800:220:1:248:1893:25c8:1946]/a"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://93.184.216.34/a",
+        "https://[2606:2800:220:1:248:1893:25c8:1946]/a",
+        "https://[64:ff9b::93.184.216.34]/a",  # how networks without IPv4 reach all of it
+        "https://[2606:2800::200:5efe:93.184.216.34]/a",
+    ],
+)
 def test_a_public_address_is_not_refused(url: str) -> None:
     check_address(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://a:99999/a",
+        "https://a:x/a",
+        "https://[::1/a",
+        "https:///a",
+    ],
+)
+@pytest.mark.parametrize("proxied", [False, True])
+def test_what_is_no_address_is_refused(url: str, proxied: bool) -> None:
+    with pytest.raises(FetchError, match="refused"):
+        check_address(url, proxied=proxied)
 
 
 def test_a_name_that_leads_to_a_private_address_is_refused(
