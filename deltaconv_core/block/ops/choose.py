@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import DeltaConvError
+from ...util.compiling import constant_result
 from .backend import Backend
 from .by_reference import SlowBackend
 from .by_torch import PlainBackend
@@ -60,7 +61,7 @@ def forced(name: str) -> Iterator[None]:
         _forced = before
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def _why_no_triton() -> str:
     """Imports the Triton backend on the first call; the reason why there is none, or nothing."""
     if "triton" not in _loaded and not _failures:
@@ -74,7 +75,7 @@ def _why_no_triton() -> str:
 def _forced_backend(x: Tensor) -> Backend:
     if _forced not in NAMES:
         raise DeltaConvError(f"expected {VARIABLE} to be one of {', '.join(NAMES)}, got {_forced!r}")
-    reason = _why_no_triton() if _forced == "triton" else ""
+    reason: str | None = _why_no_triton() if _forced == "triton" else ""
     reason = reason or _loaded[_forced].why_not(x)
     if reason:
         raise DeltaConvError(

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ...util.compiling import constant_result
+
 T = TypeVar("T")
 PLAIN = (nn.Linear, nn.Conv2d)
 
@@ -70,6 +72,6 @@ def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def _knows_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)

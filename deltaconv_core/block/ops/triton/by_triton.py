@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ....util.compiling import constant_result
 from .. import pyramid
 from ..by_torch import PlainBackend
 from ..pyramid import Size
@@ -57,7 +58,7 @@ class TritonBackend:
         return kernels.project(stages, weight, bias, grid, merge)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _why_not_on(kind: str, index: int | None) -> str | None:
     if kind != "cuda" and not os.environ.get("TRITON_INTERPRET"):
         return f"x is on a {kind.upper()} and triton needs a CUDA or ROCm GPU"
