@@ -1,4 +1,7 @@
-"""The command line: `python -m deltaconv_core COMMAND`; each command is a module of `commands`."""
+"""The command line: `python -m deltaconv_core COMMAND`; each command is a module of `commands`.
+
+Only the command that is asked for is imported.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,14 @@ from importlib import import_module
 from .errors import LONGEST, DeltaConvError
 from .util.text import shortened
 
-COMMANDS = ("fetch", "inspect", "convert", "locality", "bench", "distill")
+COMMANDS = {
+    "fetch": "fetch published weights, or list them",
+    "inspect": "print what a checkpoint file holds",
+    "convert": "read a checkpoint of any known form and write it in another",
+    "locality": "show how local a diffusers model's self-attention is",
+    "bench": "measure what self-attention and ΔConv cost on this machine",
+    "distill": "train ΔConv blocks to stand in for a model's self-attention",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,12 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m deltaconv_core", description="DeltaConv without a host.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name in COMMANDS:
-        module = import_module(f".commands.{name}", __package__)
-        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if name in given:
+            module = import_module(f".commands.{name}", __package__)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    options = parser.parse_args(given)
     try:
         return int(options.run(options))
     except (DeltaConvError, OSError) as error:

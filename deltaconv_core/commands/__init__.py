@@ -1,1 +1,1 @@
-"""One module per command: HELP, add_arguments(parser), run(options) -> exit status."""
+"""One module per command: add_arguments(parser), run(options) -> exit status."""

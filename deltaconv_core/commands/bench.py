@@ -19,11 +19,9 @@ from ..sites.choose_specs import AUTHORS, FORMS, LEAN
 from ..weights.checkpoint import load_checkpoint
 from .output import check_file
 
-HELP = "measure what self-attention and ΔConv cost on this machine"
-
 LEGEND = """\
 Self-attention as PyTorch computes it here and ΔConv, one forward pass of all layers of a stage, with random
-weights; times and fewer: how many times one is the other. A model does more than self-attention: how much
+weights. times, fewer: attention's figure divided by ΔConv's. A model does more than self-attention: how much
 faster a whole one gets, the node ΔConv Benchmark measures in ComfyUI."""
 
 

@@ -17,7 +17,6 @@ from ..weights.hub_folder import check_new, save_hub_folder
 from .output import check_file, check_folder
 
 TOLD_BY_BLOCKS = ("architecture", "format", "specs", "deltaconv", "gate", "scales", "pooling")
-HELP = "read a checkpoint of any known form and write it in another"
 WRITERS = {"deltaconv": save_checkpoint, "diffusers": save_hub_folder, "authors": save_authors}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

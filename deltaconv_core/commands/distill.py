@@ -8,8 +8,6 @@ import sys
 from ..diffusers.distill.arguments import add_options, read_options
 from .output import check_folder
 
-HELP = "train ΔConv blocks to stand in for a model's self-attention"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds all options."""

@@ -11,8 +11,6 @@ from ..errors import DeltaConvError
 from ..weights.fetch import resolve
 from ..weights.manifest import REPOSITORY, Manifest, Record, load_manifest
 
-HELP = "fetch published weights, or list them"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the name of the weights and the folder they go to."""

@@ -11,8 +11,6 @@ from ..block import DeltaConvBlock
 from ..cli import printable
 from ..weights.checkpoint import Checkpoint, load_checkpoint
 
-HELP = "print what a checkpoint file holds"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the file to read."""

@@ -16,8 +16,6 @@ from ..locality.recommend import LARGEST
 from ..locality.sampled_steps import spread
 from .output import check_folder
 
-HELP = "show how local a diffusers model's self-attention is"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the model, the picture and where the results go."""
