@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -240,7 +241,7 @@ class Distill(io.ComfyNode):
         cls, model: Any, latents: Any, positive: Any, negative: Any = None, **lists: Any
     ) -> io.NodeOutput:
         teacher = model[0]
-        values = DEFAULTS | {name: items[0] for name, items in lists.items()}
+        values = _defaults() | {name: items[0] for name, items in lists.items()}
         preset = _preset(values, teacher.load_device)
         settings = Settings(
             accumulation=preset.accumulation,
@@ -275,10 +276,12 @@ class Distill(io.ComfyNode):
 STRAIGHT = ("layer_steps", "output_steps", "learning_rate", "checkpointing", "feature", "save_every")
 """Inputs that are settings of the core under the same name."""
 
-# What a prompt through the API may leave out.
-DEFAULTS = {
-    input.id: input.default for input in Distill.define_schema().inputs if isinstance(input, io.WidgetInput)
-}
+
+@cache
+def _defaults() -> dict[str, Any]:
+    """What a prompt through the API may leave out. Not at import: the schema looks for runs on the disk."""
+    inputs = Distill.define_schema().inputs
+    return {input.id: input.default for input in inputs if isinstance(input, io.WidgetInput)}
 
 
 def _preset(values: dict[str, Any], device: Any) -> Preset:

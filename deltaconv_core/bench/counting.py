@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_flops(run: Callable[[], object]) -> int:
@@ -14,6 +13,9 @@ def count_flops(run: Callable[[], object]) -> int:
     Attention is counted in its plain form, because the counter does not see every fused one. On tensors of
     the "meta" device nothing is computed, so any size can be counted.
     """
+    # Here, because it imports triton, which takes longer than all else that a command needs.
+    from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         run()
     return int(counter.get_total_flops())
