@@ -18,9 +18,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ...errors import DeltaConvError
+from ...sites.match import listing
 from ...weights.manifest import REPOSITORY
 
 CONTEXT = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+LATENT = 4  # channels
+TEXT_PREFIXES = ("cond_stage_model.", "conditioner.")
+OLD_TEXT, TODAYS_TEXT = "cond_stage_model.transformer.", "text_model."
 TOKENIZER = "openai/clip-vit-large-patch14"
 TOKENS = 77
 
@@ -80,6 +85,7 @@ XL_UNET = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+NAMES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 # Width of the text embedding -> configurations of the parts.
 FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
     768: {
@@ -142,6 +148,72 @@ def width_of(file: Path) -> int:
     return width
 
 
+def check_parts(file: Path, width: int) -> None:
+    """Refuses files whose parts ComfyUI knows and the built-in configurations do not, in our own words.
+
+    Raises:
+        DeltaConvError: with what the file holds or lacks.
+    """
+    with safe_open(file, framework="pt") as opened:
+        names = set(opened.keys())
+        shape = opened.get_slice(FIRST).get_shape() if FIRST in names else []
+    channels = int(shape[1]) if len(shape) == 4 else LATENT
+    if channels != LATENT:
+        made = {8: "editing by instructions", 9: "inpainting"}.get(channels, "something else")
+        raise DeltaConvError(
+            f"{file} is made for {made}: its U-Net takes {channels} channels, not the {LATENT} of a latent; "
+            "choose a model that makes pictures from text"
+        )
+    lacks = [
+        f"no {part} (nothing under {' or '.join(prefixes)})"
+        for part, prefixes in (("VAE", ("first_stage_model.",)), ("text encoder", TEXT_PREFIXES))
+        if not any(name.startswith(prefixes) for name in names)
+    ]
+    if "edm_mean" in names or "edm_vpred.sigma_max" in names:
+        lacks.append("noise levels of another kind (EDM, as in Playground 2.5), which cannot be learned with")
+    if "scaled_fp8" in names or any(name.endswith((".scale_weight", ".comfy_quant")) for name in names):
+        lacks.append("quantised weights, which only ComfyUI reads; take the file with float16 weights")
+    if width == 1024 and any(name.startswith("conditioner.") for name in names):
+        lacks.append("a text encoder under names of SDXL (conditioner.*), which ComfyUI alone reads")
+    if lacks:
+        raise DeltaConvError(
+            f"diffusers cannot load {file}, a model of {NAMES[width]}: it has {'; '.join(lacks)}"
+        )
+
+
+def text_encoder(file: Path, folder: Path) -> dict[str, Any]:
+    """The text encoder of a file of 2022, whose names lack `text_model.`: diffusers does not know them.
+
+    ComfyUI renames them as this does (`SD15.process_clip_state_dict`).
+
+    Args:
+        file: with the weights.
+        folder: with the configuration.
+
+    Returns:
+        It by the name of its part; nothing where the names are today's.
+
+    Raises:
+        DeltaConvError: weights are missing.
+    """
+    with safe_open(file, framework="pt") as opened:
+        names = [name for name in opened.keys() if name.startswith(OLD_TEXT)]  # noqa: SIM118
+        parts = [name.removeprefix(OLD_TEXT) for name in names]
+        if all(part.startswith(TODAYS_TEXT) for part in parts):
+            return {}
+        weights = {part: opened.get_tensor(name) for name, part in zip(names, parts, strict=True)}
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    model = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+    # Newer versions of transformers leave it out, too.
+    prefix = TODAYS_TEXT if any(name.startswith(TODAYS_TEXT) for name in model.state_dict()) else ""
+    named = {f"{prefix}{part.removeprefix(TODAYS_TEXT)}": weight for part, weight in weights.items()}
+    found = model.load_state_dict(named, strict=False)
+    if missing := [name for name in found.missing_keys if not name.endswith("position_ids")]:
+        raise DeltaConvError(f"{file}: its text encoder lacks {listing(missing)}; get the file again")
+    return {"text_encoder": model}
+
+
 def details(file: Path, width: int, prediction: str | None) -> dict[str, dict[str, Any]]:
     """In what a model differs from its family, by part.
 
@@ -189,7 +261,13 @@ def configuration(width: int, details: Mapping[str, Mapping[str, Any]]) -> Itera
         _write(folder / "scheduler" / "scheduler_config.json", {**SCHEDULER, **details.get("scheduler", {})})
         for name, config in parts.items():
             _write(folder / name / "config.json", _whole({**config, **details.get(name, {})}))
-        yield folder
+        try:
+            yield folder
+        except DeltaConvError as error:  # the folder is gone when this is read
+            text = str(error).replace(str(folder), f"the built-in configuration of {NAMES[width]}")
+            raise DeltaConvError(
+                f"{text}; a folder of its own kind can be named with --model-config"
+            ) from error
 
 
 def tokenizers(width: int, folder: Path | None) -> dict[str, Any]:

@@ -162,6 +162,7 @@ def _from_file(options: Options, dtype: torch.dtype) -> Any:
             f"{options.model} is a Stable Diffusion 2.x model in one file, which does not tell what it "
             "predicts; name it with --prediction: v_prediction for those of 768 pixels, epsilon for 512"
         )
+    single_file.check_parts(options.model, width)
     tokenizers = single_file.tokenizers(width, options.tokenizer)
     details = single_file.details(options.model, width, options.prediction)
     with single_file.configuration(width, details) as folder:
@@ -178,10 +179,14 @@ def _out_of_one_file(options: Options, folder: Path, dtype: torch.dtype, given: 
     import diffusers
 
     parts = read_index(folder)
-    with loading(options.model, f" with the configuration in {folder}"):
+    with loading(options.model, f" with {folder}"):
         kind: Any = getattr(diffusers, parts["_class_name"])
         leave_out = _left_out(parts)
         common = {"config": str(folder), "local_files_only": True}
+        given = given | {
+            name: encoder.to(dtype)
+            for name, encoder in single_file.text_encoder(options.model, folder).items()
+        }
         vae = diffusers.AutoencoderKL.from_single_file(str(options.model), subfolder="vae", **common)
         return kind.from_single_file(
             str(options.model), vae=vae, **dtype_argument(dtype), **given, **leave_out, **common

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 import deltaconv_core
 from deltaconv_core.diffusers.distill import single_file, teacher
 from deltaconv_core.diffusers.sites import find_sites
+from deltaconv_core.errors import DeltaConvError
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 
@@ -172,8 +173,54 @@ def test_comfyui_around_the_repository_has_a_tokenizer(tmp_path, monkeypatch):
     assert single_file._of_comfyui() == folder
 
 
-def stub(width):
-    return lambda path: save_file({single_file.CONTEXT: torch.zeros(640, width)}, path)
+CLIP = {
+    "vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "max_position_embeddings": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_names_of_2022(tmp_path, spoilt):
+    """The text encoder's names lacked `text_model.`; ComfyUI renames them."""
+    import transformers
+
+    torch.manual_seed(0)
+    made = transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP))
+    made.config.save_pretrained(tmp_path / "text_encoder")
+    old = {
+        f"cond_stage_model.transformer.{name.removeprefix('text_model.')}": weight.half()
+        for name, weight in made.state_dict().items()
+    }
+    old["cond_stage_model.transformer.embeddings.position_ids"] = torch.arange(16.0)[None]
+    if spoilt:
+        del old["cond_stage_model.transformer.final_layer_norm.weight"]
+    file = tmp_path / "model.safetensors"
+    save_file(old | {"model.diffusion_model.x": torch.zeros(1)}, file)
+    if spoilt:
+        with pytest.raises(DeltaConvError, match="its text encoder lacks .*final_layer_norm.weight"):
+            single_file.text_encoder(file, tmp_path)
+        return
+    (found,) = single_file.text_encoder(file, tmp_path).values()
+    for name, weight in made.state_dict().items():
+        assert torch.equal(found.state_dict()[name], weight.half().float())
+    renamed = {
+        name.replace("transformer.", "transformer.text_model."): weight for name, weight in old.items()
+    }
+    save_file(renamed, file)
+    assert single_file.text_encoder(file, tmp_path) == {}
+
+
+def stub(width, *more, channels=4):
+    tensors = {
+        single_file.CONTEXT: torch.zeros(640, width),
+        single_file.FIRST: torch.zeros(1, channels, 1, 1),
+    }
+    tensors |= {name: torch.zeros(1) for name in more}
+    return lambda path: save_file(tensors, path)
+
+
+VAE = "first_stage_model.x"
+TEXT = "cond_stage_model.transformer.text_model.x"
 
 
 @pytest.mark.parametrize(
@@ -194,8 +241,43 @@ def stub(width):
         ),
         ("model.safetensors", stub(4096), {}, "width 4096; built in are 768, 1024, 2048"),
         ("model.safetensors", stub(1024), {}, "name it with --prediction"),
-        ("model.safetensors", stub(768), {"tokenizer": "nowhere"}, "merges.txt in --tokenizer nowhere"),
+        (
+            "model.safetensors",
+            stub(768, VAE, TEXT),
+            {"tokenizer": "nowhere"},
+            "merges.txt in --tokenizer nowhere",
+        ),
         ("model.safetensors", stub(768), {"tokenizer": "clip"}, "diffusers cannot load"),
+        (
+            "model.safetensors",
+            stub(768, VAE, TEXT),
+            {"tokenizer": "clip"},
+            "with the built-in configuration of Stable Diffusion 1.x",
+        ),
+        ("model.safetensors", stub(768, TEXT), {}, "no VAE (nothing under first_stage_model.)"),
+        ("model.safetensors", stub(2048, VAE), {}, "a model of SDXL: it has no text encoder"),
+        (
+            "model.safetensors",
+            stub(768, VAE, TEXT, channels=9),
+            {},
+            "is made for inpainting: its U-Net takes 9",
+        ),
+        ("model.safetensors", stub(768, channels=8), {}, "is made for editing by instructions"),
+        ("model.safetensors", stub(2048, VAE, TEXT, "edm_mean"), {}, "noise levels of another kind (EDM"),
+        (
+            "model.safetensors",
+            stub(2048, VAE, TEXT, "edm_vpred.sigma_max"),
+            {},
+            "noise levels of another kind",
+        ),
+        ("model.safetensors", stub(768, VAE, TEXT, "scaled_fp8"), {}, "quantised weights"),
+        ("model.safetensors", stub(768, VAE, TEXT, "x.scale_weight"), {}, "quantised weights"),
+        (
+            "model.safetensors",
+            stub(1024, VAE, "conditioner.embedders.0.model.x"),
+            {"prediction": "epsilon"},
+            "a text encoder under names of SDXL",
+        ),
     ],
 )
 def test_bad_files(comfy_host, tmp_path, capsys, name, make, options, message):
@@ -206,5 +288,6 @@ def test_bad_files(comfy_host, tmp_path, capsys, name, make, options, message):
         options = {"tokenizer": comfy_host / "comfy" / "sd1_tokenizer"}
     words = arguments(model=tmp_path / name, data=tmp_path, output=tmp_path / "run", **options)
     assert deltaconv_core.cli.main(words) == 2
-    assert message in last_error(capsys)
+    told = last_error(capsys)
+    assert message in told and "/deltaconv-" not in told
     assert not (tmp_path / "run").exists()
