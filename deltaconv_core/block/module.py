@@ -55,6 +55,8 @@ class DeltaConvBlock(nn.Module):
         torch.Size([2, 300, 64])
     """
 
+    kind = "deltaconv"
+
     def __init__(
         self,
         spec: BlockSpec,

@@ -16,7 +16,7 @@ from ..cli import printable
 from ..errors import DeltaConvError
 from ..sites import ARCHITECTURES, authors_specs
 from ..sites.choose_specs import AUTHORS, FORMS, LEAN
-from ..weights.checkpoint import load_checkpoint
+from ..weights.checkpoint import check_deltaconv, load_checkpoint
 from .output import check_file
 
 LEGEND = """\
@@ -87,6 +87,7 @@ def _model(options: argparse.Namespace) -> tuple[str, Mapping[str, BlockSpec]]:
             specs = {site: BlockSpec.lean(spec.dim, spec.kernel_size) for site, spec in specs.items()}
         return options.architecture, specs
     checkpoint = load_checkpoint(options.file)
+    check_deltaconv(checkpoint, "bench")
     return checkpoint.architecture, {site: block.spec for site, block in checkpoint.blocks.items()}
 
 

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from ..block import DeltaConvBlock
 from ..cli import printable
-from ..weights.checkpoint import Checkpoint, load_checkpoint
+from ..mixers.hybrid import HybridMixer
+from ..weights.checkpoint import DELTACONV, HYBRID, Checkpoint, load_checkpoint
+
+HEAD = ("site", "channels", "K", "scales", "gate", "merge", "pooling", "dtype", "parameters")
+HYBRID_HEAD = (
+    "site", "channels", "heads", "landmarks", "Nyström", "window", "K", "scales", "share", "mean", "gate",
+    "dtype", "parameters",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,11 +33,15 @@ def run(options: argparse.Namespace) -> int:
 
 def describe(checkpoint: Checkpoint) -> list[str]:
     """The lines of the table: architecture, a row per block, totals, base weights, metadata."""
-    head = ("site", "channels", "K", "scales", "gate", "merge", "pooling", "dtype", "parameters")
-    rows = [head, *(_row(site, block) for site, block in checkpoint.blocks.items())]
+    head, row = (HYBRID_HEAD, _hybrid_row) if checkpoint.mixer == HYBRID else (HEAD, _row)
+    rows = [head, *(row(site, block) for site, block in checkpoint.blocks.items())]
     tensors = [tensor for block in checkpoint.blocks.values() for tensor in block.state_dict().values()]
     lines = [f"architecture: {checkpoint.architecture}", *_aligned(rows)]
-    lines.append(f"blocks: {len(checkpoint.blocks)}, {_amount(tensors)}")
+    if checkpoint.mixer == DELTACONV:
+        lines.append(f"blocks: {len(checkpoint.blocks)}, {_amount(tensors)}")
+    else:
+        lines += [f"attention stays at {site}: {reason}" for site, reason in checkpoint.kept.items()]
+        lines.append(f"{checkpoint.mixer} mixers: {len(checkpoint.blocks)}, {_amount(tensors)}")
     base = checkpoint.base_weights
     lines.append(
         f"base weights: {len(base)} tensors, {_amount(base.values())}" if base else "base weights: none"
@@ -46,6 +57,18 @@ def _row(site: str, block: DeltaConvBlock) -> tuple[str, ...]:
     return (
         site, str(spec.dim), f"{spec.kernel_size}{bias}", scales, spec.gate, spec.merge, spec.pooling,
         _dtypes(block.state_dict().values()), numbers,
+    )  # fmt: skip
+
+
+def _hybrid_row(site: str, mixer: HybridMixer) -> tuple[str, ...]:
+    spec = mixer.spec
+    scales = ", ".join(f"{scale:.4g}" for scale in spec.scales) if spec.kernel_size else "–"
+    sizes = (spec.landmarks, spec.window, spec.kernel_size)
+    marks = ("yes" if flag else "–" for flag in (spec.mean, spec.gate))
+    return (
+        site, str(spec.dim), str(spec.heads), str(sizes[0] or "–"), spec.nystrom, str(sizes[1] or "–"),
+        str(sizes[2] or "–"), scales, spec.share, *marks, _dtypes(mixer.state_dict().values()),
+        f"{spec.num_parameters:,}",
     )  # fmt: skip
 
 

@@ -15,6 +15,8 @@ def matching_sites(
 ) -> tuple[str, ...]:
     """The selected sites of a model, for each of which the checkpoint has a block of the right size.
 
+    Sites of which the checkpoint says that attention stays there (`Checkpoint.kept`) are left out.
+
     Args:
         architecture: of the model.
         channels: site id -> channels of the model.
@@ -34,14 +36,20 @@ def matching_sites(
             f"the weights are for {_describe(checkpoint.architecture, trained)}, but this {model} is "
             f"{_describe(architecture, channels)}{differences}; choose weights made for this {model.lower()}"
         )
-    missing = [id for id in chosen if id not in trained]
+    missing = [id for id in chosen if id not in trained and id not in checkpoint.kept]
     if missing:
         raise DeltaConvError(
             f"the weights have blocks for {len(trained)} of the {len(channels)} sites of this {model} "
             f"({architecture}) and none for {listing(missing)}; choose other weights, or leave those "
             "sites out with `blocks`"
         )
-    return chosen
+    replaced = tuple(id for id in chosen if id in trained)
+    if not replaced:
+        raise DeltaConvError(
+            f"the weights leave the attention at all of the selected sites, {listing(chosen)}: "
+            f"{checkpoint.kept[chosen[0]]}"
+        )
+    return replaced
 
 
 def listing(names: Iterable[str], limit: int = 3) -> str:

@@ -16,7 +16,7 @@ from ..block.spec import BlockSpec
 from ..errors import CheckpointError
 from ..sites import identify
 from .authors_read import BASE_KEY
-from .checkpoint import HEADER_KEY, Checkpoint
+from .checkpoint import HEADER_KEY, Checkpoint, check_deltaconv
 from .safefile import Pathlike, write_file
 
 SITE = re.compile(r"((?:.+\.)?transformer_blocks\.\d+)\.attn1")
@@ -30,6 +30,7 @@ def save_authors(checkpoint: Checkpoint, path: Pathlike) -> None:
     Raises:
         CheckpointError: what that form cannot hold, by name; or a place that cannot be written.
     """
+    check_deltaconv(checkpoint, "the authors' form")
     specs = {site: block.spec for site, block in checkpoint.blocks.items()}
     gate, scales = _common_settings(specs)
     named = identify({site: spec.dim for site, spec in specs.items()})

@@ -4,6 +4,10 @@ The file is safetensors. The text `deltaconv` in its header is a JSON object: `f
 `architecture`, `specs` (site id -> `BlockSpec.to_dict()`) and `metadata` (text -> text). Its tensors are
 named `blocks.<site id>.<parameter>` and `base_weights.<diffusers parameter name>`. Equal checkpoints make
 equal files. A folder as `hub_folder.py` writes it holds such a file and the same description beside it.
+
+Other mixers than ΔConvBlocks have format version 2, which programs that know none refuse by that number. It
+says which: `mixer` is "hybrid", `specs` are of `HybridSpec`, and `kept` (site id -> text) says why attention
+stays at the other sites.
 """
 
 from __future__ import annotations
@@ -19,13 +23,16 @@ from torch import Tensor
 from ..block import DeltaConvBlock
 from ..block.spec import BlockSpec
 from ..errors import CheckpointError, DeltaConvError
+from ..mixers.hybrid import HybridMixer, HybridSpec
 from ..sites import ARCHITECTURES, site_channels
 from .authors_read import read_authors, some
 from .manifest import SpecHints
 from .safefile import Pathlike, read_file, write_file
 
 HEADER_KEY = "deltaconv"
-FORMAT = 1
+FORMAT, MIXER_FORMAT = 1, 2  # of ΔConvBlocks, and of other mixers
+DELTACONV, HYBRID = DeltaConvBlock.kind, HybridMixer.kind
+SPECS: dict[str, type[BlockSpec] | type[HybridSpec]] = {DELTACONV: BlockSpec, HYBRID: HybridSpec}
 BLOCKS = "blocks."
 BASE_WEIGHTS = "base_weights."
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # of a folder
@@ -38,15 +45,39 @@ class Checkpoint:
 
     Args:
         architecture: "sd15", "sdxl", ... or a name made of the model's shape (`sites.identify`).
-        blocks: site id -> block.
+        blocks: site id -> DeltaConvBlock, or site id -> HybridMixer; all of one kind.
         base_weights: diffusers parameter name -> tensor, weights of the base model that came with them.
         metadata: teacher, training settings, license, source; all text.
+        kept: of hybrids: site id -> why the attention stays there.
     """
 
     architecture: str
-    blocks: dict[str, DeltaConvBlock]
+    blocks: dict[str, Any]
     base_weights: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def mixer(self) -> str:
+        """What the blocks are: "deltaconv" or "hybrid"."""
+        return next((str(block.kind) for block in self.blocks.values()), DELTACONV)
+
+
+def check_deltaconv(checkpoint: Any, doing: str) -> None:
+    """Refuses blocks that are not ΔConvBlocks.
+
+    Args:
+        checkpoint: a Checkpoint.
+        doing: what works on ΔConvBlocks alone, as the beginning of a sentence.
+
+    Raises:
+        DeltaConvError: other mixers.
+    """
+    if checkpoint.mixer != DELTACONV:
+        raise DeltaConvError(
+            f"{doing} works on ΔConvBlocks; these weights are {checkpoint.mixer} mixers, which keep the "
+            "model's own projections"
+        )
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Pathlike) -> None:
@@ -55,6 +86,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Pathlike) -> None:
     Raises:
         CheckpointError: a checkpoint that `load_checkpoint` would refuse, or a place that cannot be written.
     """
+    _check_kept(str(path), checkpoint)
     check_sites(str(path), checkpoint.architecture, {s: block.spec for s, block in checkpoint.blocks.items()})
     _check_texts(str(path), "metadata", checkpoint.metadata)
     tensors = {
@@ -68,12 +100,15 @@ def save_checkpoint(checkpoint: Checkpoint, path: Pathlike) -> None:
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """All of a checkpoint but its tensors, as plain values for JSON."""
-    return {
+    described = {
         "format": FORMAT,
         "architecture": checkpoint.architecture,
         "specs": {site: block.spec.to_dict() for site, block in checkpoint.blocks.items()},
         "metadata": checkpoint.metadata,
     }
+    if checkpoint.mixer == DELTACONV:
+        return described
+    return described | {"format": MIXER_FORMAT, "mixer": checkpoint.mixer, "kept": checkpoint.kept}
 
 
 def load_checkpoint(
@@ -110,15 +145,18 @@ def load_checkpoint(
     return Checkpoint(parts.architecture, blocks, parts.base_weights, parts.metadata)
 
 
-def assemble_blocks(
-    path: str, specs: Mapping[str, BlockSpec], tensors: Mapping[str, Tensor]
-) -> dict[str, DeltaConvBlock]:
-    """Blocks from specs and tensors named `<site id>.<parameter>`; the tensors are used as they are.
+def assemble_blocks(path: str, specs: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Blocks, or hybrid mixers, from their specs and tensors named `<site id>.<parameter>`.
+
+    The tensors are used as they are.
 
     Raises:
         CheckpointError: missing or extra tensors, or shapes other than the specs ask for.
     """
-    blocks = {site: DeltaConvBlock(spec, device="meta") for site, spec in specs.items()}
+    blocks = {
+        site: (HybridMixer if hasattr(spec, "landmarks") else DeltaConvBlock)(spec, device="meta")
+        for site, spec in specs.items()
+    }
     expected = {
         f"{site}.{name}": p for site, block in blocks.items() for name, p in block.state_dict().items()
     }
@@ -138,7 +176,7 @@ def assemble_blocks(
     return blocks
 
 
-def check_sites(path: str, architecture: str, specs: Mapping[str, BlockSpec]) -> None:
+def check_sites(path: str, architecture: str, specs: Mapping[str, Any]) -> None:
     """Checks that there are blocks, and that a known architecture has their sites with their channels.
 
     Raises:
@@ -163,9 +201,11 @@ def check_sites(path: str, architecture: str, specs: Mapping[str, BlockSpec]) ->
 def _from_own_form(path: str, text: str, tensors: Mapping[str, Tensor], hints: SpecHints) -> Checkpoint:
     description = _read_description(path, text)
     architecture = description.get("architecture", "")
-    specs = _read_specs(path, _object(path, description, "specs"), hints)
+    mixer = description.get("mixer", DELTACONV)
+    specs = _read_specs(path, mixer, _object(path, description, "specs"), hints)
     metadata = _object(path, description, "metadata")
     _check_texts(path, "metadata", metadata)
+    kept = {} if mixer == DELTACONV else _object(path, description, "kept")
     check_sites(path, architecture, specs)
     unknown = [key for key in tensors if not key.startswith((BLOCKS, BASE_WEIGHTS))]
     if unknown:
@@ -173,7 +213,23 @@ def _from_own_form(path: str, text: str, tensors: Mapping[str, Tensor], hints: S
             f"{path}: unknown tensors {some(unknown)}, expected {BLOCKS}* and {BASE_WEIGHTS}*"
         )
     blocks = assemble_blocks(path, specs, _with_prefix(tensors, BLOCKS))
-    return Checkpoint(architecture, blocks, _with_prefix(tensors, BASE_WEIGHTS), metadata)
+    checkpoint = Checkpoint(architecture, blocks, _with_prefix(tensors, BASE_WEIGHTS), metadata, kept)
+    _check_kept(path, checkpoint)
+    return checkpoint
+
+
+def _check_kept(path: str, checkpoint: Checkpoint) -> None:
+    """Checks that all blocks are of one kind, and what is said of the sites without one."""
+    kinds = sorted({str(block.kind) for block in checkpoint.blocks.values()})
+    if len(kinds) > 1:
+        raise CheckpointError(f"{path}: expected mixers of one kind, got {' and '.join(kinds)}")
+    _check_texts(path, "kept", checkpoint.kept)
+    both = [site for site in checkpoint.kept if site in checkpoint.blocks]
+    if both or (checkpoint.kept and checkpoint.mixer == DELTACONV):
+        raise CheckpointError(
+            f"{path}: attention cannot stay at {some(both or checkpoint.kept)}: a block stands there, or the "
+            "file is of ΔConvBlocks, which says nothing of other sites"
+        )
 
 
 def _check_config(folder: Path, header: Mapping[str, str]) -> None:
@@ -199,20 +255,30 @@ def _read_description(path: str, text: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: expected its header to be an object, got {type(description).__name__}"
         )
-    if description.get("format") != FORMAT:
+    version, mixer = description.get("format"), description.get("mixer", DELTACONV)
+    if version not in (FORMAT, MIXER_FORMAT) or (version == FORMAT) != (mixer == DELTACONV):
         raise CheckpointError(
-            f"{path} has format version {description.get('format')!r}, this program reads {FORMAT}; "
-            "update ComfyUI-DeltaConv"
+            f"{path} has format version {version!r} and mixer {mixer!r}, this program reads {FORMAT} with "
+            f"{DELTACONV!r} and {MIXER_FORMAT} with {HYBRID!r}; update ComfyUI-DeltaConv"
+        )
+    if mixer not in SPECS:
+        raise CheckpointError(
+            f"{path} holds mixers of the kind {mixer!r}, this program knows {', '.join(SPECS)}; update "
+            "ComfyUI-DeltaConv"
         )
     return description
 
 
-def _read_specs(path: str, values: Mapping[str, Any], hints: SpecHints) -> dict[str, BlockSpec]:
-    specs = {}
+def _read_specs(path: str, mixer: str, values: Mapping[str, Any], hints: SpecHints) -> dict[str, Any]:
+    specs: dict[str, Any] = {}
     told = {key: value for key, value in asdict(hints).items() if value is not None}
+    if told and mixer != DELTACONV:
+        raise CheckpointError(
+            f"{path}: {', '.join(told)} can be set for ΔConvBlocks; {mixer} mixers say all of it themselves"
+        )
     for site in values:
         try:
-            stored = BlockSpec.from_dict(_object(path, values, site))
+            stored = SPECS[mixer].from_dict(_object(path, values, site))
             if hints.scales is not None and len(hints.scales) != len(stored.scales):
                 raise DeltaConvError(
                     f"it has {len(stored.scales)} stages and needs as many scales, got {hints.scales}"

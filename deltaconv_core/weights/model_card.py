@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 
-from .checkpoint import Checkpoint
+from .checkpoint import HYBRID, Checkpoint
 
 # Identifiers of the Hub for terms that weights often come under; others it wants as "other" with a name.
 LICENSES = (
@@ -17,6 +17,14 @@ LICENSES = (
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PAPER = "[Dong et al., ICCV 2025](https://arxiv.org/abs/2504.21292)"
 LIBRARY = "[ComfyUI-DeltaConv](https://github.com/ComfyUI-DeltaConv/ComfyUI-DeltaConv)"
+BLOCKS = (
+    f"ΔConv blocks ({PAPER}): multi-scale depth-wise convolutions that stand in for the self-attention of a\n"
+    f"diffusion model. Made with, and for, {LIBRARY}."
+)
+HYBRIDS = f"""Hybrid mixers: a fixed number of landmarks and local kernels between the projections of the
+model's own self-attention, fitted to it without training. They are not the block of the ΔConv paper
+({PAPER}), and need the model that they were fitted to, or a
+fine-tune of it. Made with, and for, {LIBRARY}."""
 
 
 def model_card(checkpoint: Checkpoint, weights: str) -> str:
@@ -30,9 +38,10 @@ def model_card(checkpoint: Checkpoint, weights: str) -> str:
     texts = checkpoint.metadata
     parameters = sum(block.spec.num_parameters for block in checkpoint.blocks.values())
     title = texts.get("title") or f"ΔConv for {checkpoint.architecture}"
+    hybrid = checkpoint.mixer == HYBRID
     facts = {
         "architecture": checkpoint.architecture,
-        "blocks": f"{len(checkpoint.blocks)} ({parameters:,} parameters)",
+        "mixers" if hybrid else "blocks": f"{len(checkpoint.blocks)} ({parameters:,} parameters)",
         "base weights": f"{len(checkpoint.base_weights)} tensors of ResNet convolutions",
         "license": "not stated",
     }
@@ -41,8 +50,7 @@ def model_card(checkpoint: Checkpoint, weights: str) -> str:
 
 # {_plain(title)}
 
-ΔConv blocks ({PAPER}): multi-scale depth-wise convolutions that stand in for the self-attention of a
-diffusion model. Made with, and for, {LIBRARY}.
+{HYBRIDS if hybrid else BLOCKS}
 
 ```python
 from deltaconv_core.diffusers import apply

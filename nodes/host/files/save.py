@@ -36,7 +36,7 @@ def prepared(checkpoint: Any, dtype: str, texts: Mapping[str, str], keep_base_we
     base = checkpoint.base_weights if keep_base_weights else {}
     metadata = checkpoint.metadata | {key: text.strip() for key, text in texts.items() if text.strip()}
     base = {name: _cast(name, tensor, dtype) for name, tensor in base.items()}
-    return Checkpoint(checkpoint.architecture, blocks, base, metadata)
+    return Checkpoint(checkpoint.architecture, blocks, base, metadata, checkpoint.kept)
 
 
 def _cast(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
