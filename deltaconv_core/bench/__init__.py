@@ -3,7 +3,7 @@
 from ..block.ops.fastest import synchronize
 from ..util.devices import device_name
 from .counting import count_flops
-from .layers import Layer, SelfAttention, StageCost, heads_of, layers_of, measure_stages, stage_cost, stage_of
+from .layers import Layer, SelfAttention, StageCost, layers_of, measure_stages, stage_cost
 from .machine import DTYPES, copy_bandwidth, describe, matmul_rate, pick_device, pick_dtype
 from .sizes import LATENT, latent_of, parse_size
 from .table import stage_table, sums
@@ -21,7 +21,6 @@ __all__ = [
     "count_flops",
     "describe",
     "device_name",
-    "heads_of",
     "latent_of",
     "layers_of",
     "matmul_rate",
@@ -30,7 +29,6 @@ __all__ = [
     "pick_device",
     "pick_dtype",
     "stage_cost",
-    "stage_of",
     "stage_table",
     "sums",
     "synchronize",

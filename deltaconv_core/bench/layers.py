@@ -14,14 +14,11 @@ from torch.nn import functional as F
 from ..block import DeltaConvBlock
 from ..block.spec import BlockSpec
 from ..errors import DeltaConvError
-from ..sites import ARCHITECTURES, Transformer, authors_specs
+from ..sites import ARCHITECTURES, UNet, authors_specs, heads_of, level_of, stage_of
 from .counting import count_flops
 from .timing import alternate
 
 ATTENTION, DELTACONV = "attention", "ΔConv"
-HEADS = {"sd15": 8, "pixart_sigma": 16}
-HEAD_CHANNELS = 64  # of the other known models
-PATCH_LEVEL = 1  # PixArt's tokens are 2 x 2 latent positions
 
 
 class SelfAttention(nn.Module):
@@ -102,11 +99,6 @@ class StageCost:
     block_flops: int
 
 
-def heads_of(architecture: str, channels: int) -> int:
-    """Heads of a self-attention in a known architecture."""
-    return HEADS.get(architecture, channels // HEAD_CHANNELS)
-
-
 def layers_of(
     architecture: str, latent: tuple[int, int], specs: Mapping[str, BlockSpec] | None = None
 ) -> list[Layer]:
@@ -125,29 +117,13 @@ def layers_of(
             f"the shape of {architecture!r} is not known here; known are {', '.join(ARCHITECTURES)}. In "
             "ComfyUI, the node ΔConv Benchmark measures any model that ΔConv works on"
         )
+    shape = ARCHITECTURES[architecture]
+    levels = len(shape.down) if isinstance(shape, UNet) else 0
     found: Counter[Layer] = Counter()
     for site, spec in (authors_specs(architecture) if specs is None else specs).items():
-        height, width = (-(-side >> _level(architecture, site)) for side in latent)
+        height, width = (-(-side >> level_of(site, levels)) for side in latent)
         found[Layer(stage_of(site), spec, heads_of(architecture, spec.dim), (height, width))] += 1
     return [replace(layer, sites=count) for layer, count in found.items()]
-
-
-def stage_of(site: str) -> str:
-    """The stage that a site id begins with: "down_blocks.1", "mid_block", "transformer_blocks"."""
-    first, second, *_ = site.split(".")
-    return f"{first}.{second}" if first in ("down_blocks", "up_blocks") else first
-
-
-def _level(architecture: str, site: str) -> int:
-    """How often the latent is halved on the way to a site."""
-    shape = ARCHITECTURES[architecture]
-    if isinstance(shape, Transformer):
-        return PATCH_LEVEL
-    last = len(shape.down) - 1
-    side, _, number = stage_of(site).partition(".")
-    if side == "mid_block":
-        return last
-    return int(number) if side == "down_blocks" else last - int(number)
 
 
 def measure_stages(

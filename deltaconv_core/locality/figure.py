@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DeltaConvError
-from .names import short_name
+from ..sites import short_name
 from .recommend import Recommendation
 from .result import THRESHOLD, LayerLocality
 

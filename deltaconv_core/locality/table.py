@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..block.flops import attention_flops, block_flops
 from ..block.spec import BlockSpec
+from ..sites import short_name
 from ..util.text import markdown
-from .names import short_name
 from .recommend import Recommendation
 from .result import LayerLocality
 

@@ -5,19 +5,31 @@ from .architectures import (
     Level,
     Transformer,
     UNet,
+    authors_gate,
     authors_specs,
+    heads_of,
     identify,
-    select,
+    is_transformer,
+    level_of,
+    short_name,
     site_channels,
+    stage_of,
 )
+from .selection import select
 
 __all__ = [
     "ARCHITECTURES",
     "Level",
     "Transformer",
     "UNet",
+    "authors_gate",
     "authors_specs",
+    "heads_of",
     "identify",
+    "is_transformer",
+    "level_of",
     "select",
+    "short_name",
     "site_channels",
+    "stage_of",
 ]

@@ -1,4 +1,4 @@
-"""Self-attention sites: their names, the known architectures, and the language that selects some of them.
+"""All that is known of the architectures, and what a site's name says about it.
 
 A site id is the diffusers module path of the attention, whatever the host: `transformer_blocks.7.attn1`,
 `down_blocks.0.attentions.1.transformer_blocks.0.attn1`.
@@ -6,15 +6,26 @@ A site id is the diffusers module path of the attention, whatever the host: `tra
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from ..block.spec import BlockSpec
 from ..errors import DeltaConvError
 
-PARTS = {"down": "down_blocks.*", "mid": "mid_block.*", "up": "up_blocks.*"}
+HEAD_CHANNELS = 64
+PATCH_LEVEL = 1  # a transformer's tokens are patches of 2 x 2
+
+# Site id -> short name. The last three are of models with joint attention, which are only looked at.
+SHORT_NAMES = (
+    (r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn1", r"\1\2.\3.\4"),
+    (r"mid_block\.attentions\.\d+\.transformer_blocks\.(\d+)\.attn1", r"mid.\1"),
+    (r"transformer_blocks\.(\d+)\.attn1?", r"\1"),
+    (r"single_transformer_blocks\.(\d+)\.attn", r"single\1"),
+    (r"noise_refiner\.(\d+)\.attn", r"noise\1"),
+    (r"layers\.(\d+)\.attn", r"\1"),
+)
 
 
 @dataclass(frozen=True)
@@ -28,12 +39,19 @@ class Level:
 
 @dataclass(frozen=True)
 class UNet:
-    """A U-Net as diffusers numbers it: its levels in the order of down_blocks, mid_block, up_blocks."""
+    """A U-Net as diffusers numbers it: its levels in the order of down_blocks, mid_block, up_blocks.
+
+    Args:
+        down, mid, up: the levels.
+        context_dim: width of the text embedding.
+        heads: of every attention; 0: one for each 64 channels.
+    """
 
     down: tuple[Level, ...]
     mid: Level
     up: tuple[Level, ...]
     context_dim: int
+    heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,21 +61,23 @@ class Transformer:
     channels: int
     depth: int
     kernel_size: int
+    heads: int
 
 
-def _stable_diffusion(context_dim: int) -> UNet:
+def _stable_diffusion(context_dim: int, heads: int = 0) -> UNet:
     return UNet(
         down=(Level(320, (1, 1), 7), Level(640, (1, 1), 9), Level(1280, (1, 1), 5), Level(1280)),
         mid=Level(1280, (1,), 3),
         up=(Level(1280), Level(1280, (1, 1, 1), 5), Level(640, (1, 1, 1), 9), Level(320, (1, 1, 1), 11)),
         context_dim=context_dim,
+        heads=heads,
     )
 
 
 # Shapes from the models' published configurations; kernel sizes from the authors' code, and for the models
 # that they have none for (sd21, ssd1b) those of the nearest one that they have some for.
 ARCHITECTURES: dict[str, UNet | Transformer] = {
-    "sd15": _stable_diffusion(context_dim=768),
+    "sd15": _stable_diffusion(context_dim=768, heads=8),
     "sd21": _stable_diffusion(context_dim=1024),
     "sdxl": UNet(
         down=(Level(320), Level(640, (2, 2), 9), Level(1280, (10, 10), 7)),
@@ -71,7 +91,7 @@ ARCHITECTURES: dict[str, UNet | Transformer] = {
         up=(Level(1280, (4, 4, 10), 9), Level(640, (2, 1, 1), 13), Level(320)),
         context_dim=2048,
     ),
-    "pixart_sigma": Transformer(channels=1152, depth=28, kernel_size=13),
+    "pixart_sigma": Transformer(channels=1152, depth=28, kernel_size=13, heads=16),
 }
 
 
@@ -90,8 +110,55 @@ def authors_specs(architecture: str) -> dict[str, BlockSpec]:
     Raises:
         DeltaConvError: an unknown architecture.
     """
-    gate = "sigmoid" if isinstance(ARCHITECTURES.get(architecture), Transformer) else "simple"
-    return {site: BlockSpec(channels, k, gate=gate) for site, (channels, k) in _sites(architecture).items()}
+    return {
+        site: BlockSpec(channels, kernel_size, gate=authors_gate(site))
+        for site, (channels, kernel_size) in _sites(architecture).items()
+    }
+
+
+def authors_gate(site: str) -> str:
+    """The gate of the authors' block at a site."""
+    return "sigmoid" if is_transformer(site) else "simple"
+
+
+def heads_of(architecture: str, channels: int) -> int:
+    """Heads of a self-attention in a known architecture."""
+    return ARCHITECTURES[architecture].heads or channels // HEAD_CHANNELS
+
+
+def is_transformer(site: str) -> bool:
+    """Whether a site stands in a stack of equal blocks, not in a U-Net."""
+    return site.startswith("transformer_blocks.")
+
+
+def stage_of(site: str) -> str:
+    """The stage that a site id begins with: "down_blocks.1", "mid_block", "transformer_blocks"."""
+    first, second, *_ = site.split(".")
+    return f"{first}.{second}" if first in ("down_blocks", "up_blocks") else first
+
+
+def level_of(site: str, levels: int) -> int:
+    """How often height and width of the latent are halved on the way to a site.
+
+    Args:
+        site: its id.
+        levels: of the U-Net, those without attention included; means nothing for a transformer.
+    """
+    if is_transformer(site):
+        return PATCH_LEVEL
+    side, _, number = stage_of(site).partition(".")
+    if side == "mid_block":
+        return levels - 1
+    return int(number) if side == "down_blocks" else levels - 1 - int(number)
+
+
+def short_name(site: str) -> str:
+    """`down_blocks.1.attentions.0.transformer_blocks.0.attn1` is "down1.0", its next block "down1.0.1"."""
+    for pattern, short in SHORT_NAMES:
+        if match := re.fullmatch(pattern, site):
+            name = match.expand(short)
+            return name.removesuffix(".0") if name.count(".") == 2 or name == "mid.0" else name
+    return site
 
 
 def identify(sites: Mapping[str, int], context_dim: int | None = None) -> str:
@@ -116,54 +183,9 @@ def identify(sites: Mapping[str, int], context_dim: int | None = None) -> str:
         fits = context_dim is None or isinstance(shape, Transformer) or context_dim == shape.context_dim
         if fits and dict(sites) == site_channels(name):
             return name
-    kind = "dit" if all(site.startswith("transformer_blocks.") for site in sites) else "unet"
+    kind = "dit" if all(is_transformer(site) for site in sites) else "unet"
     counts = sorted(Counter(sites.values()).items())
     return "-".join([kind, *(f"{channels}x{count}" for channels, count in counts)])
-
-
-def select(pattern: str, site_ids: Iterable[str]) -> tuple[str, ...]:
-    """The sites that a block selection names.
-
-    Args:
-        pattern: comma list of "all", "down", "mid", "up", site ids, their beginnings up to a dot, globs of
-            either (`up_blocks.*`, `*.transformer_blocks.0`). A leading "-" excludes; exclusions alone start
-            from all.
-        site_ids: the ids to choose from.
-
-    Returns:
-        The chosen ids in the order given.
-
-    Raises:
-        DeltaConvError: a part that matches no id, or a selection of nothing.
-    """
-    ids = tuple(site_ids)
-    parts = [part.strip() for part in pattern.split(",") if part.strip()]
-    wanted = [part for part in parts if not part.startswith("-")]
-    unwanted = [part[1:].strip() for part in parts if part.startswith("-")]
-    chosen = _matches(wanted, ids) if wanted or not unwanted else set(ids)
-    chosen -= _matches(unwanted, ids)
-    if not chosen:
-        raise DeltaConvError(
-            f"the block selection {pattern!r} selects nothing; use 'all' or some of: {_listing(ids)}"
-        )
-    return tuple(site for site in ids if site in chosen)
-
-
-def _matches(parts: Iterable[str], ids: tuple[str, ...]) -> set[str]:
-    found: set[str] = set()
-    for part in parts:
-        glob = "*" if part == "all" else PARTS.get(part, part)
-        hits = {site for site in ids if fnmatchcase(site, glob) or fnmatchcase(site, f"{glob}.*")}
-        if not hits:
-            raise DeltaConvError(
-                f"the block selection {part!r} matches no site; use all, down, mid, up or: {_listing(ids)}"
-            )
-        found |= hits
-    return found
-
-
-def _listing(ids: tuple[str, ...], limit: int = 16) -> str:
-    return ", ".join(ids) if len(ids) <= limit else f"{', '.join(ids[:limit])}, ... ({len(ids)} in all)"
 
 
 def _sites(architecture: str) -> dict[str, tuple[int, int]]:

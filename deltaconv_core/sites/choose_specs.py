@@ -10,7 +10,8 @@ from typing import Any
 from ..block.spec import BlockSpec
 from ..errors import DeltaConvError
 from ..locality.recommend import Recommendation
-from .architectures import ARCHITECTURES, authors_specs, select
+from .architectures import ARCHITECTURES, authors_gate, authors_specs, is_transformer, level_of, stage_of
+from .selection import select
 
 AUTO = "auto"
 LEAN, AUTHORS = FORMS = ("lean", "released")
@@ -76,21 +77,18 @@ def automatic(shape: ModelShape) -> dict[str, BlockSpec]:
     """
     if shape.architecture in ARCHITECTURES:
         return authors_specs(shape.architecture)
-    if shape.architecture.startswith("dit"):
-        return {id: BlockSpec(n, TRANSFORMER, gate="sigmoid") for id, n in shape.channels.items()}
-    levels = {id: _level(id, shape.levels) for id in shape.channels}
-    lowest = max((level for level in levels.values() if level is not None), default=0)
-    by_height = {None: COARSE, 0: COARSE, 1: MIDDLE}
-    heights = {id: None if level is None else lowest - level for id, level in levels.items()}
-    return {id: BlockSpec(n, by_height.get(heights[id], FINE)) for id, n in shape.channels.items()}
+    sizes = _kernel_sizes(shape)
+    return {id: BlockSpec(n, sizes[id], gate=authors_gate(id)) for id, n in shape.channels.items()}
 
 
-def _level(id: str, levels: int) -> int | None:
-    """0 is the level of the picture itself; None is the middle block."""
-    if id.startswith("mid_block"):
-        return None
-    side, number, *_ = id.split(".")
-    return int(number) if side == "down_blocks" else levels - 1 - int(number)
+def _kernel_sizes(shape: ModelShape) -> dict[str, int]:
+    if all(is_transformer(id) for id in shape.channels):
+        return dict.fromkeys(shape.channels, TRANSFORMER)
+    levels = {id: level_of(id, shape.levels) for id in shape.channels if stage_of(id) != "mid_block"}
+    lowest = max(levels.values(), default=0)
+    by_height = {0: COARSE, 1: MIDDLE}
+    sizes = {id: by_height.get(lowest - level, FINE) for id, level in levels.items()}
+    return {id: sizes.get(id, COARSE) for id in shape.channels}
 
 
 def _wanted(kernel_sizes: str) -> Mapping[str, Any]:

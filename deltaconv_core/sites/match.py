@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import DeltaConvError
-from .architectures import select
+from .selection import select
 
 
 def matching_sites(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..block.spec import BlockSpec, ratio_of
 from ..errors import CheckpointError, DeltaConvError
-from ..sites import ARCHITECTURES, identify, site_channels
+from ..sites import ARCHITECTURES, authors_gate, identify, site_channels
 from .manifest import SpecHints
 
 PREFIXES = ("denoiser.", "unet.", "base:", "base_ema:")
@@ -177,7 +177,7 @@ def _read_block(
         if name not in own:
             own[name] = _kernel(path, site, name, tensor, inter) if name.endswith(".weight") else tensor
     usual = SpecHints(
-        gate="sigmoid" if earlier or site.startswith("transformer_blocks.") else "simple",
+        gate="sigmoid" if earlier else authors_gate(site),
         scales=USUAL_SCALES.get(len(stages)),
         pooling="bilinear" if earlier else "average",
     )

@@ -18,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ...errors import DeltaConvError
+from ...sites import ARCHITECTURES, UNet, heads_of
 from ...sites.match import listing
 from ...weights.manifest import REPOSITORY
 
@@ -71,41 +72,48 @@ CLIP_G = {
     "num_hidden_layers": 32,
     "projection_dim": 1280,
 }
-UNET = {"_class_name": "UNet2DConditionModel"}
 XL_UNET = {
     "sample_size": 128,
-    "block_out_channels": [320, 640, 1280],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
     "use_linear_projection": True,
-    "cross_attention_dim": 2048,
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
 NAMES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
+
+
+def _unet(architecture: str) -> dict[str, Any]:
+    """What `sites.ARCHITECTURES` knows of a U-Net, in diffusers' words."""
+    shape = ARCHITECTURES[architecture]
+    assert isinstance(shape, UNet)
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "block_out_channels": [level.channels for level in shape.down],
+        "down_block_types": [
+            "CrossAttnDownBlock2D" if level.depths else "DownBlock2D" for level in shape.down
+        ],
+        "up_block_types": ["CrossAttnUpBlock2D" if level.depths else "UpBlock2D" for level in shape.up],
+        "transformer_layers_per_block": [max(level.depths, default=1) for level in shape.down],
+        # Despite its name, the number of heads.
+        "attention_head_dim": [heads_of(architecture, level.channels) for level in shape.down],
+        "cross_attention_dim": shape.context_dim,
+    }
+
+
 # Width of the text embedding -> configurations of the parts.
 FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
     768: {
-        "unet": UNET | {"cross_attention_dim": 768, "sample_size": 64},
+        "unet": _unet("sd15") | {"sample_size": 64},
         "vae": VAE | {"scaling_factor": 0.18215},
         "text_encoder": CLIP_L,
     },
     1024: {
-        "unet": UNET
-        | {
-            "cross_attention_dim": 1024,
-            "sample_size": 96,
-            "attention_head_dim": [5, 10, 20, 20],
-            "use_linear_projection": True,
-        },
+        "unet": _unet("sd21") | {"sample_size": 96, "use_linear_projection": True},
         "vae": VAE | {"scaling_factor": 0.18215},
         "text_encoder": CLIP_H,
     },
     2048: {
-        "unet": UNET | XL_UNET,
+        "unet": _unet("sdxl") | XL_UNET,
         "vae": VAE | {"scaling_factor": 0.13025},
         "text_encoder": CLIP_L,
         "text_encoder_2": CLIP_G,

@@ -12,9 +12,10 @@ import comfy.model_management
 import comfy.utils
 import torch
 
-from ....deltaconv_core.bench import LATENT, Layer, StageCost, stage_cost, stage_of
+from ....deltaconv_core.bench import LATENT, Layer, StageCost, stage_cost
 from ....deltaconv_core.block import DeltaConvBlock
 from ....deltaconv_core.errors import DeltaConvError
+from ....deltaconv_core.sites import stage_of
 from ....deltaconv_core.sites.match import matching_sites
 from ....deltaconv_core.sites.sampling_range import SamplingRange
 from ..model.sites import Sites, find_sites

@@ -14,10 +14,9 @@ from attention_maps import gaussian, locality, sink, uniform
 from deltaconv_core import BlockSpec, DeltaConvError
 from deltaconv_core.locality import Recommendation, recommend
 from deltaconv_core.locality.figure import draw
-from deltaconv_core.locality.names import short_name
 from deltaconv_core.locality.sampled_steps import spread
 from deltaconv_core.locality.table import rows, text, write_csv
-from deltaconv_core.sites import site_channels
+from deltaconv_core.sites import short_name, site_channels
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deltaconv_core import DeltaConvError
-from deltaconv_core.sites import ARCHITECTURES, authors_specs, identify, select, site_channels
+from deltaconv_core.sites import ARCHITECTURES, authors_specs, identify, level_of, select, site_channels
 
 SD15 = tuple(site_channels("sd15"))
 
@@ -45,6 +45,21 @@ def test_single_sites(architecture, site, channels, kernel_size):
     spec = authors_specs(architecture)[site]
     assert (spec.dim, spec.kernel_size) == (channels, kernel_size)
     assert spec.gate == ("sigmoid" if architecture == "pixart_sigma" else "simple")
+
+
+@pytest.mark.parametrize(
+    ("site", "level"),
+    [
+        ("down_blocks.0.attentions.1.transformer_blocks.0.attn1", 0),
+        ("down_blocks.2.attentions.0.transformer_blocks.0.attn1", 2),
+        ("mid_block.attentions.0.transformer_blocks.0.attn1", 3),
+        ("up_blocks.0.attentions.0.transformer_blocks.0.attn1", 3),
+        ("up_blocks.3.attentions.2.transformer_blocks.0.attn1", 0),
+        ("transformer_blocks.7.attn1", 1),
+    ],
+)
+def test_level_of_a_site_in_a_network_of_four(site, level):
+    assert level_of(site, 4) == level
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
