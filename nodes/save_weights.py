@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..deltaconv_core.weights.checkpoint import save_checkpoint
 from .host.files import model_folder
-from .host.files.save import DTYPES, prepared
+from .host.files.save import SHORT_DTYPES, prepared
 from .host.report import Report, tell
 from .sockets import CATEGORY, Weights
 
@@ -34,7 +34,7 @@ class SaveWeights(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "dtype",
-                    options=list(DTYPES),
+                    options=list(SHORT_DTYPES),
                     default="fp16",
                     tooltip="Of the saved numbers. fp16 halves the file; fp32 keeps every bit.",
                 ),

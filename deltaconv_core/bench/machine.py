@@ -8,47 +8,12 @@ from typing import Any
 
 import torch
 
-from ..errors import DeltaConvError
 from ..util.devices import cpu_name, device_name
 from .timing import alternate
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 COPIED = {"cpu": 2**28}  # bytes; elsewhere 2**30
 SIDE = {"cpu": 2048}  # of the matrices; elsewhere 8192
 REPEATS = 5
-
-
-def pick_device(name: str | None = None) -> torch.device:
-    """The named device, else the first CUDA device where there is one, else the CPU.
-
-    Raises:
-        DeltaConvError: a device that PyTorch does not find here.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise DeltaConvError(
-            f"PyTorch cannot use the device {name!r}: {str(error).splitlines()[0]}"
-        ) from error
-    return device
-
-
-def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The named dtype; None: float32 on a CPU, float16 elsewhere.
-
-    Raises:
-        DeltaConvError: float16 on a CPU, in which nobody computes.
-    """
-    on_cpu = device.type == "cpu"
-    dtype = DTYPES[name or ("float32" if on_cpu else "float16")]
-    if dtype == torch.float16 and on_cpu:
-        raise DeltaConvError(
-            "float16 on a CPU is many times slower than float32, so ΔConv computes in float32 there; measure "
-            "float32 or bfloat16"
-        )
-    return dtype
 
 
 def describe(device: torch.device) -> dict[str, Any]:

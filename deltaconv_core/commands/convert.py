@@ -6,19 +6,17 @@ import argparse
 from fractions import Fraction
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from ..block.spec import GATES, POOLINGS
 from ..errors import DeltaConvError
+from ..util.devices import DTYPES
 from ..weights.authors_write import save_authors
+from ..weights.cast import cast
 from ..weights.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ..weights.hub_folder import check_new, save_hub_folder
 from .output import check_file, check_folder
 
 TOLD_BY_BLOCKS = ("architecture", "format", "specs", "deltaconv", "gate", "scales", "pooling")
 WRITERS = {"deltaconv": save_checkpoint, "diffusers": save_hub_folder, "authors": save_authors}
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
         options.input, gate=options.gate, scales=options.scales, pooling=options.pooling
     )
     if options.dtype is not None:
-        _cast(checkpoint, DTYPES[options.dtype])
+        checkpoint = cast(checkpoint, DTYPES[options.dtype])
     _check_metadata(options.metadata, checkpoint)
     checkpoint.metadata |= dict(options.metadata)
     WRITERS[options.kind](checkpoint, options.output)
@@ -93,22 +91,6 @@ def _check_metadata(texts: list[tuple[str, str]], checkpoint: Checkpoint) -> Non
                 f"{checkpoint.architecture}: {name} follows from them"
                 + (f"; to change it, use --{name}" if name in ("gate", "scales", "pooling") else "")
             )
-
-
-def _cast(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    for site, block in checkpoint.blocks.items():
-        for name, parameter in block.named_parameters():
-            _check_range(f"{site}.{name}", parameter, dtype)
-        block.to(dtype)
-    for name, tensor in checkpoint.base_weights.items():
-        _check_range(name, tensor, dtype)
-        checkpoint.base_weights[name] = tensor.to(dtype)
-
-
-def _check_range(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    if not tensor.to(dtype).isfinite().all():
-        largest = tensor.abs().max().item()
-        raise DeltaConvError(f"{name} holds {largest:g}, too much for {dtype}; choose bfloat16 or float32")
 
 
 def _named_text(text: str) -> tuple[str, str]:

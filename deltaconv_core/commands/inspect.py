@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from torch import Tensor
 
 from ..block import DeltaConvBlock
 from ..cli import printable
 from ..mixers.hybrid import HybridMixer
+from ..util.text import aligned
 from ..weights.checkpoint import DELTACONV, HYBRID, Checkpoint, load_checkpoint
 
 HEAD = ("site", "channels", "K", "scales", "gate", "merge", "pooling", "dtype", "parameters")
@@ -36,7 +37,7 @@ def describe(checkpoint: Checkpoint) -> list[str]:
     head, row = (HYBRID_HEAD, _hybrid_row) if checkpoint.mixer == HYBRID else (HEAD, _row)
     rows = [head, *(row(site, block) for site, block in checkpoint.blocks.items())]
     tensors = [tensor for block in checkpoint.blocks.values() for tensor in block.state_dict().values()]
-    lines = [f"architecture: {checkpoint.architecture}", *_aligned(rows)]
+    lines = [f"architecture: {checkpoint.architecture}", *aligned(rows)]
     if checkpoint.mixer == DELTACONV:
         lines.append(f"blocks: {len(checkpoint.blocks)}, {_amount(tensors)}")
     else:
@@ -81,10 +82,3 @@ def _amount(tensors: Iterable[Tensor]) -> str:
     count = sum(tensor.numel() for tensor in tensors)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return f"{count:,} parameters, {size / 1e6:,.1f} MB"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ..bench.machine import DTYPES, pick_device
 from ..cli import printable
 from ..errors import DeltaConvError
 from ..locality import check_limit, recommend
 from ..locality.recommend import LARGEST
 from ..locality.sampled_steps import spread
+from ..util.devices import DTYPES, pick_device
 from .output import check_folder
 
 

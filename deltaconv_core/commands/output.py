@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 
 from ..errors import DeltaConvError
+from ..util.whole_file import beside
 
 
 def check_file(path: Path, option: str) -> None:
@@ -22,7 +23,7 @@ def check_file(path: Path, option: str) -> None:
     try:
         if path.name in ("", "..") or os.path.isdir(path):
             raise IsADirectoryError(f"{path} is a folder, expected the name of a file")
-        _try(path.with_name(f".{path.name}.{secrets.token_hex(4)}.part"))
+        _try(beside(path))
     except (OSError, ValueError) as error:
         raise _refused(path, option, error) from error
 
@@ -39,7 +40,7 @@ def check_folder(path: Path, option: str) -> None:
         if not os.path.isdir(there):
             raise NotADirectoryError(f"{there} is not a folder")
         for name in (*whole.relative_to(there).parts, secrets.token_hex(4)):
-            _try(there / f".{name}.{secrets.token_hex(4)}.part")
+            _try(beside(there / name))
     except (OSError, ValueError) as error:
         raise _refused(path, option, error) from error
 

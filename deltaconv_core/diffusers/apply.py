@@ -27,7 +27,7 @@ from .sites import Sites, find_sites, network_of
 
 TRAIN_TIMESTEPS = 1000
 
-Hook = tuple[nn.Module, Callable[..., Any]]
+Hooked = tuple[nn.Module, Callable[..., Any]]
 
 log = logging.getLogger(__name__)
 
@@ -137,23 +137,21 @@ def _copies(model: nn.Module, trained: Mapping[str, Any]) -> dict[str, DeltaConv
 
 def _hooks(
     model: nn.Module, found: Sites, chosen: Collection[str], sampling: SamplingRange, train_timesteps: int
-) -> list[Hook]:
+) -> list[Hooked]:
     """What has to be hooked so that the chosen sites are told what they need, and nobody else is."""
-    needed: list[Hook] = []
-    replaced = {id(found.attentions[site]) for site in chosen}
+    needed: list[Hooked] = []
+    replaced = [found.attentions[site] for site in chosen]
     for stack in found.stacks:
-        if any(site in chosen for site in stack.sites):
-            needed.append((stack.module, hooks.TellGrid.of(stack.module, stack.patch_size)))
-            others = (attention for attention in stack.attentions() if id(attention) not in replaced)
-            needed += [(attention, hooks.keep_back) for attention in others]
-        elif not sampling.is_everything:
+        telling = hooks.grid_hooks(stack, replaced)
+        needed += telling
+        if not telling and not sampling.is_everything:
             needed.append((stack.module, hooks.KeepBack.of(stack.module)))
     if not sampling.is_everything:
         needed.append((model, hooks.TellChoice.of(model, sampling, train_timesteps)))
     return needed
 
 
-def _put_on(model: nn.Module, new: AppliedBlocks, needed: Iterable[Hook], sampling: SamplingRange) -> None:
+def _put_on(model: nn.Module, new: AppliedBlocks, needed: Iterable[Hooked], sampling: SamplingRange) -> None:
     for site, attention in new.attentions.items():
         if sampling.is_everything:
             forward = MixerForward(site, new)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..sites.match import listing
+from ..util.text import listing
 
 # They only compute attention in another way.
 PLAIN_PROCESSORS = (

@@ -9,7 +9,7 @@ model, gradient checkpointing and calls inside calls cannot mix them up.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,15 @@ from torch import nn
 
 from ..errors import DeltaConvError
 from ..sites.sampling_range import SamplingRange
+from .sites import Stack
 
 GRID = "deltaconv_grid"
 CHOICE = "deltaconv_choice"
 CROSS = "cross_attention_kwargs"
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Call]
+"""A forward pre-hook that is told the keyword arguments."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,16 @@ class TellGrid:
         height, width = self.input.get(args, kwargs).shape[-2:]
         grid = (height // self.patch_size, width // self.patch_size)
         return self.cross.put(args, kwargs, {**(self.cross.get(args, kwargs) or {}), GRID: grid})
+
+
+def grid_hooks(stack: Stack, attentions: Iterable[nn.Module]) -> list[tuple[nn.Module, Hook]]:
+    """What tells the grid to those of the attentions that stand in a stack, and to no others in it."""
+    told = {id(attention) for attention in attentions}
+    others = [attention for attention in stack.attentions() if id(attention) not in told]
+    if len(others) == len(list(stack.attentions())):
+        return []
+    tell: Hook = TellGrid.of(stack.module, stack.patch_size)
+    return [(stack.module, tell), *((attention, keep_back) for attention in others)]
 
 
 @dataclass(frozen=True)

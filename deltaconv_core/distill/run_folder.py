@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, DeltaConvError
+from ..util.whole_file import replacing
 from ..weights.safefile import Pathlike, read_file, read_header, write_file
 
 COLUMNS = ("step", "stage", "learning_rate", "feature", "teacher", "noise", "gradient_norm")
@@ -130,11 +130,8 @@ class RunFolder:
 
     def _cut_log(self, step: int) -> list[Row]:
         rows = [row for row in self.read_log() if row.step <= step]
-        part = self.log_file.with_name(f".{self.log_file.name}.part")
-        with self._writing():
-            part.unlink(missing_ok=True)
+        with self._writing(), replacing(self.log_file) as part:
             _append(part, rows)
-            os.replace(part, self.log_file)
         return rows
 
     @contextmanager

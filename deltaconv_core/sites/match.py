@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import DeltaConvError
+from ..util.text import listing
 from .selection import select
 
 
@@ -52,14 +53,8 @@ def matching_sites(
     return replaced
 
 
-def listing(names: Iterable[str], limit: int = 3) -> str:
-    """The first few names in the order given, for a message."""
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
 def _differences(trained: Mapping[str, int], own: Mapping[str, int], model: str) -> str:
-    """What no selection could mend."""
+    """What no selection can resolve."""
     extra = [id for id in trained if id not in own]
     other = [f"{id} ({n}, in the {model} {own[id]})" for id, n in trained.items() if own.get(id, n) != n]
     text = f"; the {model} has no {listing(extra)}" if extra else ""

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from ..errors import DeltaConvError
+from ..util.text import listing
 
 PARTS = {"down": "down_blocks.*", "mid": "mid_block.*", "up": "up_blocks.*"}
+SHOWN = 16  # site ids in a message
 
 
 def select(pattern: str, site_ids: Iterable[str]) -> tuple[str, ...]:
@@ -33,7 +35,7 @@ def select(pattern: str, site_ids: Iterable[str]) -> tuple[str, ...]:
     chosen -= _matches(unwanted, ids)
     if not chosen:
         raise DeltaConvError(
-            f"the block selection {pattern!r} selects nothing; use 'all' or some of: {_listing(ids)}"
+            f"the block selection {pattern!r} selects nothing; use 'all' or some of: {listing(ids, SHOWN)}"
         )
     return tuple(site for site in ids if site in chosen)
 
@@ -45,11 +47,8 @@ def _matches(parts: Iterable[str], ids: tuple[str, ...]) -> set[str]:
         hits = {site for site in ids if fnmatchcase(site, glob) or fnmatchcase(site, f"{glob}.*")}
         if not hits:
             raise DeltaConvError(
-                f"the block selection {part!r} matches no site; use all, down, mid, up or: {_listing(ids)}"
+                f"the block selection {part!r} matches no site; use all, down, mid, up or: "
+                f"{listing(ids, SHOWN)}"
             )
         found |= hits
     return found
-
-
-def _listing(ids: tuple[str, ...], limit: int = 16) -> str:
-    return ", ".join(ids) if len(ids) <= limit else f"{', '.join(ids[:limit])}, ... ({len(ids)} in all)"

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, astuple
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from ..block.spec import BlockSpec, ratio_of
 from ..errors import CheckpointError, DeltaConvError
 from ..sites import ARCHITECTURES, authors_gate, identify, site_channels
+from ..util.text import listing
 from .manifest import SpecHints
 
 PREFIXES = ("denoiser.", "unet.", "base:", "base_ema:")
@@ -112,7 +113,7 @@ def _sorted_keys(
             unknown.append(name)
     if unknown:
         raise CheckpointError(
-            f"{path} holds {len(unknown)} tensors that no known form of the block has: {some(unknown)}; "
+            f"{path} holds {len(unknown)} tensors that no known form of the block has: {listing(unknown)}; "
             f"expected {EXPECTED_KEYS}"
         )
     if not blocks:
@@ -134,7 +135,7 @@ def _add_absent_biases(path: str, blocks: Mapping[str, dict[str, Tensor]]) -> No
         without = [site for site, named in blocks.items() if f"{layer}.bias" not in named]
         if without and len(without) < len(blocks):
             raise CheckpointError(
-                f"{path}: {layer}.bias is missing at {some(without)} but not at other blocks; "
+                f"{path}: {layer}.bias is missing at {listing(without)} but not at other blocks; "
                 "the file is damaged"
             )
         for site in without:
@@ -164,12 +165,13 @@ def _read_block(
     """The spec of one block, and its tensors named and laid out as in `DeltaConvBlock`."""
     earlier = any(name.startswith("conv_spatial") for name in named)
     if earlier and any(name.startswith("gates.") for name in named):
-        raise CheckpointError(f"{path}: the block at {site} is of two forms at once: {some(named)}")
+        raise CheckpointError(f"{path}: the block at {site} is of two forms at once: {listing(named)}")
     named = {_own_name(name): tensor for name, tensor in named.items()}
     stages = [name for name in named if re.fullmatch(r"gates\.\d+\.conv_spatial\.weight", name)]
     if "conv_up.weight" not in named or not stages:
         raise CheckpointError(
-            f"{path}: the block at {site} has no conv_up.weight or no depth-wise kernel, only {some(named)}"
+            f"{path}: the block at {site} has no conv_up.weight or no depth-wise kernel, only "
+            f"{listing(named)}"
         )
     own = {name: _projection(path, site, name, t) for name, t in named.items() if name.startswith("conv_")}
     inter = own["conv_up.weight"].shape[0]
@@ -242,7 +244,7 @@ def _architecture(path: str, specs: Mapping[str, BlockSpec]) -> str:
         if channels.items() <= table.items():
             raise CheckpointError(
                 f"{path} holds {len(channels)} of the {len(table)} blocks of {known}; "
-                f"missing: {some(table.keys() - channels.keys())}; get the file again"
+                f"missing: {listing(site for site in table if site not in channels)}; get the file again"
             )
     return name
 
@@ -253,11 +255,3 @@ def _warn_of_scales(path: str) -> str:
         "%s does not tell its three scales; assumed: %s. Give scales to choose others.", path, assumed
     )
     return assumed
-
-
-def some(names: Iterable[str], limit: int = 4) -> str:
-    """The first few names, for a message."""
-    names = sorted(names)
-    if not names:
-        return "nothing"
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

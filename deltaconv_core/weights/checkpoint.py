@@ -25,7 +25,8 @@ from ..block.spec import BlockSpec
 from ..errors import CheckpointError, DeltaConvError
 from ..mixers.hybrid import HybridMixer, HybridSpec
 from ..sites import ARCHITECTURES, site_channels
-from .authors_read import read_authors, some
+from ..util.text import listing
+from .authors_read import read_authors
 from .manifest import SpecHints
 from .safefile import Pathlike, read_file, write_file
 
@@ -163,7 +164,7 @@ def assemble_blocks(path: str, specs: Mapping[str, Any], tensors: Mapping[str, T
     missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing or extra:
         raise CheckpointError(
-            f"{path}: the blocks lack {some(missing)} and have unknown {some(extra)}; "
+            f"{path}: the blocks lack {listing(sorted(missing))} and have unknown {listing(sorted(extra))}; "
             "the file is incomplete or its header belongs to other weights"
         )
     for key, parameter in expected.items():
@@ -210,7 +211,7 @@ def _from_own_form(path: str, text: str, tensors: Mapping[str, Tensor], hints: S
     unknown = [key for key in tensors if not key.startswith((BLOCKS, BASE_WEIGHTS))]
     if unknown:
         raise CheckpointError(
-            f"{path}: unknown tensors {some(unknown)}, expected {BLOCKS}* and {BASE_WEIGHTS}*"
+            f"{path}: unknown tensors {listing(unknown)}, expected {BLOCKS}* and {BASE_WEIGHTS}*"
         )
     blocks = assemble_blocks(path, specs, _with_prefix(tensors, BLOCKS))
     checkpoint = Checkpoint(architecture, blocks, _with_prefix(tensors, BASE_WEIGHTS), metadata, kept)
@@ -227,8 +228,8 @@ def _check_kept(path: str, checkpoint: Checkpoint) -> None:
     both = [site for site in checkpoint.kept if site in checkpoint.blocks]
     if both or (checkpoint.kept and checkpoint.mixer == DELTACONV):
         raise CheckpointError(
-            f"{path}: attention cannot stay at {some(both or checkpoint.kept)}: a block stands there, or the "
-            "file is of ΔConvBlocks, which says nothing of other sites"
+            f"{path}: attention cannot stay at {listing(both or checkpoint.kept)}: a block stands there, or "
+            "the file is of ΔConvBlocks, which says nothing of other sites"
         )
 
 

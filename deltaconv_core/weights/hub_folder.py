@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..util.whole_file import replacing
 from .checkpoint import CLASS_NAME, CONFIG, WEIGHTS, Checkpoint, describe, save_checkpoint
 from .model_card import model_card
 from .safefile import Pathlike
@@ -34,23 +33,20 @@ def save_hub_folder(checkpoint: Checkpoint, folder: Pathlike) -> None:
     """
     folder = Path(folder)
     check_new(folder)
-    part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     config = {"_class_name": CLASS_NAME} | describe(checkpoint)
     try:
-        part.mkdir()
-        save_checkpoint(checkpoint, part / WEIGHTS)
-        text = json.dumps(config, indent=2, ensure_ascii=False)
-        (part / CONFIG).write_text(text + "\n", encoding="utf-8")
-        (part / "README.md").write_text(model_card(checkpoint, WEIGHTS), encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        os.replace(part, folder)
+        with replacing(folder) as part:
+            part.mkdir()
+            save_checkpoint(checkpoint, part / WEIGHTS)
+            text = json.dumps(config, indent=2, ensure_ascii=False)
+            (part / CONFIG).write_text(text + "\n", encoding="utf-8")
+            (part / "README.md").write_text(model_card(checkpoint, WEIGHTS), encoding="utf-8")
+            if folder.exists():
+                folder.rmdir()
     except OSError as error:
         raise CheckpointError(
             f"cannot write {folder} ({error}); choose another place or free some space"
         ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def check_new(folder: Path) -> None:

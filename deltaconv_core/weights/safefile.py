@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..util.whole_file import replacing
 
 Pathlike = str | os.PathLike[str]
 PICKLE_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip, or a protocol number
@@ -64,21 +64,12 @@ def write_file(
     ready = _separate({name: tensor.detach().to("cpu") for name, tensor in tensors.items()})
     for name, tensor in ready.items():
         _check_numbers(path, name, tensor, numbers)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        try:
+        with replacing(path, durable=True) as part:
             with open(part, "xb") as file:
-                mode = os.fstat(
-                    file.fileno()
-                ).st_mode  # safetensors makes files that only their owner may read
+                mode = os.fstat(file.fileno()).st_mode
             safetensors.torch.save_file(ready, part, dict(header))
-            os.chmod(part, mode & 0o777)
-            _flush(part)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-        if os.name == "posix":
-            _flush(path.parent)
+            os.chmod(part, mode & 0o777)  # safetensors makes files that only their owner may read
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot write {path} ({error}); choose another place or free some space"
@@ -147,11 +138,3 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
         seen.add(tensors[name].untyped_storage().data_ptr())
     return tensors
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from ...deltaconv_core.sites.report import Report
+from ...deltaconv_core.util.text import listing
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +29,8 @@ def left_out(unseen: list[str]) -> list[str]:
     """The warning about self-attentions that were never called in the usual way; nothing without any."""
     if not unseen:
         return []
-    named = f"{', '.join(unseen[:3])}{' and others' if len(unseen) > 3 else ''}"
-    return [f"{len(unseen)} self-attentions were not called in the usual way and are left out: {named}"]
+    what = f"{len(unseen)} self-attentions were not called in the usual way and are left out"
+    return [f"{what}: {listing(unseen)}"]
 
 
 def show(text: str, hidden: Any) -> None:

@@ -25,7 +25,6 @@ import json
 import logging
 import math
 import os
-import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -39,6 +38,7 @@ from torch import Tensor
 from torch.utils import _python_dispatch
 
 from ...util.devices import device_name
+from ...util.whole_file import write_text
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -230,13 +230,8 @@ def _keep(kind: str, name: str) -> None:
     if path is None:
         return
     content = {"version": VERSION, "choices": {**_load(path), kind: name}}
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_text(json.dumps(content, indent=1), encoding="utf-8")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_text(path, json.dumps(content, indent=1))
     except OSError as error:
         log.warning("ΔConv: cannot write %s (%s); what is fastest is measured again next time", path, error)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...distill import Batch
 from ...distill.replaced import replaced
-from ..hooks import GRID, TellGrid, keep_back, without
+from ..hooks import GRID, grid_hooks, without
 from .teacher import Teacher
 
 
@@ -63,14 +63,9 @@ class DiffusersNetwork:
     def told(self) -> Iterator[None]:
         """Inside, the calls of the attentions carry the grid of their tokens, which they do not see."""
         own = [(attention, _Without(attention.forward)) for attention in self.attentions.values()]
-        chosen = {id(attention) for attention in self.attentions.values()}
         with replaced(own), ExitStack() as hooks:
             for stack in self.teacher.sites.stacks:
-                if not any(site in self.attentions for site in stack.sites):
-                    continue
-                tell: Any = TellGrid.of(stack.module, stack.patch_size)
-                others = [attention for attention in stack.attentions() if id(attention) not in chosen]
-                for module, hook in [(stack.module, tell), *((other, keep_back) for other in others)]:
+                for module, hook in grid_hooks(stack, self.attentions.values()):
                     hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
 

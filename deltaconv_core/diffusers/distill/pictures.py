@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DeltaConvError
-from ...sites.match import listing
 from ...util.foreign_json import parse_json
-from ...util.text import quoted
+from ...util.text import listing, quoted
 from .buckets import Size
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")

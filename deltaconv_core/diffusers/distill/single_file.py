@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ...errors import DeltaConvError
 from ...sites import ARCHITECTURES, UNet, heads_of
-from ...sites.match import listing
+from ...util.text import listing
 from ...weights.manifest import REPOSITORY
 
 CONTEXT = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"

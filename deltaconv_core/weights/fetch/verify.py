@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from ...errors import FetchError
+from ...util.whole_file import write_text
 from ..manifest import Record, RepositorySource
 
 log = logging.getLogger(__name__)
@@ -94,10 +94,8 @@ def _write_pin(pin: Path, digest: str, record: Record, promised: str | None) -> 
     being used."""
     told = "the Hub states the same" if promised else "nobody states one, so this file is trusted now"
     log.warning("%s: the manifest knows no sha256; %s: %s; pinned in %s", record.name, told, digest, pin)
-    staged = pin.with_name(pin.name + ".new")
     try:
-        staged.write_text(f"{digest}  {record.filename}\n", encoding="utf-8")
-        os.replace(staged, pin)
+        write_text(pin, f"{digest}  {record.filename}\n")
     except OSError as error:
         log.warning("%s: cannot be pinned: %s", record.name, error)
 

@@ -65,7 +65,7 @@ def test_dtypes_and_base_weights(pack, models, checkpoint, dtype, keep):
 
 def test_numbers_too_large_for_fp16(pack, models, checkpoint):
     next(iter(checkpoint.blocks.values())).conv_pool.weight[0, 0] = 1e6
-    with pytest.raises(ValueError, match=r"conv_pool.weight has values up to 1e\+06, too large for fp16"):
+    with pytest.raises(ValueError, match=r"conv_pool.weight has values up to 1e\+06, too large for float16"):
         save(pack, checkpoint, dtype="fp16")
     assert list(models.iterdir()) == []
 

@@ -351,7 +351,11 @@ def test_convert_writes_our_own_form(path, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
-        (["--dtype", "float16"], 2, "conv_up.bias holds 1e+06, too much for torch.float16; choose bfloat16"),
+        (
+            ["--dtype", "float16"],
+            2,
+            "conv_up.bias has values up to 1e+06, too large for float16; choose bfloat16",
+        ),
         (["--scales", "1"], 2, "2 stages and needs as many scales"),
         (["--scales", "1,x"], None, "numbers like 1,1/2,1/3, got '1,x'"),
         (["--scales", "1,1/0"], None, "got '1,1/0'"),
