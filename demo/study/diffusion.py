@@ -13,6 +13,8 @@ from ..words import ANY, Prompt, token_rows
 from .drawings import draw, every_prompt, is_held_out, random_scene
 
 TIMESTEPS = 1000
+#: Sides of the pictures that students are trained on: a fifth of the batches, and the others.
+SMALL, FULL = 32, 48
 
 
 def alpha_sigma(timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

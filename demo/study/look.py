@@ -18,9 +18,9 @@ from deltaconv_core.locality.table import text, write_csv
 
 from ..files import teacher_file
 from ..words import token_rows
+from .diffusion import FULL
 from .metrics import held_out_prompts
 from .train_student import Teacher
-from .train_teacher import FULL
 
 
 def main() -> None:

@@ -22,9 +22,8 @@ from deltaconv_core.distill.losses import BETA
 from scripts.comfy_host import import_pack
 
 from ..files import teacher_file
-from .diffusion import DrawnBatches, alpha_sigma
+from .diffusion import FULL, SMALL, DrawnBatches, alpha_sigma
 from .students import linear_mixers, save_linear
-from .train_teacher import FULL, SMALL
 
 
 @dataclass

@@ -1,8 +1,10 @@
 """Train the demo teacher: ``python -m demo.study.train_teacher --output runs/teacher``.
 
-Two stages, small pictures first: most of what a prompt means is learned at 32x32 at a quarter of the cost,
-then 48x48 (the size the model is shipped for) with some 32x32 between. Everything is seeded by step number;
-a run that was stopped goes on from its last saved state.
+Pictures of several sizes, most of them 48x48, the size the model is shipped for. The learning rate stays
+where it is until ``--decay-steps`` before the end, so that a run can be stopped and gone on with at any time:
+it saves its state, and so it does at Ctrl-C and SIGTERM. Everything is seeded by step number. From time to
+time the averaged weights draw prompts that training never sees, and ``curve.csv`` tells how many words the
+detector found in the pictures.
 """
 
 from __future__ import annotations
@@ -11,33 +13,30 @@ import argparse
 import csv
 import math
 import os
+import signal
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from scripts.comfy_host import import_pack
-
-from ..words import VOCABULARY
-from .diffusion import DrawnBatches, alpha_sigma, picture_weight
-
-SMALL, FULL = 32, 48
-
-
-def picture_size(step: int, small_steps: int) -> int:
-    """Side of the pictures of ``step``: small ones first, later every fifth batch."""
-    return SMALL if step < small_steps or step % 5 == 0 else FULL
+from ..words import SLOTS, VOCABULARY
+from .diffusion import FULL, alpha_sigma
+from .evaluate import Settings, Size, sample
+from .lessons import Lesson, Lessons
+from .metrics import held_out_prompts, word_shares, words_right
+from .muon import Muon
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 100, decay: int = 800) -> float:
-    """Warm-up, constant, then a cosine to a twentieth of ``peak`` over the last ``decay`` steps."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = max(0.0, (step - (steps - decay)) / decay)
-    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+def learning_rate(step: int, steps: int, peak: float, decay: int, warmup: int = 100) -> float:
+    """Warm-up, constant, then a straight line to zero over the last ``decay`` of ``steps``."""
+    falling = (steps - step) / decay if decay else 1.0
+    return peak * min((step + 1) / warmup, falling, 1.0)
 
 
 def initialize(unet: torch.nn.Module) -> None:
@@ -58,99 +57,194 @@ def initialize(unet: torch.nn.Module) -> None:
             torch.nn.init.zeros_(module.bias)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder for weights, log and resume state")
-    parser.add_argument(
-        "--small-steps", type=int, default=2000, help="steps at 32x32 before 48x48 (default 2000)"
-    )
-    parser.add_argument("--steps", type=int, default=3900, help="all steps (default 3900)")
-    parser.add_argument("--batch-size", type=int, default=32, help="pictures per step (default 32)")
-    parser.add_argument("--lr", type=float, default=8e-4, help="peak learning rate of AdamW (default 8e-4)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, pictures and noise (default 0)")
-    parser.add_argument(
-        "--save-every", type=int, default=200, help="steps between saved states (default 200)"
-    )
-    args = parser.parse_args()
+def optimizers(model: torch.nn.ModuleDict, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the weights inside the network; AdamW for first and last layer, words, norms and biases."""
+    inner, others = [], []
+    for name, parameter in model.named_parameters():
+        edge = name.startswith(("words.", "unet.input_blocks.0.", "unet.out."))
+        (others if edge or parameter.ndim < 2 else inner).append(parameter)
+    return [Muon(inner, rate), torch.optim.AdamW(others, rate, betas=(0.9, 0.99), weight_decay=0.0)]
+
+
+class Gradients:
+    """Gradients of a lesson's loss, its parts spread over single-threaded workers.
+
+    Faster than PyTorch's own threads where other programs use the processor: nobody waits at every layer.
+    """
+
+    def __init__(self, model: torch.nn.ModuleDict, threads: int) -> None:
+        self.model, self.parameters, self.parts = model, list(model.parameters()), 2 * threads
+        self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+    def __call__(self, lesson: Lesson) -> float:
+        """Set every parameter's ``grad``; returns the loss."""
+        parts = lesson.chunks(min(self.parts, len(lesson.rows)))
+        shares = [len(part.rows) / len(lesson.rows) for part in parts]
+        done = list(self.pool.map(self.part, parts, shares))
+        for parameter, *gradients in zip(self.parameters, *(gradients for _, gradients in done), strict=True):
+            parameter.grad = torch.stack(gradients).sum(0)
+        return sum(loss for loss, _ in done)
+
+    def part(self, lesson: Lesson, share: float) -> tuple[float, tuple[torch.Tensor, ...]]:
+        alpha, sigma = alpha_sigma(lesson.timesteps)
+        noisy = alpha * lesson.pictures + sigma * lesson.noise
+        context = self.model["words"](lesson.rows)
+        picture = self.model["unet"](noisy, lesson.timesteps.float(), context, transformer_options={})
+        loss = share * (lesson.weights * (picture - lesson.pictures).square()).mean()
+        return loss.item(), torch.autograd.grad(loss, self.parameters)
+
+
+class Run:
+    """The training's folder: its state, the averaged weights, the log and the learning curve."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.state, self.weights = folder, folder / "state.pt", folder / "teacher.safetensors"
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self, state: dict[str, object], ema: dict[str, torch.Tensor], notes: dict[str, str]) -> None:
+        """Write ``state`` and the averaged weights; a kill leaves the old files or the new ones."""
+        part = self.folder / "part"
+        torch.save(state, part)
+        os.replace(part, self.state)
+        half = {name: value.half().contiguous() for name, value in ema.items()}
+        save_file(half, part, {"title": "ΔConv demo teacher", "license": "Apache-2.0", **notes})
+        os.replace(part, self.weights)
+
+    def append(self, name: str, row: dict[str, object]) -> None:
+        """Add ``row`` to a CSV file, with a heading when it is the first."""
+        file = self.folder / name
+        new = not file.exists()
+        with file.open("a", newline="") as stream:
+            writer = csv.DictWriter(stream, list(row))
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def draws_right(weights: Path, count: int = 100, side: int = FULL, seed: int = 0) -> dict[str, float]:
+    """How many words of ``count`` held-out prompts the detector finds in pictures by ``weights``."""
+    from scripts.comfy_host import import_pack
+
+    unet = import_module(".nodes.host.demo.unet", import_pack().__name__)
+    prompts = held_out_prompts(count, seed)
+    size = Size(side, count, 20)
+    settings = Settings((size,), cfg=3.0, seed=seed, batch=25, reference=0, teacher="", classifier="")
+    model, words = unet.load_demo_model(str(weights)), unet.load_words(str(weights))
+    return word_shares(words_right(sample(model, words, prompts, size, settings), prompts), prompts)
+
+
+def make_model(seed: int, start_from: Path | None) -> torch.nn.ModuleDict:
+    """The demo model's network and its word embedding, random or with the weights of a file."""
+    from scripts.comfy_host import import_pack
 
     demo_unet = import_module(".nodes.host.demo.unet", import_pack().__name__)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed)
     unet = demo_unet.DemoConfig().get_model({}).diffusion_model.float().requires_grad_(True)
     initialize(unet)
     words = torch.nn.Embedding(len(VOCABULARY), demo_unet.CONTEXT_DIM)
     model = torch.nn.ModuleDict({"unet": unet, "words": words})
+    if start_from:
+        model.load_state_dict({name: value.float() for name, value in load_file(start_from).items()})
+    return model
+
+
+def train(
+    model: torch.nn.ModuleDict,
+    args: argparse.Namespace,
+    stop: threading.Event,
+    measure: Callable[[Path], dict[str, float]] = draws_right,
+) -> None:
+    """Train ``model`` to ``args.steps``, or until ``stop`` is set; goes on from the folder's saved state."""
+    run = Run(args.output)
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    batches = DrawnBatches(args.batch_size, args.seed)
-
-    args.output.mkdir(parents=True, exist_ok=True)
-    state_file, log_file = args.output / "state.pt", args.output / "log.csv"
-    first = 0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+    chosen = optimizers(model, args.lr)
+    lessons, gradients = Lessons(args.batch_size, args.sizes, args.seed), Gradients(model, args.threads)
+    first, seen = 0, 0
+    if run.state.exists():
+        state = torch.load(run.state, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema, first = state["ema"], state["step"]
-    log = log_file.open("a" if first else "w", newline="")
-    writer = csv.writer(log)
-    if not first:
-        writer.writerow(["step", "size", "learning_rate", "loss", "seconds"])
+        for optimizer, kept in zip(chosen, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        ema, first, seen = state["ema"], state["step"], state["pictures"]
 
-    start = time.perf_counter()
-    losses: list[float] = []
+    start, losses = time.perf_counter(), []
     for step in (bar := tqdm(range(first, args.steps), initial=first, total=args.steps, mininterval=10)):
-        size = picture_size(step, args.small_steps)
-        x0, rows, timesteps, noise = batches(step, size)
-        alpha, sigma = alpha_sigma(timesteps)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
-        picture = unet(alpha * x0 + sigma * noise, timesteps.float(), context=words(rows))
-        loss = (picture_weight(timesteps) * (picture - x0).square().mean(dim=(1, 2, 3))).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        lesson = lessons(step)
+        losses.append(gradients(lesson))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        decay = min(0.995, (step + 1) / (step + 10))
+        rate = learning_rate(step, args.steps, args.lr, args.decay_steps)
+        for optimizer in chosen:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        decay = min(args.ema, (step + 1) / (step + 10))
         with torch.no_grad():
             for name, value in model.state_dict().items():
                 ema[name].lerp_(value, 1 - decay)
+        seen += len(lesson.rows)
 
-        losses.append(loss.item())
-        if (step + 1) % 20 == 0:
-            mean = sum(losses) / len(losses)
-            writer.writerow(
-                [
-                    step + 1,
-                    size,
-                    f"{optimizer.param_groups[0]['lr']:.2e}",
-                    f"{mean:.5f}",
-                    f"{time.perf_counter() - start:.0f}",
-                ]
-            )
-            log.flush()
-            bar.set_postfix(loss=f"{mean:.4f}", size=size)
+        done = step + 1
+        last = done == args.steps or stop.is_set()
+        measured = done % args.measure_every == 0 or done == args.steps
+        if done % 20 == 0:
+            mean, seconds = sum(losses) / len(losses), time.perf_counter() - start
+            row = {"step": done, "pictures": seen, "learning_rate": f"{rate:.2e}", "loss": f"{mean:.5f}"}
+            run.append("log.csv", row | {"seconds": f"{seconds:.0f}"})
+            bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
             losses.clear()
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        if done % args.save_every == 0 or measured or last:
             state = {
                 "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in chosen],
                 "ema": ema,
-                "step": step + 1,
+                "step": done,
+                "pictures": seen,
             }
-            torch.save(state, state_file.with_suffix(".tmp"))
-            os.replace(state_file.with_suffix(".tmp"), state_file)
-            half = {name: value.half().contiguous() for name, value in ema.items()}
-            metadata = {
-                "title": "ΔConv demo teacher",
-                "seed": str(args.seed),
-                "steps": str(step + 1),
-                "license": "Apache-2.0",
-            }
-            save_file(half, args.output / "teacher.safetensors.tmp", metadata)
-            os.replace(args.output / "teacher.safetensors.tmp", args.output / "teacher.safetensors")
-    log.close()
+            run.save(state, ema, {"seed": str(args.seed), "steps": str(done), "pictures": str(seen)})
+        if measured:
+            shares = {name: f"{share:.3f}" for name, share in measure(run.weights).items()}
+            point = {name: shares[name] for name in (*SLOTS, "mean", "all")}
+            run.append("curve.csv", {"step": done, "pictures": seen, "learning_rate": f"{rate:.2e}", **point})
+        if last:
+            break
+
+
+def size_shares(text: str) -> dict[int, float]:
+    """``48:15,32:3`` of a command line: sides of pictures, and their shares of the steps."""
+    return {int(side): float(share) for side, _, share in (part.partition(":") for part in text.split(","))}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    sizes = "48:75,32:15,64:5,96:5"
+    add("--output", type=Path, required=True, help="folder for weights, logs and saved state")
+    add(
+        "--start-from", type=Path, help="a teacher's safetensors file to start from (default: random weights)"
+    )
+    add("--steps", type=int, default=20000, help="all steps (default 20000)")
+    add(
+        "--decay-steps", type=int, default=3000, help="of them with a falling rate, at the end (default 3000)"
+    )
+    add("--batch-size", type=int, default=32, help="pictures of 48x48 a step (default 32)")
+    add("--sizes", type=size_shares, default=sizes, help=f"sides and their shares of the steps ({sizes})")
+    add("--lr", type=float, default=1.5e-3, help="peak learning rate (default 1.5e-3)")
+    add("--ema", type=float, default=0.998, help="decay of the averaged weights (default 0.998)")
+    add("--seed", type=int, default=0, help="seed of weights, pictures and noise (default 0)")
+    add("--threads", type=int, default=os.cpu_count(), help="workers (default: one for each core)")
+    add("--save-every", type=int, default=100, help="steps between saved states (default 100)")
+    add("--measure-every", type=int, default=800, help="steps between points of the curve (default 800)")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args, stop = parse(), threading.Event()
+    torch.set_num_threads(1)  # here; the workers share out the pictures
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    train(make_model(args.seed, args.start_from), args, stop)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""What the demo teacher is shown: pictures of several sizes, at the noise where shapes are decided, with the
+objects counting for more than the rest."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..words import token_rows
+from .diffusion import FULL, TIMESTEPS, drop_words, picture_weight
+from .drawings import Scene, draw, every_prompt, is_held_out, random_scene
+
+#: Noise above which an object's place is still open. Weighing objects up there would draw them too large.
+PLACE_KNOWN = 550
+
+
+class Lesson(NamedTuple):
+    """One step's training pictures, all of one size."""
+
+    pictures: torch.Tensor  # (B, 3, S, S) in [-1, 1]
+    rows: torch.Tensor  # (B, 6) of the embedding table
+    timesteps: torch.Tensor  # (B,)
+    noise: torch.Tensor  # (B, 3, S, S)
+    weights: torch.Tensor  # (B, 1, S, S) of the squared error
+
+    def chunks(self, count: int) -> list[Lesson]:
+        """The same pictures in ``count`` parts."""
+        parts = [part.chunk(count) for part in self]
+        return [Lesson(*part) for part in zip(*parts, strict=True)]
+
+
+def near_objects(scene: Scene, size: int, reach: float = 1.5) -> np.ndarray:
+    """(size, size) bool: pixels within ``reach`` radii of an object's centre."""
+    grid = (np.arange(size) + 0.5) / size
+    x, y = np.meshgrid(grid, grid)
+    distance = [np.hypot(x - cx, y - cy) for cx, cy in scene.centers]
+    return np.min(distance, axis=0) < reach * scene.radius
+
+
+class Lessons:
+    """Lessons by step number: the same on every machine and after every resume.
+
+    Every size costs about the same time a step: ``batch_size`` pictures of 48x48, fewer of larger ones.
+    ``shares`` says how many of the steps each size gets.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        shares: dict[int, float],
+        seed: int,
+        object_weight: float = 6.0,
+        whole_drop: float = 0.1,
+        word_drop: float = 0.08,
+    ) -> None:
+        self.batch_size, self.seed, self.object_weight = batch_size, seed, object_weight
+        self.sizes = list(shares)
+        self.shares = np.array(list(shares.values())) / sum(shares.values())
+        self.drops = (whole_drop, word_drop)
+        self.prompts = [prompt for prompt in every_prompt() if not is_held_out(prompt)]
+
+    def __call__(self, step: int) -> Lesson:
+        rng = np.random.default_rng((self.seed, step))
+        size = int(rng.choice(self.sizes, p=self.shares))
+        count = max(4, 4 * round(self.batch_size / 4 * (FULL / size) ** 2))
+        prompts = [self.prompts[i] for i in rng.integers(len(self.prompts), size=count)]
+        scenes = [random_scene(prompt, rng) for prompt in prompts]
+        drawn = torch.from_numpy(np.stack([draw(scene, size) for scene in scenes]))
+        rows = torch.tensor([token_rows(drop_words(prompt, rng, *self.drops)) for prompt in prompts])
+        timesteps = torch.from_numpy(draw_timesteps(count, size, rng))
+        noise = torch.from_numpy(rng.standard_normal((count, 3, size, size), dtype=np.float32))
+        near = torch.from_numpy(np.stack([near_objects(scene, size) for scene in scenes]))
+        near &= (timesteps < PLACE_KNOWN).view(-1, 1, 1)
+        weights = picture_weight(timesteps).view(-1, 1, 1, 1) * (1 + (self.object_weight - 1) * near[:, None])
+        return Lesson(drawn.permute(0, 3, 1, 2).float() / 127.5 - 1, rows, timesteps, noise, weights)
+
+
+def draw_timesteps(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """(count,) timesteps: a third anywhere, the others about where shapes and layouts are decided.
+
+    That is at more noise in larger pictures, where a shape has more pixels to be seen by.
+    """
+    middle = 420 + 100 * np.log2(size / FULL)
+    decided = np.clip(rng.normal(middle, 150, count), 0, TIMESTEPS - 1)
+    anywhere = rng.uniform(0, TIMESTEPS, count)
+    return np.where(rng.random(count) < 0.35, anywhere, decided).astype(np.int64)
