@@ -111,6 +111,19 @@ def import_comfy() -> Path:
 
 
 @functools.cache
+def import_demo() -> ModuleType:
+    """Make `import demo` work without the repository's root on the path: its `nodes` would hide ComfyUI's."""
+    file = REPOSITORY / "demo" / "__init__.py"
+    spec = importlib.util.spec_from_file_location("demo", file, submodule_search_locations=[str(file.parent)])
+    if spec is None or spec.loader is None:
+        raise ImportError(f"cannot load {file}")
+    demo = importlib.util.module_from_spec(spec)
+    sys.modules["demo"] = demo
+    spec.loader.exec_module(demo)
+    return demo
+
+
+@functools.cache
 def import_pack() -> ModuleType:
     """This repository, loaded as ComfyUI loads a custom node folder: by path, under a name made from it.
 

@@ -1,4 +1,5 @@
-"""`make demo`: the demo workflow in a real ComfyUI server, and its pictures side by side under output/."""
+"""`make demo`: six prompts through the demo workflow in a real ComfyUI server, a sheet of the pictures under
+output/, and what the detector reads off each of them."""
 
 from __future__ import annotations
 
@@ -12,14 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 import workflow
-from comfy_host import REPOSITORY, HostNotFound
+from comfy_host import REPOSITORY, HostNotFound, import_demo
 from comfy_server import ComfyServer, ServerError
 
 WORKFLOW = REPOSITORY / "workflows" / "attention_and_deltaconv.json"
+
+#: The demo model was trained on none of these combinations of words (`is_held_out` in demo.study.drawings).
+PROMPTS = (
+    "three blue squares on the left, gray background, frame",
+    "three yellow circles at the top, gray background, mirror",
+    "three green triangles in the center, black background, stripes",
+    "two purple crosses on the left, white background, pairs",
+    "two purple diamonds at the bottom, white background, frame",
+    "three red crosses in the center, gray background, plain",
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,19 @@ class Row:
     name: str
     save: str
     sampler: str
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture, how long its sampling took, and each word the detector read with its being right."""
+
+    picture: Image.Image
+    seconds: float
+    words: list[tuple[str, bool]]
+
+    @property
+    def right(self) -> int:
+        return sum(right for _, right in self.words)
 
 
 def main() -> None:
@@ -51,15 +75,10 @@ def run(output: Path) -> None:
         prompt = workflow.to_prompt(workflow.load(WORKFLOW), server.object_info())
         rows = find_rows(prompt)
         say("Once without watching the clock, so that models are loaded and memory is there")
-        server.run(warm_up(prompt))
-        watch = Watch(prompt)
-        say("Now the pictures")
-        with watch:
-            outputs = server.run(prompt, watch)
-        pictures = {
-            row: [picture(server.view(image)) for image in outputs[row.save]["images"]] for row in rows
-        }
-    report(output, pictures, watch.seconds)
+        server.run(with_text(prompt, rows, PROMPTS[0], steps=2))
+        say("Now the pictures: prompts that the model was not trained on, each twice from the same noise")
+        pairs = {text: pair(server, prompt, rows, text) for text in PROMPTS}
+    report(output, rows, pairs)
 
 
 def say(text: str) -> None:
@@ -83,85 +102,138 @@ def sampler_of(prompt: dict[str, Any], key: str) -> str:
     return key
 
 
-def warm_up(prompt: dict[str, Any]) -> dict[str, Any]:
-    """The same prompt with few steps, so that ComfyUI has to sample again afterwards."""
-    short = copy.deepcopy(prompt)
-    for node in short.values():
-        if node["class_type"] == "KSampler":
-            node["inputs"]["steps"] = 2
-    return short
+def with_text(prompt: dict[str, Any], rows: list[Row], text: str, steps: int | None = None) -> dict[str, Any]:
+    """The same prompt with other words, drawing one picture a row; with few ``steps`` to warm up."""
+    changed = copy.deepcopy(prompt)
+    for row in rows:
+        inputs = changed[row.sampler]["inputs"]
+        changed[inputs["positive"][0]]["inputs"]["text"] = text
+        changed[inputs["latent_image"][0]]["inputs"]["batch_size"] = 1
+        inputs["steps"] = steps or inputs["steps"]
+    return changed
+
+
+def pair(server: ComfyServer, prompt: dict[str, Any], rows: list[Row], text: str) -> list[Drawn]:
+    """Draw ``text`` in each way, and print what came of it."""
+    watch = Watch()
+    outputs = server.run(with_text(prompt, rows, text), watch)
+    print(text)
+    drawn = []
+    for row in rows:
+        picture = decode(server.view(outputs[row.save]["images"][0]), drawn_size(prompt, row))
+        drawn.append(Drawn(picture, watch.seconds[row.sampler], read(picture, text)))
+        words = " ".join(word for word, _ in drawn[-1].words)
+        print(
+            f"{row.name:>18}  {drawn[-1].seconds:5.2f} s  {drawn[-1].right} of 6 words: {words}", flush=True
+        )
+    return drawn
+
+
+def drawn_size(prompt: dict[str, Any], row: Row) -> tuple[int, int]:
+    """Width and height that the row's sampler works at."""
+    latent = prompt[prompt[row.sampler]["inputs"]["latent_image"][0]]["inputs"]
+    return latent["width"], latent["height"]
 
 
 class Watch:
-    """Follows a prompt: a progress bar for each sampler, and how long each node took."""
+    """How long each node of a prompt took."""
 
-    def __init__(self, prompt: dict[str, Any]) -> None:
-        self.prompt = prompt
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._node: str | None = None
         self._since = 0.0
-        self._bar: tqdm[Any] | None = None
 
     def __call__(self, kind: str, data: dict[str, Any]) -> None:
         if kind == "executing":
-            self._finish()
-            self._node, self._since = data["node"], time.perf_counter()
-        elif kind == "progress":
-            if self._bar is None:
-                title = self.prompt[data["node"]]["_meta"]["title"]
-                self._bar = tqdm(total=data["max"], desc=title, unit="step", file=sys.stdout)
-            self._bar.update(data["value"] - self._bar.n)
-
-    def __enter__(self) -> Watch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._finish()
-
-    def _finish(self) -> None:
-        if self._node is not None:
-            self.seconds[self._node] = time.perf_counter() - self._since
-        if self._bar is not None:
-            self._bar.close()
-        self._node = self._bar = None
+            now = time.perf_counter()
+            if self._node is not None:
+                self.seconds[self._node] = now - self._since
+            self._node, self._since = data["node"], now
 
 
-def picture(png: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGB")
+def decode(png: bytes, size: tuple[int, int]) -> Image.Image:
+    """The picture as the model drew it; the workflow has enlarged it pixel by pixel."""
+    return Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGB").resize(size, Image.Resampling.NEAREST)
 
 
-def report(output: Path, pictures: dict[Row, list[Image.Image]], seconds: dict[str, float]) -> None:
+def enlarge(picture: Image.Image, scale: int = 5) -> Image.Image:
+    return picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST)
+
+
+def read(picture: Image.Image, text: str) -> list[tuple[str, bool]]:
+    """What the detector reads in the picture, a word for each kind that the demo model knows ("?" where it
+    cannot tell), and whether that is what ``text`` asked for."""
+    import_demo()
+    from demo.study.detector import read_picture
+    from demo.study.drawings import as_seen
+    from demo.words import ANY, parse_prompt
+
+    reading = read_picture(np.asarray(picture))
+    right = reading.matches(as_seen(parse_prompt(text))).values()
+    return list(zip(["?" if word == ANY else word for word in reading.prompt], right, strict=True))
+
+
+def report(output: Path, rows: list[Row], pairs: dict[str, list[Drawn]]) -> None:
     """Save every picture and the sheet, and print the times and where to look."""
     output.mkdir(parents=True, exist_ok=True)
-    labels = []
-    for row, images in pictures.items():
-        name = ascii_name(row.name)
-        labels.append(f"{name}\n{seconds[row.sampler]:.2f} s")
-        for number, image in enumerate(images, start=1):
-            image.save(output / f"{name.lower()}_{number}.png")
-        print(f"{row.name:>16}: {len(images)} pictures sampled in {seconds[row.sampler]:.2f} s")
+    for number, row in enumerate(rows):
+        drawn = [ways[number] for ways in pairs.values()]
+        name = row.name.replace("Δ", "Delta").lower()
+        for index, one in enumerate(drawn, start=1):
+            enlarge(one.picture).save(output / f"{name}_{index}.png")
+        seconds, right = sum(one.seconds for one in drawn), sum(one.right for one in drawn)
+        print(
+            f"==> {row.name}: {len(drawn)} pictures sampled in {seconds:.2f} s, "
+            f"{right} of {6 * len(drawn)} words right"
+        )
     file = output / "side_by_side.png"
-    sheet(labels, list(pictures.values())).save(file)
+    sheet([row.name for row in rows], pairs).save(file)
     print(f"\nLook at {file}\nThe single pictures are beside it.")
 
 
-def ascii_name(name: str) -> str:
-    """For file names, and for the sheet, whose font has no Δ."""
-    return name.replace("Δ", "Delta")
+# ---- the sheet ----
+
+PAPER, INK, FAINT, WRONG = "#fbfaf7", "#222222", "#77736b", "#c8321e"
+ACROSS, GAP, MARGIN, ABOVE, BELOW = 3, 8, 40, 26, 64
 
 
-def sheet(labels: list[str], rows: list[list[Image.Image]], gap: int = 12, margin: int = 170) -> Image.Image:
-    """One row of pictures per label, the label on its left."""
-    width, height = rows[0][0].size
-    size = (margin + max(map(len, rows)) * (width + gap), gap + len(rows) * (height + gap))
-    page = Image.new("RGB", size, "#f4f4f4")
+def sheet(names: list[str], pairs: dict[str, list[Drawn]]) -> Image.Image:
+    """Three pairs in a row: above each picture its way and time, below it what was read, then the prompt."""
+    side = enlarge(next(iter(pairs.values()))[0].picture).width
+    width, height = len(names) * (side + GAP) - GAP, ABOVE + side + BELOW
+    down = -(-len(pairs) // ACROSS)
+    page = Image.new("RGB", (MARGIN + ACROSS * (width + MARGIN), MARGIN + down * (height + MARGIN)), PAPER)
     draw = ImageDraw.Draw(page)
-    for down, (label, images) in enumerate(zip(labels, rows, strict=True)):
-        top = gap + down * (height + gap)
-        draw.multiline_text((gap, top + height // 2), label, "#222222", ImageFont.load_default(20), "lm")
-        for across, image in enumerate(images):
-            page.paste(image, (margin + across * (width + gap), top))
+    for index, (text, drawn) in enumerate(pairs.items()):
+        left = MARGIN + index % ACROSS * (width + MARGIN)
+        top = MARGIN + index // ACROSS * (height + MARGIN)
+        bottom = top + ABOVE + side
+        for number, (name, one) in enumerate(zip(names, drawn, strict=True)):
+            x = left + number * (side + GAP)
+            write(draw, x, top, [(f"{name}, {one.seconds:.2f} s", FAINT)], 16)
+            page.paste(enlarge(one.picture), (x, top + ABOVE))
+            write(draw, x, bottom + 8, [(word, FAINT if right else WRONG) for word, right in one.words], 13)
+        write(draw, left, bottom + 34, [(text, INK)], 17)
     return page
+
+
+def write(draw: ImageDraw.ImageDraw, x: float, y: float, parts: list[tuple[str, str]], size: int) -> None:
+    """Write texts in their colours, the first with its upper left corner at ``x``, ``y``.
+
+    Pillow's own font has no Δ, so that one is drawn.
+    """
+    font = ImageFont.load_default(size)
+    _, top, _, bottom = font.getbbox("H")
+    for text, color in parts:
+        for index, part in enumerate(text.split("Δ")):
+            if index:
+                tall, foot = bottom - top, y + bottom - 1
+                corners = [(x + 1, foot), (x + 1 + tall / 2, y + top), (x + 1 + tall, foot)]
+                draw.polygon(corners, outline=color, width=max(1, size // 10))
+                x += tall + 3
+            draw.text((x, y), part, color, font)
+            x += font.getlength(part)
+        x += font.getlength(" ")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,5 @@
-"""Makes `import demo` work without the repository's root on the path, where `nodes` would hide ComfyUI's
-module."""
+"""`import demo` for these tests."""
 
-import importlib.util
-import sys
-from pathlib import Path
+from comfy_host import import_demo
 
-FOLDER = Path(__file__).parents[2] / "demo"
-
-spec = importlib.util.spec_from_file_location(
-    "demo", FOLDER / "__init__.py", submodule_search_locations=[str(FOLDER)]
-)
-sys.modules["demo"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules["demo"])
+import_demo()

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 import show_demo
 from comfy_host import REPOSITORY
+from demo.study.drawings import draw, is_held_out, random_scene
+from demo.words import parse_prompt
 
 
 def start(output: Path) -> subprocess.Popen[str]:
@@ -34,12 +39,16 @@ def test_makes_the_pictures_and_the_sheet(tmp_path):
     text, _ = program.communicate(timeout=500)
     assert program.returncode == 0, text
     assert f"Look at {tmp_path / 'side_by_side.png'}" in text
-    names = {f"{way}_{number}.png" for way in ("self-attention", "deltaconv") for number in (1, 2, 3, 4)}
+    ways, numbers = ("self-attention", "deltaconv"), range(1, len(show_demo.PROMPTS) + 1)
+    names = {f"{way}_{number}.png" for way in ways for number in numbers}
     assert {file.name for file in tmp_path.iterdir()} == {*names, "side_by_side.png"}
-    sheet = Image.open(tmp_path / "side_by_side.png")
-    single = Image.open(tmp_path / "deltaconv_1.png")
-    assert sheet.width > 4 * single.width
-    assert sheet.height > 2 * single.height
+    lines = text.splitlines()
+    for prompt in show_demo.PROMPTS:
+        attention, deltaconv = lines[lines.index(prompt) + 1 :][:2]
+        assert re.search(r"Self-attention +[\d.]+ s +\d of 6 words: .+", attention)
+        assert re.search(r"ΔConv +[\d.]+ s +\d of 6 words: .+", deltaconv)
+    sheet, single = (Image.open(tmp_path / name) for name in ("side_by_side.png", "deltaconv_1.png"))
+    assert sheet.width > 6 * single.width and sheet.height > 2 * single.height
     assert all(len(Image.open(tmp_path / name).convert("RGB").getcolors(1 << 16)) > 1 for name in names)
 
 
@@ -61,23 +70,63 @@ def test_nothing_is_left_running(tmp_path, moment, how):
     assert not (tmp_path / "output").exists()
 
 
-def test_sheet_has_a_row_for_each_label():
-    def picture(color):
-        return Image.new("RGB", (10, 8), color)
+def test_prompts_are_six_that_training_never_saw():
+    prompts = [parse_prompt(text) for text in show_demo.PROMPTS]
+    assert len(set(prompts)) == 6 and all(map(is_held_out, prompts))
 
-    page = show_demo.sheet(
-        ["one", "two"], [[picture("red"), picture("lime")], [picture("blue")]], gap=2, margin=60
-    )
-    assert page.size == (60 + 2 * 12, 2 + 2 * 10)
-    assert page.getpixel((61, 3)) == (255, 0, 0)
-    assert page.getpixel((73, 3)) == (0, 255, 0)
-    assert page.getpixel((61, 13)) == (0, 0, 255)
+
+def test_other_words_reach_both_samplers():
+    prompt = {
+        "1": {"class_type": "Words", "inputs": {"text": "old"}},
+        "2": {"class_type": "Latent", "inputs": {"width": 48, "height": 32, "batch_size": 4}},
+        "3": {
+            "class_type": "KSampler",
+            "inputs": {"positive": ["1", 0], "latent_image": ["2", 0], "steps": 20},
+        },
+        "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0]}, "_meta": {"title": "ΔConv"}},
+    }
+    rows = show_demo.find_rows(prompt)
+    changed = show_demo.with_text(prompt, rows, "new", steps=2)
+    assert changed["1"]["inputs"]["text"] == "new" and changed["2"]["inputs"]["batch_size"] == 1
+    assert changed["3"]["inputs"]["steps"] == 2 and prompt["3"]["inputs"]["steps"] == 20
+    assert show_demo.drawn_size(prompt, rows[0]) == (48, 32)
+
+
+def test_words_are_read_off_the_picture_as_it_was_drawn():
+    text = "two purple crosses on the left, white background, pairs"
+    drawn = draw(random_scene(parse_prompt(text), np.random.default_rng(0)), 48)
+    saved = io.BytesIO()
+    Image.fromarray(drawn).resize((192, 192), Image.Resampling.NEAREST).save(saved, "png")
+    picture = show_demo.decode(saved.getvalue(), (48, 48))
+    np.testing.assert_array_equal(np.asarray(picture), drawn)
+    assert show_demo.read(picture, text) == [
+        (word, True) for word in ("cross", "purple", "two", "left", "white", "pairs")
+    ]
+    assert [right for _, right in show_demo.read(picture, text.replace("two", "three"))].count(False) == 1
+    assert ("?", False) in show_demo.read(Image.new("RGB", (48, 48), "gray"), text)
+
+
+def test_sheet_shows_each_pair_side_by_side():
+    def drawn(color):
+        return show_demo.Drawn(Image.new("RGB", (10, 10), color), 1.0, [("circle", True), ("HH", False)])
+
+    colors = [("red", "lime"), ("blue", "white"), ("black", "red"), ("blue", "lime")]
+    pairs = {f"prompt {number}": [drawn(one), drawn(other)] for number, (one, other) in enumerate(colors)}
+    page = show_demo.sheet(["Self-attention", "ΔConv"], pairs)
+    side, left, top = 50, show_demo.MARGIN, show_demo.MARGIN + show_demo.ABOVE
+    across, down = 2 * side + show_demo.GAP + left, top + side + show_demo.BELOW
+    for index, pair in enumerate(colors):
+        x, y = left + index % 3 * across, top + index // 3 * down
+        for number, color in enumerate(pair):
+            assert page.getpixel((x + number * (side + show_demo.GAP) + 1, y + 1)) == ImageColor.getrgb(color)
+    shown = np.array([color for _, color in page.getcolors(1 << 16)])
+    assert np.abs(shown - ImageColor.getrgb(show_demo.WRONG)).max(axis=1).min() < 30
 
 
 def test_the_clock_of_one_sampler_stops_when_the_next_node_starts(monkeypatch):
-    now = iter([1.0, 4.0, 4.0, 9.0, 9.0])
+    now = iter([1.0, 4.0, 9.0])
     monkeypatch.setattr(show_demo, "time", SimpleNamespace(perf_counter=lambda: next(now)))
-    watch = show_demo.Watch({"1": {"_meta": {"title": "KSampler"}}})
+    watch = show_demo.Watch()
     watch("executing", {"node": "1"})
     watch("executing", {"node": "2"})
     watch("executing", {"node": None})
