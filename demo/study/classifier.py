@@ -82,15 +82,18 @@ def word_numbers(prompts: list[Prompt]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def feature_moments(
-    classifier: Classifier, pictures: np.ndarray, batch: int = 100
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (64,) and covariance (64, 64) of the features of uint8 pictures (N, H, W, 3), in float64."""
-    features = [
+def features(classifier: Classifier, pictures: np.ndarray, batch: int = 100) -> np.ndarray:
+    """Features (N, 64) of uint8 pictures (N, H, W, 3), in float64."""
+    parts = [
         classifier.penultimate(as_tensor(pictures[first : first + batch])).double().numpy()
         for first in range(0, len(pictures), batch)
     ]
-    return moments(np.concatenate(features))
+    return np.concatenate(parts)
+
+
+def feature_moments(classifier: Classifier, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (64,) and covariance (64, 64) of the features of pictures."""
+    return moments(features(classifier, pictures))
 
 
 def moments(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,13 +1,19 @@
-"""What is measured on pictures of the demo model: words, symmetry, Fréchet distance, PSNR. No ComfyUI."""
+"""What is measured on pictures of the demo model: words, symmetry, Fréchet distance, PSNR. No ComfyUI.
+
+Every figure comes with its standard error: how far it would lie, typically, from that of endlessly many
+prompts.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
 from deltaconv_core import DeltaConvError
 
 from ..words import SLOTS, Prompt
-from .classifier import Classifier, feature_moments, frechet_distance
+from .classifier import Classifier, feature_moments, features, frechet_distance, moments
 from .detector import read_picture
 from .drawings import as_seen, draw, every_prompt, is_held_out, random_scene
 
@@ -51,25 +57,55 @@ def words_right(pictures: np.ndarray, prompts: list[Prompt]) -> np.ndarray:
 def word_shares(right: np.ndarray, prompts: list[Prompt]) -> dict[str, float]:
     """Share of right words by slot, on average (``mean``), of pictures with every word right (``all``), and
     of mirror prompts whose picture is symmetric (``symmetry``; left out where there are none)."""
-    shares = {slot: float(share) for slot, share in zip(SLOTS, right.mean(0), strict=True)}
-    mirrored = right[[prompt.layout == "mirror" for prompt in prompts], list(SLOTS).index("layout")]
-    if len(mirrored):
-        shares["symmetry"] = float(mirrored.mean())
-    shares["mean"] = float(right.mean())
-    shares["all"] = float(right.all(1).mean())
-    return shares
+    return {name: float(values.mean()) for name, values in _word_values(right, prompts).items()}
+
+
+def word_errors(right: np.ndarray, prompts: list[Prompt]) -> dict[str, float]:
+    """Standard errors of `word_shares`, as ``shape_error`` and so on."""
+    values = _word_values(right, prompts).items()
+    return {f"{name}_error": standard_error(numbers) for name, numbers in values}
+
+
+def _word_values(right: np.ndarray, prompts: list[Prompt]) -> dict[str, np.ndarray]:
+    """The numbers, one a picture, whose means are the shares."""
+    values = {slot: right[:, i] for i, slot in enumerate(SLOTS)}
+    mirrored = [prompt.layout == "mirror" for prompt in prompts]
+    if any(mirrored):
+        values["symmetry"] = values["layout"][mirrored]
+    return values | {"mean": right.mean(1), "all": right.all(1)}
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of ``values`` (N,); nan for a single one."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
 def difference(values: np.ndarray, others: np.ndarray) -> tuple[float, float]:
     """Mean of ``values - others`` (N,), which belong together in pairs, and its standard error."""
     distances = values.astype(float) - others.astype(float)
-    return float(distances.mean()), float(distances.std(ddof=1) / np.sqrt(len(distances)))
+    return float(distances.mean()), standard_error(distances)
 
 
-def psnr(pictures: np.ndarray, others: np.ndarray) -> float:
-    """Mean over pairs of uint8 pictures of the peak signal-to-noise ratio, in dB."""
+def psnr(pictures: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(N,) peak signal-to-noise ratios of pairs of uint8 pictures, in dB."""
     error = ((pictures.astype(float) - others) / 255) ** 2
-    return float((-10 * np.log10(np.maximum(error.mean(axis=(1, 2, 3)), ROUNDING))).mean())
+    return -10 * np.log10(np.maximum(error.mean(axis=(1, 2, 3)), ROUNDING))
+
+
+def frechet(
+    samples: np.ndarray, reference: tuple[np.ndarray, np.ndarray], groups: int = 20
+) -> tuple[float, float]:
+    """Fréchet distance of samples (N, D) to reference moments, and its standard error.
+
+    The error is a jackknife's (Efron 1982, chapter 2): the distance is taken again without each of up to
+    ``groups`` equal parts of the pictures.
+    """
+    parts = np.arange(len(samples)) % min(groups, len(samples) // 2)
+    without = [
+        frechet_distance(moments(samples[parts != part]), reference) for part in range(parts.max() + 1)
+    ]
+    error = np.sqrt((len(without) - 1) * np.var(without))
+    return frechet_distance(moments(samples), reference), float(error)
 
 
 def measure(
@@ -78,18 +114,23 @@ def measure(
     classifier: Classifier,
     reference: tuple[np.ndarray, np.ndarray],
     teacher: np.ndarray | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Every measure of one model's pictures; those against the teacher's pictures of the same seeds where
-    given."""
+    given. ``words`` has a digit for each picture: how many of its words are right."""
     right = words_right(pictures, prompts)
-    table = word_shares(right, prompts)
-    table["frechet"] = frechet_distance(feature_moments(classifier, pictures), reference)
+    table: dict[str, Any] = word_shares(right, prompts) | word_errors(right, prompts)
+    table["frechet"], table["frechet_error"] = frechet(features(classifier, pictures), reference)
+    table["words"] = "".join(str(count) for count in right.sum(1))
     if teacher is not None:
         other = words_right(teacher, prompts)
-        table["mean_difference"], table["mean_error"] = difference(right.mean(1), other.mean(1))
-        table["all_difference"], table["all_error"] = difference(right.all(1), other.all(1))
+        for name, ours, theirs in (
+            ("mean", right.mean(1), other.mean(1)),
+            ("all", right.all(1), other.all(1)),
+        ):
+            table[f"{name}_difference"], table[f"{name}_difference_error"] = difference(ours, theirs)
         table["frechet_ratio"] = table["frechet"] / frechet_distance(
             feature_moments(classifier, teacher), reference
         )
-        table["psnr"] = psnr(pictures, teacher)
+        ratios = psnr(pictures, teacher)
+        table["psnr"], table["psnr_error"] = float(ratios.mean()), standard_error(ratios)
     return table

@@ -1,4 +1,4 @@
-"""The results of `evaluate.py` as a table and a sheet of pictures."""
+"""The results of `evaluate.py` as tables and a sheet of pictures."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 
 from ..words import SLOTS
+from .metrics import difference
 
-#: Heading -> how a cell is made from the measures of one model; empty where a measure is missing.
+#: Heading -> how a cell is made from the measures of one model; empty where a measure is missing. What
+#: follows ± is the standard error.
 COLUMNS = {
-    **{slot: f"{{{slot}:.3f}}" for slot in (*SLOTS, "symmetry", "mean", "all")},
-    "all − attention": "{all_difference:+.3f} ± {all_error:.3f}",
-    "Fréchet": "{frechet:.3f}",
+    **{name: f"{{{name}:.3f}} ± {{{name}_error:.3f}}" for name in (*SLOTS, "symmetry", "mean", "all")},
+    "all − attention": "{all_difference:+.3f} ± {all_difference_error:.3f}",
+    "Fréchet": "{frechet:.1f} ± {frechet_error:.1f}",
     "of attention's": "{frechet_ratio:.2f}×",
-    "PSNR": "{psnr:.1f} dB",
+    "PSNR": "{psnr:.1f} ± {psnr_error:.1f} dB",
     "weights": "{weights:,}",
     "GFLOP": "{gflop:.3f}",
 }
@@ -46,6 +48,25 @@ def _cell(form: str, measures: dict[str, Any]) -> str:
         return ""
 
 
+def differences(results: dict[str, dict[str, Any]], side: str, limit: float = 2.0) -> str:
+    """Table of the share of right words (``mean``) of each model less that of each other one, picture by
+    picture, with its standard error. "equal": nearer to zero than ``limit`` standard errors."""
+    words = {
+        name: np.array([int(digit) for digit in result["sizes"][side].get("words", "")]) / len(SLOTS)
+        for name, result in results.items()
+    }
+    words = {name: shares for name, shares in words.items() if len(shares)}
+    lines = ["| words right, less those of | " + " | ".join(words) + " |", "|---" * (len(words) + 1) + "|"]
+    for name, ours in words.items():
+        cells = []
+        for other, theirs in words.items():
+            mean, error = difference(ours, theirs)
+            cell = f"{mean:+.3f} ± {error:.3f}" + (", equal" if abs(mean) <= limit * error else "")
+            cells.append("" if name == other else cell)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def sheet(folder: Path, names: list[str], side: str, shown: int = 16) -> None:
     """``sheet-<side>.png``: the first pictures of every model, a row each."""
     from PIL import Image
@@ -70,6 +91,7 @@ def write_report(folder: Path, results: dict[str, dict[str, Any]]) -> None:
             f"{prompts} held-out prompts, {side}x{side}, {steps} steps, cfg {settings['cfg']}, "
             f"seed {settings['seed']}, {settings['reference']} drawings as reference",
             markdown(results, str(side)),
+            differences(results, str(side)),
             f"![pictures by {', '.join(results)}, from the top](sheet-{side}.png)",
         ]
     text = "\n\n".join(texts) + "\n"

@@ -13,7 +13,7 @@ from demo.files import named_file, student_file, teacher_file
 from demo.study.curves import curve, draw_curves, read_log, stage_changes
 from demo.study.evaluate import Folder, Models, Settings, Size, count_gflop, sha256
 from demo.study.metrics import held_out_prompts
-from demo.study.tables import markdown, write_report
+from demo.study.tables import differences, markdown, write_report
 
 SIZE = Size(48, 3, 2)
 SETTINGS = Settings(sizes=(SIZE,), cfg=3.0, seed=0, batch=4, reference=10, teacher="ab", classifier="cd")
@@ -49,9 +49,10 @@ def test_pictures_of_something_else_are_not_taken(tmp_path, settings, size, mode
         Folder(tmp_path, settings).pictures("x", size, model, never)
 
 
-def measured(folder, name, shape):
+def measured(folder, name, shape, words="665"):
     folder.pictures(name, SIZE, name, lambda: PICTURES)
-    measures = {"shape": shape, "all": 0.5, "frechet": 12.0, "all_difference": -0.1, "all_error": 0.02}
+    measures = {"shape": shape, "shape_error": 0.03, "all": 0.5, "frechet": 12.0, "frechet_error": 1.5}
+    measures |= {"all_difference": -0.1, "all_difference_error": 0.02, "words": words}
     folder.keep(name, {"sha256": name, "weights": 1234, "sizes": {"48": measures}})
 
 
@@ -65,13 +66,25 @@ def test_students_measured_one_by_one_come_into_one_table(tmp_path, capsys):
     assert "other is left out" in capsys.readouterr().out
     write_report(tmp_path, results)
     rows = [line for line in (tmp_path / "evaluation.md").read_text("utf-8").splitlines() if line[:1] == "|"]
-    assert len(rows) == 2 + 3 and len({row.count("|") for row in rows}) == 1
-    assert rows[3].startswith("| first | 0.250 |  |") and "| -0.100 ± 0.020 | 12.000 |" in rows[3]
+    assert len(rows) == 2 * (2 + 3) and len({row.count("|") for row in rows[:5]}) == 1
+    assert rows[3].startswith("| first | 0.250 ± 0.030 |  |") and "| -0.100 ± 0.020 | 12.0 ± 1.5 |" in rows[3]
     assert rows[3].endswith("|  |  | 1,234 |  |")
-    assert rows[2:] == markdown(results, "48").splitlines()[2:]
+    assert rows == (markdown(results, "48") + "\n" + differences(results, "48")).splitlines()
     stored = json.loads((tmp_path / "evaluation.json").read_text("utf-8"))
     assert stored["models"]["second"]["sizes"]["48"]["shape"] == 0.25
     assert (tmp_path / "sheet-48.png").stat().st_size > 0
+
+
+def test_differences_within_the_error_are_called_equal(tmp_path):
+    folder = Folder(tmp_path, SETTINGS)
+    measured(folder, "attention", 0.5, "66666666")
+    measured(folder, "alike", 0.5, "66666665")
+    measured(folder, "worse", 0.5, "33343333")
+    rows = differences(folder.results(["attention"]), "48").splitlines()
+    assert rows[0] == "| words right, less those of | attention | alike | worse |"
+    alike, worse = rows[3].split(" | "), rows[4].split(" | ")
+    assert alike[0] == "| alike" and alike[1] == "-0.021 ± 0.021, equal" and alike[2] == ""
+    assert worse[1] == "-0.479 ± 0.021"
 
 
 def test_missing_weights_are_named(tmp_path):

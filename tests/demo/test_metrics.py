@@ -18,10 +18,12 @@ from demo.study.drawings import as_seen, is_held_out
 from demo.study.metrics import (
     difference,
     drawings,
+    frechet,
     held_out_prompts,
     measure,
     psnr,
     reference_moments,
+    word_errors,
     word_shares,
     words_right,
 )
@@ -144,11 +146,28 @@ def test_difference_is_paired():
     assert difference(np.array([True, False]), np.array([True, False])) == (0, 0)
 
 
+def test_word_errors_by_hand():
+    right = np.array([[1] * 6, [0, 1, 1, 1, 1, 0], [1, 1, 0, 1, 1, 1], [1] * 6], bool)
+    errors = word_errors(right, [Prompt(layout=layout) for layout in ("mirror", "mirror", "plain", "plain")])
+    assert errors["shape_error"] == pytest.approx(np.std([1, 0, 1, 1], ddof=1) / 2)
+    assert errors["symmetry_error"] == pytest.approx(np.std([1, 0], ddof=1) / np.sqrt(2))
+    assert errors["mean_error"] == pytest.approx(np.std([1, 4 / 6, 5 / 6, 1], ddof=1) / 2)
+    assert errors["color_error"] == 0
+
+
+def test_frechet_error_is_how_far_such_distances_lie_apart():
+    rng = np.random.default_rng(0)
+    reference = moments(rng.normal(0, 1, (4000, 4)))
+    found = [frechet(rng.normal(0.5, 1, (200, 4)), reference) for _ in range(60)]
+    spread = np.std([distance for distance, _ in found])
+    assert 0.7 * spread < np.mean([error for _, error in found]) < 1.4 * spread
+
+
 def test_psnr_by_hand():
     black = np.zeros((2, 4, 4, 3), np.uint8)
     other = black.copy()
     other[0] = 51  # a fifth of the range: 13.98 dB
-    assert psnr(other, black) == pytest.approx((20 * np.log10(5) + 58.92) / 2, abs=0.01)
+    assert psnr(other, black) == pytest.approx([20 * np.log10(5), 58.92], abs=0.01)
 
 
 def test_measure_of_the_teacher_itself_is_no_difference(classifier):
@@ -157,7 +176,8 @@ def test_measure_of_the_teacher_itself_is_no_difference(classifier):
     reference = reference_moments(classifier, prompts, 48, 40, seed=0)
     table = measure(pictures, prompts, classifier, reference, pictures)
     assert table["frechet_ratio"] == 1 and table["all_difference"] == 0 and table["psnr"] > 58
-    assert table.keys() >= {*SLOTS, "mean", "all", "frechet"}
+    assert table.keys() >= {*SLOTS, "mean", "all", "frechet", "frechet_error", "psnr_error"}
+    assert len(table["words"]) == 20 and table["words"].count("6") == round(20 * table["all"])
     assert "psnr" not in measure(pictures, prompts, classifier, reference)
 
 
