@@ -1,0 +1,74 @@
+"""Every student of a teacher, trained and measured: ``python -m demo.study.compare_students --output runs``.
+
+Trains the students of STUDENTS one after the other with the same number of steps, and measures them with
+`evaluate.py`: 200 held-out prompts at 48x48, 100 at 96x96, 20 steps. Stopped anywhere, the same command goes
+on. Everything lies in a folder named after the teacher's weights, so that students of two teachers do not
+mix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from ..files import teacher_file
+from .evaluate import sha256
+
+#: Name -> arguments of `train_student.py`. RECOMMENDED stands for the kernel sizes that `look.py` finds.
+RECOMMENDED = "recommended"
+STUDENTS: dict[str, list[str]] = {
+    "ΔConv": [],
+    "released form": ["--form", "released"],
+    "linear attention": ["--mixer", "linear", "--lr", "1e-3"],
+    "recommended kernel sizes": ["--kernel-sizes", RECOMMENDED],
+    "warm start only": ["--form", "released", "--layer-steps", "0", "--output-steps", "0"],
+}
+
+
+def run(module: str, *arguments: str | Path) -> None:
+    """``python -m demo.study.<module>``; ends this program when that fails."""
+    command = [sys.executable, "-m", f"demo.study.{module}", *map(str, arguments)]
+    print("==>", *command[1:], flush=True)
+    if code := subprocess.run(command, check=False).returncode:
+        raise SystemExit(f"error: {module} ended with {code}; the same command goes on from here")
+
+
+def weights_file(folder: Path, arguments: list[str]) -> Path:
+    """What `train_student.py` writes there."""
+    return folder / ("linear.safetensors" if "linear" in arguments else "deltaconv.safetensors")
+
+
+def compare(teacher: Path, output: Path, layer_steps: int, output_steps: int) -> Path:
+    """Train and measure every student; returns the folder."""
+    folder = output / sha256(teacher)[:12]
+    advice = folder / "look" / "recommendation.json"
+    if not advice.exists():
+        run("look", "--teacher", teacher, "--output", advice.parent)
+    steps = ["--layer-steps", str(layer_steps), "--output-steps", str(output_steps)]
+    measured: list[str] = []
+    for name, arguments in STUDENTS.items():
+        given = [advice.read_text("utf-8") if part == RECOMMENDED else part for part in arguments]
+        run("train_student", "--teacher", teacher, "--output", folder / name, *steps, *given)
+        measured += ["--student", f"{name}={weights_file(folder / name, arguments)}"]
+    run("evaluate", "--teacher", teacher, "--output", folder / "fidelity", *measured)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--teacher", type=Path, default=teacher_file(), help="the teacher's safetensors file")
+    add("--output", type=Path, required=True, help="folder for the students and what was measured")
+    add("--layer-steps", type=int, default=400, help="layer-wise steps of each (default 400)")
+    add("--output-steps", type=int, default=1100, help="end-to-end steps of each (default 1100)")
+    args = parser.parse_args()
+    folder = compare(args.teacher, args.output, args.layer_steps, args.output_steps)
+    print(f"\nTables and pictures: {folder / 'fidelity'}")
+
+
+if __name__ == "__main__":
+    main()
