@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
-from ..block import DeltaConvBlock
+from ..mixers.hybrid import HybridMixer
+from .projections import mixed
 
 NAME = "deltaconv"
 
@@ -22,11 +23,11 @@ class AppliedBlocks(nn.Module):
     among its parameters nor in its state dict, and saving the model does not write them.
 
     Args:
-        blocks: site id -> block.
+        blocks: site id -> DeltaConvBlock or HybridMixer.
         attentions: site id -> the attention that the block stands in for.
     """
 
-    def __init__(self, blocks: Mapping[str, DeltaConvBlock], attentions: Mapping[str, nn.Module]) -> None:
+    def __init__(self, blocks: Mapping[str, Any], attentions: Mapping[str, nn.Module]) -> None:
         super().__init__()
         # Modules in a plain dict are not registered.
         self.blocks = dict(blocks)
@@ -37,9 +38,21 @@ class AppliedBlocks(nn.Module):
         self.originals: dict[str, Tensor] = {}
         """Parameter name -> what the model had there before base weights were put in."""
 
-    def run(self, site: str, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, H * W, C) -> (B, H * W, C) of the block at a site."""
+    @property
+    def keeps_projections(self) -> bool:
+        """Whether the attentions' own layers still run, and what changes them still acts."""
+        return any(isinstance(block, HybridMixer) for block in self.blocks.values())
+
+    def run(self, site: str, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
+        """(B, H * W, C) -> (B, H * W, C) of the block at a site.
+
+        Args:
+            mask: of the keys, as the attention is given it; for hybrid mixers alone.
+        """
         block = self.blocks[site]
+        if isinstance(block, HybridMixer):
+            keys = None if mask is None else mask.reshape(len(x), -1)
+            return mixed(self.attentions[site], x, lambda q, k, v: block(q, k, v, grid, keys))
         y: Tensor
         if block.conv_up.weight.device == x.device:
             y = block(x, grid)
@@ -52,7 +65,7 @@ class AppliedBlocks(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AppliedBlocks:
         with torch.no_grad():
             for block in self.blocks.values():
-                block._apply(fn, recurse)  # type: ignore[no-untyped-call]
+                block._apply(fn, recurse)
         return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
     def extra_repr(self) -> str:

@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..block import DeltaConvBlock
 from ..block.module import HALF_OR_MORE, shared_copy
 from ..errors import DeltaConvError
+from ..mixers.hybrid.module import shared_hybrid
 from ..sites import report
-from ..sites.match import matching_sites
+from ..sites.match import check_heads, matching_sites
 from ..sites.report import Report
 from ..sites.sampling_range import SamplingRange
-from ..weights.checkpoint import load_checkpoint
+from ..weights.checkpoint import HYBRID, load_checkpoint
 from . import hooks
 from .applied import NAME, AppliedBlocks, blocks_on
 from .base_weights import BaseWeights, check_exchange, exchange
 from .conflicts import ConflictWatch, conflicts
 from .forwards import MixerForward, RangedForward
+from .projections import check_plain
 from .sites import Sites, find_sites, network_of
 
 TRAIN_TIMESTEPS = 1000
@@ -70,18 +71,23 @@ def apply(
     sampling = SamplingRange(start_percent, end_percent)
     checkpoint = load_checkpoint(ckpt) if isinstance(ckpt, (str, os.PathLike)) else ckpt
     chosen = matching_sites(found.architecture, found.channels, checkpoint, blocks)
+    if checkpoint.mixer == HYBRID:
+        check_heads(checkpoint, {site: int(found.attentions[site].heads) for site in chosen})  # type: ignore[arg-type]
+        for site in chosen:
+            check_plain(site, found.attentions[site])
     needed = _hooks(model, found, chosen, sampling, _train_timesteps(pipeline_or_model))
     before = blocks_on(model)
     weights, about_weights = _base_weights(model, checkpoint, before, base_weights_strength)
     sites = {site: found.attentions[site] for site in chosen}
     new = AppliedBlocks(_copies(model, {site: checkpoint.blocks[site] for site in chosen}), sites)
     lines = [report.of_blocks(found.architecture, len(found.channels), new.blocks.values())]
-    lines += [*report.of_range(sampling), *about_weights]
+    lines += [*report.of_kept(checkpoint.kept), *report.of_range(sampling), *about_weights]
     if before is not None:
         _take_off(model, before)
         lines.append("The ΔConv that was on this model before is replaced as a whole.")
-    told = Report(lines, [*report.assumptions(checkpoint), *conflicts(model, sites)])
-    _put_on(model, new, [*needed, (model, ConflictWatch(sites, told.warnings))], sampling)
+    keep = new.keeps_projections
+    told = Report(lines, [*report.assumptions(checkpoint), *conflicts(model, sites, keep)])
+    _put_on(model, new, [*needed, (model, ConflictWatch(sites, keep, told.warnings))], sampling)
     new.originals = exchange(model, weights)
     log.info("%s", " ".join(told.lines))
     for warning in told.warnings:
@@ -126,13 +132,16 @@ def _base_weights(
     return base.mixed(strength), [report.of_base_weights(len(base_weights), base.difference, strength)]
 
 
-def _copies(model: nn.Module, trained: Mapping[str, Any]) -> dict[str, DeltaConvBlock]:
+def _copies(model: nn.Module, trained: Mapping[str, Any]) -> dict[str, Any]:
     """The blocks on the device and, where it is an ordinary one, in the dtype of the model."""
     weight = next(model.parameters())
     device = torch.device("cpu") if weight.is_meta else weight.device
     dtype = getattr(model, "dtype", weight.dtype)
     known = dtype if dtype in HALF_OR_MORE else None
-    return {site: shared_copy(block, device, known) for site, block in trained.items()}
+    return {
+        site: shared_hybrid(block, device) if block.kind == HYBRID else shared_copy(block, device, known)
+        for site, block in trained.items()
+    }
 
 
 def _hooks(

@@ -25,14 +25,16 @@ PLAIN_PROCESSORS = (
 log = logging.getLogger(__name__)
 
 
-def conflicts(model: nn.Module, sites: Mapping[str, nn.Module]) -> list[str]:
+def conflicts(model: nn.Module, sites: Mapping[str, nn.Module], keeps_projections: bool) -> list[str]:
     """One sentence for each, naming both.
 
     Args:
         model: the network.
         sites: site id -> the self-attention that ΔConv stands in for.
+        keeps_projections: whether the layers of the self-attention still run there.
     """
-    return [sentence for sentence in (_lora(model, sites), _processors(sites)) if sentence]
+    lora = "" if keeps_projections else _lora(model, sites)
+    return [sentence for sentence in (lora, _processors(sites)) if sentence]
 
 
 class ConflictWatch:
@@ -40,11 +42,13 @@ class ConflictWatch:
 
     Args:
         sites: site id -> the self-attention.
+        keeps_projections: as for `conflicts`.
         said: sentences that the user has read already.
     """
 
-    def __init__(self, sites: Mapping[str, nn.Module], said: Iterable[str]) -> None:
+    def __init__(self, sites: Mapping[str, nn.Module], keeps_projections: bool, said: Iterable[str]) -> None:
         self.sites = dict(sites)
+        self.keeps_projections = keeps_projections
         self.said = set(said)
         self.seen: Any = None
 
@@ -55,7 +59,7 @@ class ConflictWatch:
         if seen == self.seen:
             return
         self.seen = seen
-        for sentence in conflicts(model, self.sites):
+        for sentence in conflicts(model, self.sites, self.keeps_projections):
             if sentence not in self.said:
                 self.said.add(sentence)
                 log.warning("ΔConv: %s", sentence)

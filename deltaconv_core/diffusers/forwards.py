@@ -32,13 +32,13 @@ class MixerForward:
 
     def mix(self, x: Tensor, others: Tensor | None, mask: Tensor | None, call: dict[str, Any]) -> Tensor:
         """The block's answer to a call of the attention."""
-        if others is not None or mask is not None:
+        if others is not None or (mask is not None and not self.blocks.keeps_projections):
             what = "tokens other than the picture's own" if mask is None else "a mask"
             raise DeltaConvError(
                 f"the self-attention {self.site} was called with {what}, which ΔConv cannot attend to; leave "
                 "it out with `blocks`, or do without"
             )
-        return self.blocks.run(self.site, x, self.told(GRID, call))
+        return self.blocks.run(self.site, x, self.told(GRID, call), mask)
 
     def told(self, key: str, call: dict[str, Any]) -> Any:
         """What the hooks handed down for this call."""

@@ -19,6 +19,7 @@ from ..locality.result import LayerLocality
 from ..locality.sampled_steps import spread
 from ..locality.statistics import LayerStatistics
 from ..sites import select
+from .projections import project
 from .sites import Sites, Stack, find_sites, network_of
 
 
@@ -96,14 +97,7 @@ class LocalityWatch:
         if mask is not None:
             raise DeltaConvError(f"the self-attention {id} was called with a mask, which is not looked at")
         x: Tensor = args[0] if args else call["hidden_states"]
-        q, k = (
-            project(x).reshape(*x.shape[:2], attention.heads, -1).transpose(1, 2)
-            for project in (attention.to_q, attention.to_k)
-        )
-        if attention.norm_q is not None:
-            q = attention.norm_q(q)
-        if attention.norm_k is not None:
-            k = attention.norm_k(k)
+        q, k, _ = project(attention, x)
         self.statistics[id].add(q, k, self.grid, self.moment)
 
 

@@ -53,6 +53,26 @@ def matching_sites(
     return replaced
 
 
+def check_heads(checkpoint: Any, heads: Mapping[str, int], model: str = "model") -> None:
+    """Checks that hybrid mixers have the heads of the attentions that they stand between the projections of.
+
+    Args:
+        checkpoint: hybrid mixers (`Checkpoint`).
+        heads: site id -> heads of the attention there, of the sites where they are to stand.
+        model: what the host calls its models, for messages.
+
+    Raises:
+        DeltaConvError: another number of heads somewhere.
+    """
+    for id, count in heads.items():
+        own = checkpoint.blocks[id].spec.heads
+        if own != count:
+            raise DeltaConvError(
+                f"the weights are of {own} heads at {id}, but the attention of this {model} has {count} "
+                f"there; choose weights fitted to this {model.lower()} or to one that it is a fine-tune of"
+            )
+
+
 def _differences(trained: Mapping[str, int], own: Mapping[str, int], model: str) -> str:
     """What no selection can resolve."""
     extra = [id for id in trained if id not in own]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +35,20 @@ def of_blocks(architecture: str, sites: int, blocks: Iterable[torch.nn.Module]) 
     blocks = list(blocks)
     weights = [weight for block in blocks for weight in block.parameters()]
     dtypes = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights}))
+    what = "A hybrid mixer" if any(block.kind == "hybrid" for block in blocks) else "ΔConv"
     return (
-        f"ΔConv stands in for {len(blocks)} of {sites} self-attentions of {architecture} "
+        f"{what} stands in for {len(blocks)} of {sites} self-attentions of {architecture} "
         f"({sum(weight.numel() for weight in weights) / 1e6:.3g} M parameters, {dtypes})."
     )
+
+
+def of_kept(kept: Mapping[str, str]) -> list[str]:
+    """Why attention stays at some sites.
+
+    Args:
+        kept: site id -> why (`Checkpoint.kept`).
+    """
+    return [f"Attention stays at {id}: {reason}." for id, reason in kept.items()]
 
 
 def of_range(sampling: SamplingRange) -> list[str]:

@@ -62,7 +62,8 @@ class HybridMixer(nn.Module):
         Args:
             q, k, v: (B, heads, H * W, d) floating point, row by row; any strides.
             grid: (H, W), both at least 1.
-            mask: (B, H * W) of the keys: bool, True where one counts; or floating point, added to the scores.
+            mask: (B, H * W) of the keys, or (B or 1, 1, 1, H * W) as PyTorch's attention takes it: bool, True
+                where a key counts; or floating point, added to the scores.
 
         Returns:
             (B, heads, H * W, d) in q's dtype. The landmarks, and all that is computed of them alone, are
@@ -71,6 +72,8 @@ class HybridMixer(nn.Module):
         Raises:
             DeltaConvError: tokens that do not fit the grid or the mixer.
         """
+        if mask is not None and mask.ndim == 4 and mask.shape[1:3] == (1, 1):
+            mask = mask[:, 0, 0].expand(len(q), -1)
         self._check(q, k, v, grid, mask)
         if not len(q):
             return q.clone()
@@ -165,3 +168,21 @@ class HybridMixer(nn.Module):
     def extra_repr(self) -> str:
         """The spec, for printing."""
         return str(self.spec)
+
+
+def shared_hybrid(source: Any, device: torch.device | None = None) -> HybridMixer:
+    """The same mixer once more, for inference; its parameters are shared where they are on the device.
+
+    Args:
+        source: a HybridMixer, also one of this package loaded under another name.
+        device: of the parameters; None leaves them where they are.
+    """
+    # A host may run in inference mode. Parameters made there could never be part of a graph trained on top.
+    with torch.inference_mode(False), torch.no_grad():
+        mixer = HybridMixer(HybridSpec.from_dict(source.spec.to_dict()), device="meta")
+        own = {
+            name: tensor.to(device, copy=tensor.is_inference())
+            for name, tensor in source.state_dict().items()
+        }
+        mixer.load_state_dict(own, assign=True)
+        return mixer.requires_grad_(False).eval()

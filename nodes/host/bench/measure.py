@@ -18,6 +18,7 @@ from ....deltaconv_core.errors import DeltaConvError
 from ....deltaconv_core.sites import stage_of
 from ....deltaconv_core.sites.match import matching_sites
 from ....deltaconv_core.sites.sampling_range import SamplingRange
+from ....deltaconv_core.weights.checkpoint import check_deltaconv
 from ..model.sites import Sites, find_sites
 from ..model.specs import AUTO, LEAN, block_specs
 from ..patch.applied import blocks_on, with_blocks, without_blocks
@@ -118,11 +119,16 @@ def _latent_size(model: Any, settings: MeasureSettings) -> tuple[int, int]:
 def _blocks(model: Any, found: Sites, checkpoint: Any, form: str) -> tuple[dict[str, Any], str]:
     """Site id -> block, and where they come from."""
     if checkpoint is not None:
+        check_deltaconv(checkpoint, "ΔConv Benchmark")
         both = [id for id in found.sites if id in checkpoint.blocks]
         selection = ",".join(both) or "all"
         chosen = matching_sites(found.architecture, found.channels, checkpoint, selection, "MODEL")
         return {id: checkpoint.blocks[id] for id in chosen}, "the connected weights"
-    if patch := blocks_on(model):
+    if (patch := blocks_on(model)) and patch.keeps_projections:
+        raise DeltaConvError(
+            "ΔConv Benchmark works on ΔConvBlocks; this MODEL carries hybrid mixers: measure it without them"
+        )
+    if patch:
         return dict(zip(patch.sites, patch.blocks, strict=True)), "the blocks on this MODEL"
     with torch.inference_mode(False):
         specs = block_specs(found, found.sites, AUTO, form)

@@ -13,6 +13,7 @@ import torch
 from comfy.ldm.pixart.blocks import AttentionKVCompress
 
 from ....deltaconv_core.errors import DeltaConvError
+from .sites import Site
 
 OVERRIDE = "optimized_attention_override"
 
@@ -93,3 +94,9 @@ def _pixart(forward: Forward, attend: Attend) -> Forward:
         return forward(x, *args, **call) if out is None else module.proj(out.transpose(1, 2).flatten(2))
 
     return run
+
+
+def heads_of(model: Any, site: Site) -> int:
+    """Heads of the attention at a site of a ModelPatcher."""
+    attention = model.get_model_object(site.path)
+    return attention.num_heads if isinstance(attention, AttentionKVCompress) else attention.heads

@@ -9,11 +9,12 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ....deltaconv_core.sites.sampling_range import SamplingRange
+from ....deltaconv_core.weights.checkpoint import HYBRID
 from ..model.sites import Site
 from . import base_weights
 from .blocks import build_blocks, network_dtype, own_patcher
 from .current_call import watch_calls
-from .forwards import MixerForward, RangedForward
+from .forwards import HybridForward, MixerForward, RangedForward
 
 KEY = "deltaconv"
 
@@ -49,6 +50,11 @@ class AppliedBlocks:
     def blocks(self) -> torch.nn.ModuleList:
         return self.patcher.model.blocks
 
+    @property
+    def keeps_projections(self) -> bool:
+        """Whether the attentions' own layers still run, and what changes them still acts."""
+        return any(block.kind == HYBRID for block in self.blocks)
+
 
 def with_blocks(
     model: Any, sites: Mapping[str, Site], trained: Mapping[str, Any], sampling: SamplingRange
@@ -58,7 +64,7 @@ def with_blocks(
     Args:
         model: ModelPatcher without ΔConv (see `without_blocks`).
         sites: the sites to replace, by id.
-        trained: site id -> trained DeltaConvBlock, at least for these sites.
+        trained: site id -> DeltaConvBlock or HybridMixer, at least for these sites.
         sampling: the part of the sampling in which they run.
     """
     clone = model.clone()
@@ -69,11 +75,16 @@ def with_blocks(
         key = f"{site.path}.forward"
         if key in clone.object_patches:
             patch.covered[key] = clone.object_patches[key]
-        whole = sampling.is_everything
-        forward = MixerForward(site, blocks[id]) if whole else RangedForward(site, blocks[id], patch)
+        if patch.keeps_projections:
+            forward = HybridForward(site, blocks[id], patch)
+        elif sampling.is_everything:
+            forward = MixerForward(site, blocks[id])
+        else:
+            forward = RangedForward(site, blocks[id], patch)
         clone.add_object_patch(key, forward)
-    if not sampling.is_everything:
-        wrapper = watch_calls(patch, sampling, [site.path for site in sites.values()])
+    if patch.keeps_projections or not sampling.is_everything:
+        paths = [site.path for site in sites.values()]
+        wrapper = watch_calls(patch, sampling, paths, needs_attention=patch.keeps_projections)
         clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
     return clone, patch
 

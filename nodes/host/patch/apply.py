@@ -9,9 +9,11 @@ from comfy.patcher_extension import WrappersMP
 
 from ....deltaconv_core.errors import DeltaConvError
 from ....deltaconv_core.sites import report
-from ....deltaconv_core.sites.match import matching_sites
+from ....deltaconv_core.sites.match import check_heads, matching_sites
 from ....deltaconv_core.sites.report import Report
 from ....deltaconv_core.sites.sampling_range import SamplingRange
+from ....deltaconv_core.weights.checkpoint import HYBRID
+from ..model.attend import heads_of
 from ..model.sites import Sites, find_sites
 from .applied import KEY, AppliedBlocks, blocks_on, with_blocks, without_blocks
 from .base_weights import BaseWeights
@@ -48,12 +50,16 @@ def apply_checkpoint(model: Any, checkpoint: Any, settings: PatchSettings) -> tu
     chosen = matching_sites(found.architecture, found.channels, checkpoint, settings.blocks, "MODEL")
     sites = {id: found.sites[id] for id in chosen}
     bare = without_blocks(model)
-    warnings = [*report.assumptions(checkpoint), *conflicts(bare, sites)]
+    if checkpoint.mixer == HYBRID:
+        check_heads(checkpoint, {id: heads_of(bare, site) for id, site in sites.items()}, "MODEL")
     clone, patch = with_blocks(bare, sites, checkpoint.blocks, settings.sampling)
+    warnings = [*report.assumptions(checkpoint), *conflicts(bare, sites, patch.keeps_projections)]
     base = _base_weights(clone, patch, found, checkpoint, settings.base_strength)
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, warn_when_sampling(sites, warnings))
+    clone.add_wrapper_with_key(
+        WrappersMP.OUTER_SAMPLE, KEY, warn_when_sampling(sites, patch.keeps_projections, warnings)
+    )
     lines = [report.of_blocks(found.architecture, len(found.sites), patch.blocks)]
-    lines += [*report.of_range(settings.sampling), *base]
+    lines += [*report.of_kept(checkpoint.kept), *report.of_range(settings.sampling), *base]
     if blocks_on(model) is not None:
         lines.append("The ΔConv that was on this MODEL before is replaced as a whole.")
     return clone, Report(lines, warnings)

@@ -10,8 +10,9 @@ import comfy.model_patcher
 import comfy.ops
 import torch
 
-from ....deltaconv_core.block import DeltaConvBlock
 from ....deltaconv_core.block.module import HALF_OR_MORE, shared_copy
+from ....deltaconv_core.mixers.hybrid.module import shared_hybrid
+from ....deltaconv_core.weights.checkpoint import HYBRID
 
 # Newer versions of ComfyUI want to know when cast weights are no longer used.
 TAKES_WEIGHTS_BACK = "offloadable" in inspect.signature(comfy.ops.cast_bias_weight).parameters
@@ -20,7 +21,7 @@ TAKES_WEIGHTS_BACK = "offloadable" in inspect.signature(comfy.ops.cast_bias_weig
 class DeltaConvBlocks(torch.nn.Module):
     """All blocks of one patched MODEL; ComfyUI's log names models by their class."""
 
-    def __init__(self, blocks: Mapping[str, DeltaConvBlock]) -> None:
+    def __init__(self, blocks: Mapping[str, torch.nn.Module]) -> None:
         super().__init__()
         self.blocks = torch.nn.ModuleList(blocks.values())
 
@@ -51,14 +52,19 @@ class Layers:
         pass
 
 
-def build_blocks(trained: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, DeltaConvBlock]:
+def build_blocks(trained: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, torch.nn.Module]:
     """The trained blocks again, out of ComfyUI's castable layers; weights are shared where the dtype allows.
 
     Args:
-        trained: site id -> DeltaConvBlock.
-        dtype: of the weights; None keeps each as it is.
+        trained: site id -> DeltaConvBlock, or HybridMixer, which has no layers and few parameters, and moves
+            and casts those itself.
+        dtype: of the weights of blocks; None keeps each as it is.
     """
-    return {id: shared_copy(block, dtype=dtype, operations=Layers) for id, block in trained.items()}
+    return {id: _copy(block, dtype) for id, block in trained.items()}
+
+
+def _copy(block: Any, dtype: torch.dtype | None) -> torch.nn.Module:
+    return shared_hybrid(block) if block.kind == HYBRID else shared_copy(block, None, dtype, Layers)
 
 
 def network_dtype(model: Any) -> torch.dtype | None:
@@ -67,7 +73,7 @@ def network_dtype(model: Any) -> torch.dtype | None:
     return dtype if dtype in HALF_OR_MORE else None
 
 
-def own_patcher(blocks: Mapping[str, DeltaConvBlock], model: Any) -> Any:
+def own_patcher(blocks: Mapping[str, torch.nn.Module], model: Any) -> Any:
     """A ModelPatcher for the blocks, on the devices of the MODEL."""
     patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     net = DeltaConvBlocks(blocks)

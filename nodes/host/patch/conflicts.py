@@ -20,37 +20,41 @@ GUIDANCE = (
 log = logging.getLogger(__name__)
 
 
-def conflicts(model: Any, sites: Mapping[str, Site]) -> list[str]:
+def conflicts(model: Any, sites: Mapping[str, Site], keeps_projections: bool) -> list[str]:
     """One sentence for each, naming both.
 
     Args:
         model: ModelPatcher, before or after ΔConv was put on.
         sites: where ΔConv stands, by id.
+        keeps_projections: whether the layers of the self-attention still run there.
     """
     options = model.model_options
     patches = options["transformer_options"].get("patches", {})
     replace = options["transformer_options"].get("patches_replace", {}).get("attn1", {})
     found = [
-        _weight_patches(model, sites),
+        "" if keeps_projections else _weight_patches(model, sites),
         _forwards(model, sites),
-        _attn1_patches(patches.get("attn1_patch", [])),
+        _attn1_patches(patches.get("attn1_patch", []), keeps_projections),
         replacements(replace, sites),
         _guidance(options.get("sampler_post_cfg_function", [])),
     ]
     return [sentence for sentence in found if sentence]
 
 
-def warn_when_sampling(sites: Mapping[str, Site], said: Iterable[str]) -> Callable[..., Any]:
+def warn_when_sampling(
+    sites: Mapping[str, Site], keeps_projections: bool, said: Iterable[str]
+) -> Callable[..., Any]:
     """An OUTER_SAMPLE wrapper that logs what was put on the MODEL after ΔConv.
 
     Args:
         sites: where ΔConv stands, by id.
+        keeps_projections: as for `conflicts`.
         said: sentences that the user has read already.
     """
     said = frozenset(said)
 
     def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        for sentence in conflicts(executor.class_obj.model_patcher, sites):
+        for sentence in conflicts(executor.class_obj.model_patcher, sites, keeps_projections):
             if sentence not in said:
                 log.warning("ΔConv: %s", sentence)
         return executor(*args, **kwargs)
@@ -82,10 +86,15 @@ def _forwards(model: Any, sites: Mapping[str, Site]) -> str:
     return f"{_list(foreign)} replaces self-attention where ΔConv stands; only one of the two can act"
 
 
-def _attn1_patches(patches: Iterable[Any]) -> str:
+def _attn1_patches(patches: Iterable[Any], keeps_projections: bool) -> str:
     names = {_name(patch) for patch in patches}
     if not names:
         return ""
+    if keeps_projections:
+        return (
+            f"{_list(names)} changes the input of the self-attention (attn1 patch): it acts, but where it "
+            "changes the number of tokens (HyperTile, ToMe), sampling stops with an error"
+        )
     return (
         f"{_list(names)} changes the input of the self-attention (attn1 patch): ΔConv has no keys and values "
         "to change, and stops with an error where the number of tokens changes (HyperTile, ToMe)"
