@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -10,6 +11,7 @@ from torch import nn
 
 from ..errors import DeltaConvError
 from ..sites import identify
+from ..util.wrappers import inside
 
 PARTS = ("unet", "transformer")  # of a pipeline
 UNET_PARTS = ("down_blocks", "mid_block", "up_blocks")  # in the order of the network
@@ -58,7 +60,7 @@ class Sites:
 
 
 def network_of(pipeline_or_model: Any) -> nn.Module:
-    """The denoising network of a pipeline; a model itself, out of `torch.compile`'s wrapper.
+    """The denoising network of a pipeline; a model itself, out of wrappers (`inside`).
 
     Raises:
         DeltaConvError: neither a model nor a pipeline with one.
@@ -72,8 +74,7 @@ def network_of(pipeline_or_model: Any) -> nn.Module:
             f"expected a diffusers model, or a pipeline with {' or '.join(PARTS)}; "
             f"got {type(pipeline_or_model).__name__}"
         )
-    wrapped = getattr(model, "_orig_mod", model)
-    return wrapped if isinstance(wrapped, nn.Module) else model
+    return inside(model)
 
 
 def find_sites(model: nn.Module) -> Sites:
@@ -84,9 +85,11 @@ def find_sites(model: nn.Module) -> Sites:
     """
     found = Sites()
     # Modules are listed as they were made: the middle of a U-Net after its end.
-    for name, module in sorted(model.named_modules(), key=lambda named: _part(named[0])):
+    for path, module in sorted(model.named_modules(), key=lambda named: _part(named[0])):
         patch_size = _patch_size(module)
+        name = path.replace("._orig_mod", "")  # parts that were compiled one by one
         if patch_size:
+            _refuse_wrapped(model, name)
             _read_blocks(f"{name}." if name else "", module, patch_size, found)
     if not found.attentions:
         raise DeltaConvError(
@@ -94,6 +97,16 @@ def find_sites(model: nn.Module) -> Sites:
             f"works on {KINDS}"
         )
     return found
+
+
+def _refuse_wrapped(model: nn.Module, name: str) -> None:
+    """A stack that does not lie where networks have theirs lies in a network inside of something else."""
+    if name and name.partition(".")[0] not in UNET_PARTS:
+        around = re.split(rf"\.(?:{'|'.join(UNET_PARTS)})\.", name)[0]
+        raise DeltaConvError(
+            f"the network stands inside this model ({type(model).__name__}), as its {around}; give that to "
+            "ΔConv, or put ΔConv on the network before it is wrapped"
+        )
 
 
 def _part(name: str) -> int:

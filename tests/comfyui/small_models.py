@@ -138,6 +138,14 @@ def run_patch_node(
         return node.execute(model, "auto", blocks, start, end, base_weights, strength, checkpoint)
 
 
+def wrapped_by_compile(model: Any) -> Any:
+    """As other packs do: the wrapper of torch.compile in the place of the network."""
+    clone = model.clone()
+    network = clone.get_model_object("diffusion_model")
+    clone.add_object_patch("diffusion_model", torch.compile(network, backend="eager"))
+    return clone
+
+
 def by_hand(model: Any, checkpoint: Any) -> Any:
     """The model with the checkpoint's blocks at every site, put there for good and without our host code."""
     network = model.model.diffusion_model

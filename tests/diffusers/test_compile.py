@@ -8,6 +8,8 @@ import torch
 from tiny_models import CONTEXT_DIM, call, make, make_checkpoint, relative_error
 
 from deltaconv_core.diffusers import apply, remove
+from deltaconv_core.diffusers.sites import find_sites, network_of
+from deltaconv_core.errors import DeltaConvError
 
 CROSS, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 
@@ -66,6 +68,55 @@ def test_a_model_that_was_compiled_first(compile):
     assert relative_error(run(user), plain) < 1e-5
     apply(user, checkpoint, end_percent=0.5)
     assert relative_error(run(user, timestep=800), run(model, timestep=800)) < 1e-5
+
+
+def test_wrappers_around_the_network_and_its_parts():
+    """Around a stack, and around single blocks of it, too."""
+    for kind in ("unet", "pixart"):
+        model = smallest(kind)
+        checkpoint = make_checkpoint(model)
+        plain = run(model)
+        apply(model, checkpoint)
+        patched = run(model)
+        remove(model)
+        stacks = [(n, m) for n, m in model.named_modules() if hasattr(m, "transformer_blocks")]
+        for name, stack in stacks:
+            for number, block in enumerate(stack.transformer_blocks):
+                stack.transformer_blocks[number] = torch.compile(block, backend="eager")
+            if name:
+                parent, _, last = name.rpartition(".")
+                setattr(model.get_submodule(parent), last, torch.compile(stack, backend="eager"))
+        user = torch.compile(model, backend="eager")
+        apply(user, checkpoint)
+        assert relative_error(run(user), patched) < 1e-5
+        remove(user)
+        assert relative_error(run(user), plain) < 1e-5
+
+
+def test_a_model_for_several_processes(tmp_path):
+    model = smallest("unet")
+    checkpoint = make_checkpoint(model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        apply(parallel, checkpoint)
+        assert "deltaconv" in dict(model.named_children())
+        x, text = torch.zeros(1, 4, 8, 6), torch.zeros(1, 5, CONTEXT_DIM)
+        assert torch.equal(parallel(x, 500, text).sample, model(x, 500, text).sample)
+        remove(parallel)
+        assert find_sites(network_of(parallel)).attentions == find_sites(model).attentions
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["unet", "pixart"])
+def test_a_network_inside_of_something_else_is_named(kind):
+    model = smallest(kind)
+    around = torch.nn.ModuleDict({"base": torch.nn.ModuleDict({"model": model})})
+    with pytest.raises(
+        DeltaConvError, match=r"stands inside this model \(ModuleDict\), as its base\.model; give"
+    ):
+        apply(around, make_checkpoint(model))
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from ....deltaconv_core.sites import stage_of
 from ....deltaconv_core.sites.match import matching_sites
 from ....deltaconv_core.sites.sampling_range import SamplingRange
 from ....deltaconv_core.weights.checkpoint import check_deltaconv
-from ..model.sites import Sites, find_sites
+from ..model.sites import Sites, find_sites, uncompiled
 from ..model.specs import AUTO, LEAN, block_specs
 from ..patch.applied import blocks_on, with_blocks, without_blocks
 from .passes import Clock, Given, one_pass, random_input, without_attention
@@ -77,7 +77,7 @@ def measure(model: Any, checkpoint: Any, settings: MeasureSettings) -> Measured:
     Raises:
         DeltaConvError: a MODEL without sites, a checkpoint of another model, or a size that does not fit.
     """
-    bare = without_blocks(model)
+    bare = uncompiled(without_blocks(model))
     found = find_sites(bare)
     size = _latent_size(model, settings)
     blocks, origin = _blocks(model, found, checkpoint, settings.form)

@@ -14,7 +14,7 @@ from comfy.ldm.pixart.pixartms import PixArtMS
 
 from ....deltaconv_core.bench import Span
 from ..model.sampler_call import encode, sampler_options
-from ..model.sites import Site
+from ..model.sites import Site, network_of
 from ..patch.current_call import own_forward
 
 TEXT = 77  # tokens of the text, as many as one chunk of CLIP's
@@ -58,7 +58,7 @@ def random_input(model: Any, batch: int, size: tuple[int, int]) -> Given:
 
 
 def _text_width(model: Any) -> int | None:
-    network = model.get_model_object("diffusion_model")
+    network = network_of(model)
     if isinstance(network, PixArtMS):
         return int(network.y_embedder.y_proj.fc1.in_features)
     width = model.model.model_config.unet_config.get("context_dim")

@@ -25,7 +25,7 @@ from torch import Tensor
 from ....deltaconv_core.distill import Batch
 from ....deltaconv_core.errors import DeltaConvError
 from ..model.sampler_call import encode, sampler_options
-from ..model.sites import Site
+from ..model.sites import Site, network_of
 from ..patch.conflicts import replacements
 
 
@@ -56,7 +56,7 @@ class ComfyNetwork:
 
     @property
     def segments(self) -> Iterable[torch.nn.Module]:
-        network = self.base.diffusion_model
+        network = network_of(self.model)
         if isinstance(network, UNetModel):
             return [m for m in network.modules() if isinstance(m, (BasicTransformerBlock, ResBlock))]
         return list(network.blocks)

@@ -21,7 +21,7 @@ from ....deltaconv_core.sites import select
 from ..model.attend import Forward, intercepted
 from ..model.joint import JointSite, JointSites, Tokens, find_joint_sites
 from ..model.sampler_call import COMPILED
-from ..model.sites import Site, Sites, find_sites
+from ..model.sites import Site, Sites, find_sites, network_of, uncompiled
 from ..patch.applied import without_blocks
 from ..patch.current_call import own_forward
 
@@ -86,7 +86,7 @@ def look(model: Any, positive: Any, latent: dict[str, Any], settings: LookSettin
         DeltaConvError: a MODEL whose attention cannot be looked at, or a selection that names no site.
     """
     clone = _plain(model)
-    joint = find_joint_sites(clone.get_model_object("diffusion_model"))
+    joint = find_joint_sites(network_of(clone))
     found = find_sites(clone) if joint is None else None
     channels = found.channels if found else {id: site.channels for site in joint.sites for id in site.ids}
     chosen = select(settings.blocks, channels)
@@ -109,7 +109,7 @@ def look(model: Any, positive: Any, latent: dict[str, Any], settings: LookSettin
 
 def _plain(model: Any) -> Any:
     """A clone without ΔConv, compiled code, which would hide the attention, and additions to guidance."""
-    clone = without_blocks(model).clone()
+    clone = uncompiled(without_blocks(model).clone())
     clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILED)
     for key in GUIDANCE:
         clone.model_options.pop(key, None)

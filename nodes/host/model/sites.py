@@ -16,6 +16,7 @@ from comfy.ldm.pixart.pixartms import PixArtMS
 
 from ....deltaconv_core.errors import DeltaConvError
 from ....deltaconv_core.sites import identify
+from ....deltaconv_core.util.wrappers import inside
 from . import grids
 
 
@@ -61,13 +62,28 @@ class Sites:
         return {id: site.channels for id, site in self.sites.items()}
 
 
+def network_of(model: Any) -> torch.nn.Module:
+    """The network of a ModelPatcher, out of `torch.compile`'s wrapper, which some nodes put in its place."""
+    return inside(model.get_model_object("diffusion_model"))
+
+
+def uncompiled(model: Any) -> Any:
+    """A ModelPatcher that calls its network without the wrapper around it; itself where there is none."""
+    network = network_of(model)
+    if network is model.get_model_object("diffusion_model"):
+        return model
+    clone = model.clone()
+    clone.add_object_patch("diffusion_model", network)
+    return clone
+
+
 def find_sites(model: Any) -> Sites:
     """The sites of a ModelPatcher.
 
     Raises:
-        DeltaConvError: a model without any.
+        DeltaConvError: a model without any, or with a network inside of another node's.
     """
-    network = model.get_model_object("diffusion_model")
+    network = network_of(model)
     found = Sites()
     if isinstance(network, UNetModel):
         found.context_dim = model.model.model_config.unet_config.get("context_dim")
@@ -75,12 +91,22 @@ def find_sites(model: Any) -> Sites:
     elif isinstance(network, PixArtMS):
         _read_pixart(network, found)
     if not found.sites:
+        _refuse_wrapped(network)
         raise DeltaConvError(
             f"this MODEL ({type(model.model).__name__}, {type(network).__name__}) has no self-attention that "
             "ΔConv can stand in for; it works on U-Nets with spatial self-attention (SD 1.x, SD 2.x, SDXL, "
             "...) and PixArt"
         )
     return found
+
+
+def _refuse_wrapped(network: torch.nn.Module) -> None:
+    wrapped = next((one for one in network.modules() if isinstance(one, (UNetModel, PixArtMS))), network)
+    if wrapped is not network:
+        raise DeltaConvError(
+            f"the network of this MODEL ({type(wrapped).__name__}) stands inside {type(network).__name__}, "
+            "which another node put around it and ΔConv cannot look through: put ΔConv before that node"
+        )
 
 
 def _read_unet(network: UNetModel, found: Sites) -> None:
@@ -98,7 +124,7 @@ def _read_blocks(blocks: Any, side: str, host_name: str, diffusers_name: str, fo
             # in_layers: norm, activation, convolution
             found.convolutions[f"{name}.resnets.{resnet}.conv1"] = f"{path}.in_layers.2"
             continue
-        for depth, block in enumerate(layer.transformer_blocks):
+        for depth, block in enumerate(map(inside, layer.transformer_blocks)):
             if isinstance(block, BasicTransformerBlock) and not block.disable_self_attn:
                 id = f"{name}.attentions.{resnet}.transformer_blocks.{depth}.attn1"
                 channels = block.norm1.normalized_shape[-1]
@@ -125,6 +151,6 @@ def _walk(blocks: Any) -> Iterator[tuple[int, int, int, int, torch.nn.Module]]:
 
 def _read_pixart(network: PixArtMS, found: Sites) -> None:
     grid_of = grids.of_patches(network.patch_size)
-    for number, block in enumerate(network.blocks):
+    for number, block in enumerate(map(inside, network.blocks)):
         id = f"transformer_blocks.{number}.attn1"
         found.sites[id] = Site(id, f"diffusion_model.blocks.{number}.attn", block.hidden_size, grid_of)

@@ -14,6 +14,7 @@ from small_models import (
     make_unet,
     patch,
     untouched,
+    wrapped_by_compile,
 )
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
@@ -44,6 +45,11 @@ def test_the_node(pack, unet):
     assert table.startswith("unet-32x2-64x3, 128 × 96, batch 1, float32, ")
     assert "untrained lean blocks" in table and "| down_blocks.0 " in table and "| all " in table
     assert "times as fast" in table and "takes" in table
+
+
+def test_a_network_that_another_node_compiled(pack, unet):
+    measured = measure(pack, wrapped_by_compile(unet), repeats=1)
+    assert measured.unseen == [] and len(measured.costs) == 5
 
 
 def test_stages(pack, unet):

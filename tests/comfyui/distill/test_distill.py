@@ -18,6 +18,7 @@ from small_models import (
     same_state,
     sample,
     state,
+    wrapped_by_compile,
 )
 
 pytestmark = pytest.mark.usefixtures("output")
@@ -50,6 +51,14 @@ def test_a_teacher_made_in_inference_mode_learns_and_stays_as_it_was(pack, infer
     assert steps == 4 and len(losses["loss"]) == 4
     assert len(checkpoint.blocks) == 5
     assert not any(w.requires_grad or w.is_inference() for w in weights(checkpoint).values())
+
+
+def test_a_teacher_whose_network_another_node_compiled(pack, unet):
+    _, plain, *_ = distil(pack, unet).args
+    _, wrapped, *_ = distil(pack, wrapped_by_compile(unet)).args
+    expected = weights(plain)
+    for name, weight in weights(wrapped).items():
+        assert relative_error(weight, expected[name]) < 1e-3
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("out of memory"), KeyboardInterrupt()])

@@ -21,6 +21,7 @@ from small_models import (
     sample,
     state,
     untouched,
+    wrapped_by_compile,
 )
 from test_together import lora, pag, rescale_cfg, sag
 
@@ -264,7 +265,7 @@ def compiled(model):
     return clone
 
 
-@pytest.mark.parametrize("add", [pag, sag, rescale_cfg, compiled])
+@pytest.mark.parametrize("add", [pag, sag, rescale_cfg, compiled, wrapped_by_compile])
 def test_guidance_and_compiled_code_do_not_count(pack, unet, add):
     """SAG puts a replacement of its own into the middle, which is named."""
     plain = {layer.site: layer for layer in look(pack, unet).layers}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import in_pack, make_pixart, make_unet
+from small_models import in_pack, make_pixart, make_unet, run_patch_node
 
 SD = {
     "image_size": 32,
@@ -176,3 +176,42 @@ def test_a_model_without_sites_is_refused(pack):
     )
     with pytest.raises(errors.DeltaConvError, match="has no self-attention"):
         in_pack(pack, "nodes.host.model.sites").find_sites(without)
+
+
+def test_parts_that_were_compiled_one_by_one(pack, unet, pixart):
+    """The wrappers stand in the network itself, around single transformer blocks."""
+    find_sites = in_pack(pack, "nodes.host.model.sites").find_sites
+    for model in (unet, pixart):
+        expected = find_sites(model).sites
+        network = model.model.diffusion_model
+        lists = [m.transformer_blocks for m in network.modules() if hasattr(m, "transformer_blocks")]
+        for blocks in lists or [network.blocks]:
+            for number, block in enumerate(blocks):
+                blocks[number] = torch.compile(block, backend="eager")
+        assert [(s.id, s.path, s.channels) for s in find_sites(model).sites.values()] == [
+            (s.id, s.path, s.channels) for s in expected.values()
+        ]
+        for blocks in lists or [network.blocks]:
+            for number, block in enumerate(blocks):
+                blocks[number] = block._orig_mod
+
+
+class Cached(torch.nn.Module):
+    """What other packs put around a network."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, *args, **call):
+        return self.network(*args, **call)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_network_inside_of_something_else_is_named(pack, unet, checkpoint, again):
+    clone = unet.clone()
+    network = Cached(clone.get_model_object("diffusion_model"))
+    clone.add_object_patch("diffusion_model", torch.compile(network, backend="eager") if again else network)
+    said = r"\(UNetModel\) stands inside Cached, which another node put around it .* put ΔConv before"
+    with pytest.raises(ValueError, match=said):
+        run_patch_node(pack, clone, checkpoint)

@@ -24,6 +24,7 @@ from small_models import (
     run_patch_node,
     sample,
     unet_config,
+    wrapped_by_compile,
 )
 
 Model = Any
@@ -225,6 +226,8 @@ CASES = {
     "torch.compile, then another size": Case(
         after=compiled, run=lambda m: sample(m, (16, 16)).sum() + sample(m, (12, 18))
     ),
+    "network wrapped before": Case(before=wrapped_by_compile),
+    "network wrapped after": Case(after=wrapped_by_compile),
     "ControlNet": Case(run=controlled),
     "image to image": Case(run=image_to_image),
     "inpainting": Case(run=inpainting),
