@@ -9,7 +9,7 @@ BIN := .venv/bin
 .PHONY: demo test setup format clean
 
 demo: setup
-	$(BIN)/python scripts/show_demo.py
+	$(BIN)/python -m scripts.show_demo
 
 test: setup
 	$(BIN)/ruff check .
@@ -19,7 +19,7 @@ test: setup
 
 setup:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed; name one: make PYTHON=python3.12")'
-	@$(PYTHON) scripts/make_environment.py
+	@$(PYTHON) -m scripts.make_environment
 
 format: setup
 	$(BIN)/ruff check --fix .

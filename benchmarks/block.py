@@ -1,6 +1,6 @@
 """One layer: self-attention by every way that PyTorch has, LinFusion, ΔConv, and neighborhood attention.
 
-    python benchmarks/block.py [--preset sd15-512 ...] [--backward] [--json FILE]
+    python -m benchmarks.block [--preset sd15-512 ...] [--backward] [--json FILE]
 
 Whole layers with their projections, random weights and tokens, alternating runs, medians. Prints for each
 method its time, that in units of ΔConv's fastest backend's, the peak of memory above what was there before,
@@ -29,7 +29,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import Results, add_machine, available, circumstances, parser, peak, reason
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -39,6 +38,8 @@ from deltaconv_core.block.ops import choose
 from deltaconv_core.mixers.linear_attention import LinearAttention
 from deltaconv_core.mixers.neighborhood import neighborhood_attention
 from deltaconv_core.util.text import markdown
+
+from .harness import Results, add_machine, available, circumstances, parser, peak, reason
 
 KERNELS = {
     "math": SDPBackend.MATH,

@@ -1,6 +1,6 @@
 """ΔConv in diffusers together with what pipelines do to their models, at full size, outputs compared.
 
-    python benchmarks/diffusers_features.py [--architecture sd15 pixart_sigma ...] [--small] [--json FILE]
+    python -m benchmarks.diffusers_features [--architecture sd15 pixart_sigma ...] [--small] [--json FILE]
 
 Builds each model on the CPU in float32 with random weights, puts random blocks in, and prints for each
 feature the largest difference from what it must not change, as a part of the largest value:
@@ -27,13 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import parity
 import torch
-from diffusers_parity import FULL, LATENTS, both_inputs, diffusers_model, release_file, run
-from parity_models import ARCHITECTURES
 from safetensors.torch import save_file
 
 from deltaconv_core import diffusers as adapter
+from testing.comfy_architectures import ARCHITECTURES
+
+from . import parity
+from .diffusers_parity import FULL, LATENTS, both_inputs, diffusers_model, release_file, run
 
 ADAPTED = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2")
 RANK = 4
@@ -83,7 +84,7 @@ def main() -> int:
 @torch.no_grad()
 def compare(name: str, small: bool, backend: str) -> Iterator[Row]:
     """All features on one architecture."""
-    import comfy_host
+    from scripts import comfy_host
 
     comfy_host.import_comfy()
     torch.manual_seed(0)

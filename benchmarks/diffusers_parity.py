@@ -1,6 +1,6 @@
 """One file, one network: published weights on the same model in ComfyUI and in diffusers, outputs compared.
 
-    python benchmarks/diffusers_parity.py [--architecture sd15 pixart_sigma ...] [--small] [--json FILE]
+    python -m benchmarks.diffusers_parity [--architecture sd15 pixart_sigma ...] [--small] [--json FILE]
 
 Builds each model in diffusers on the CPU in float32 with random weights, and hands the very same weights to
 ComfyUI, whose own loader converts them (--small: few channels, put in by ComfyUI's map of names). A file in
@@ -27,15 +27,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import parity
 import torch
-from authors_block import random_weights, scaled_noise
-from harness import circumstances
-from parity_models import ARCHITECTURES, Architecture, attentions, build, convolutions, make_inputs
 from safetensors.torch import save_file
 from torch import Tensor
 
 from deltaconv_core import diffusers as adapter
+from testing.authors_block import random_weights, scaled_noise
+from testing.comfy_architectures import (
+    ARCHITECTURES,
+    Architecture,
+    attentions,
+    build,
+    convolutions,
+    make_inputs,
+)
+
+from . import parity
+from .harness import circumstances
 
 FULL = ("sd15", "pixart_sigma")
 TEXT = 12  # of the small sdxl's pooled text embedding
@@ -97,7 +105,7 @@ def main() -> int:
 @torch.no_grad()
 def compare(name: str, small: bool) -> Iterator[Row]:
     """One architecture at all its latent sizes, in all three states."""
-    import comfy_host
+    from scripts import comfy_host
 
     comfy_host.import_comfy()
 

@@ -1,6 +1,6 @@
 """What distilling costs: time and memory of both stages on a full-size model in ComfyUI, on the CPU.
 
-    python benchmarks/distill_cost.py [--architecture sd15] [--latent 64] [--repeats 3] [--small] [--json F]
+    python -m benchmarks.distill_cost [--architecture sd15] [--latent 64] [--repeats 3] [--small] [--json F]
 
 Random float32 weights, one latent of the given side. Each of these runs in a process of its own, by turns
 with the teacher's forward pass:
@@ -31,8 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import circumstances, highest, resident
-from parity_models import ARCHITECTURES, build
+
+from testing.comfy_architectures import ARCHITECTURES, build
+
+from .harness import circumstances, highest, resident
 
 WAYS = ("layer-wise", "end to end", "two models")
 
@@ -71,7 +73,7 @@ def measure(
     way: str, architecture: str, latent: int, repeats: int, small: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The figures of one way, and where they were taken."""
-    import comfy_host
+    from scripts import comfy_host
 
     pack = comfy_host.import_pack().__name__
     before = resident()

@@ -1,6 +1,6 @@
 """How much memory fetching takes: a large file from a server on this machine, checks included.
 
-    python benchmarks/fetch_memory.py [--gigabytes 1.3]
+    python -m benchmarks.fetch_memory [--gigabytes 1.3]
 
 Prints, for an https address and for the Hub, the highest resident memory during the fetch above that of the
 same process before it (from /proc, so on Linux), and exits with status 1 when it is 200 MB or more.
@@ -17,8 +17,6 @@ import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
-
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "core" / "weights"))
 
 LIMIT = 200e6  # bytes
 MEGABYTE = os.urandom(1 << 20)
@@ -64,7 +62,7 @@ def write_weights(path: Path, size: int) -> Path:
 
 def serve(path: Path, connection: Connection) -> None:
     """Serves the file at an address of its own and at one of the Hub, until the process is ended."""
-    from fault_server import Content, HubServer, serving
+    from testing.fault_server import Content, HubServer, serving
 
     with serving(HubServer()) as server:
         assert isinstance(server, HubServer)
@@ -80,10 +78,10 @@ def measure(kind: str, url: str, folder: Path) -> tuple[int, float]:
     import huggingface_hub.file_download  # noqa: F401  # loaded now, so that it counts as idle
     import requests  # noqa: F401
     import safetensors.numpy  # noqa: F401
-    from fetching import record
 
     from deltaconv_core.weights.fetch import resolve
     from deltaconv_core.weights.manifest import HubSource, UrlSource
+    from testing.weight_records import record
 
     source = (
         HubSource("owner/name", "weights.safetensors")

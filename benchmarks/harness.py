@@ -18,8 +18,6 @@ import torch
 
 from deltaconv_core import bench
 
-sys.path.append(str(Path(__file__).parents[1] / "scripts"))
-
 RESULTS = Path(__file__).parent / "results"
 
 

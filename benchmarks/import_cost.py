@@ -1,6 +1,6 @@
 """How long the library and its command line take to start, beside PyTorch alone.
 
-    python benchmarks/import_cost.py [--repeats 7]
+    python -m benchmarks.import_cost [--repeats 7]
 
 Prints, for each program, the median time of a whole process, that time as a multiple of `import torch`, and
 the seconds beyond it. Programs take turns, so that whatever else slows the machine slows all of them; the

@@ -1,6 +1,6 @@
 """How much memory looking at self-attention takes, on the CPU: a full-size model in ComfyUI.
 
-    python benchmarks/locality_memory.py [--architecture sd15] [--latent 128] [--blocks PATTERN] [--small]
+    python -m benchmarks.locality_memory [--architecture sd15] [--latent 128] [--blocks PATTERN] [--small]
 
 Random float32 weights. Samples one step and looks at the chosen self-attentions (by default one at full
 resolution: at a latent side of 128, 16,384 tokens, 8 heads, 320 channels), exactly, as the node ΔConv
@@ -20,8 +20,10 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from harness import highest, resident
-from parity_models import ARCHITECTURES, build, make_inputs
+
+from testing.comfy_architectures import ARCHITECTURES, build, make_inputs
+
+from .harness import highest, resident
 
 LIMIT = 4 * 2**30
 GIB = 2**30
@@ -36,7 +38,7 @@ def main() -> int:
     parser.add_argument("--blocks", default="down_blocks.0.attentions.0", help="default %(default)s")
     parser.add_argument("--small", action="store_true", help="the same classes with few channels")
     args = parser.parse_args()
-    from comfy_host import import_pack
+    from scripts.comfy_host import import_pack
 
     pack = import_pack().__name__
     torch.manual_seed(0)

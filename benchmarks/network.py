@@ -1,6 +1,6 @@
 """Whole networks in ComfyUI: attention in several ways, what others offer, ΔConv, and no self-attention.
 
-    python benchmarks/network.py [--architecture sd15 ...] [--size 512 768 ...] [--json FILE]
+    python -m benchmarks.network [--architecture sd15 ...] [--size 512 768 ...] [--json FILE]
 
 Random weights and input, one forward pass of a real MODEL, alternating runs, medians:
 
@@ -32,11 +32,13 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from harness import Results, add_machine, circumstances, parser, peak, reason
-from parity_models import ARCHITECTURES, build
 
 from deltaconv_core import bench
 from deltaconv_core.util.text import markdown
+from scripts import comfy_host
+from testing.comfy_architectures import ARCHITECTURES, build
+
+from .harness import Results, add_machine, circumstances, parser, peak, reason
 
 COMFYUI, PYTORCH, HYPERTILE, TOME = "ComfyUI's attention", "PyTorch attention", "HyperTile", "ToMe"
 LINFUSION, DELTACONV, LEAN, NOTHING = "LinFusion", "ΔConv", "lean ΔConv", "no self-attention"
@@ -110,12 +112,7 @@ def default_sizes(name: str, device: torch.device, small: bool) -> tuple[str, ..
 
 def comfyui_version() -> str:
     """Of the ComfyUI that will be used, without loading it."""
-    comfy_host = import_module("comfy_host")
-    sys.path.insert(0, str(comfy_host.find_host()))
-    try:
-        return str(import_module("comfyui_version").__version__)
-    finally:
-        del sys.path[0]
+    return comfy_host.version(comfy_host.find_host())
 
 
 def predict(rows: list[dict[str, Any]], key: dict[str, Any]) -> dict[str, float]:
@@ -143,7 +140,6 @@ def apart(job: Job) -> dict[str, Any]:
 def measure(job: Job) -> dict[str, Any]:
     """The figures of one architecture at one size."""
     device = torch.device(job.device)
-    comfy_host = import_module("comfy_host")
     comfy_host.ARGUMENTS |= {"cpu": device.type == "cpu", "use_pytorch_cross_attention": False}
     pack = comfy_host.import_pack().__name__
     torch.manual_seed(0)

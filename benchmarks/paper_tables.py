@@ -1,6 +1,6 @@
 """The paper's tables 1 and 2, with our figures beside theirs.
 
-    python benchmarks/paper_tables.py [--table 1 2] [--json FILE]
+    python -m benchmarks.paper_tables [--table 1 2] [--json FILE]
 
 Table 1: floating point operations of one self-attention layer with 640 channels at every latent position of a
 picture; ΔConv with K 9. Nothing is run, so any machine will do. Lines, after the paper's own:
@@ -27,13 +27,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from harness import Results, add_machine, circumstances, parser
 from torch import Tensor
 
 from deltaconv_core import BlockSpec, DeltaConvBlock, bench
 from deltaconv_core.block.flops import block_flops
 from deltaconv_core.mixers.linear_attention import LinearAttention
 from deltaconv_core.util.text import markdown
+
+from .harness import Results, add_machine, circumstances, parser
 
 META = torch.device("meta")
 PAPER = BlockSpec(640, 9)

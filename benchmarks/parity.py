@@ -1,6 +1,6 @@
 """Published files through ΔConv Patch Model, beside the authors' block put into the network by hand.
 
-    python benchmarks/parity.py [--architecture sd15|sdxl|pixart_sigma|all] [--small] [--json FILE]
+    python -m benchmarks.parity [--architecture sd15|sdxl|pixart_sigma|all] [--small] [--json FILE]
 
 Builds each model in ComfyUI on the CPU in float32 with random weights, writes a file in every form of the
 authors', loads it through the node, and runs the patched network. What it gives is compared with the same
@@ -28,11 +28,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import authors_block
 import torch
-from authors_block import Form, Weights, random_weights, scaled_noise
-from harness import circumstances
-from parity_models import (
+from safetensors.torch import save_file
+from torch import Tensor
+
+from testing import authors_block
+from testing.authors_block import Form, Weights, random_weights, scaled_noise
+from testing.comfy_architectures import (
     ARCHITECTURES,
     Place,
     attentions,
@@ -41,8 +43,8 @@ from parity_models import (
     convolutions,
     make_inputs,
 )
-from safetensors.torch import save_file
-from torch import Tensor
+
+from .harness import circumstances
 
 LIMIT = 1e-4
 
@@ -91,7 +93,7 @@ def main() -> int:
 
 def compare(name: str, small: bool) -> Iterator[Row]:
     """All forms of one architecture at all its latent sizes."""
-    import comfy_host
+    from scripts import comfy_host
 
     comfy_host.import_comfy()
     torch.manual_seed(0)
@@ -162,7 +164,7 @@ def published(blocks: dict[str, Weights], base: dict[str, Tensor], form: Form) -
 
 def patch_with_file(model: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """The MODEL out of ΔConv Patch Model, which was told to read these tensors from a file."""
-    import comfy_host
+    from scripts import comfy_host
 
     node = import_module(".nodes.patch_model", comfy_host.import_pack().__name__).PatchModel
     folder = Path(import_module("folder_paths").get_folder_paths("deltaconv")[0])

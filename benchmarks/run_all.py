@@ -1,10 +1,10 @@
 """Every speed benchmark on this machine, one after another, into benchmarks/results.
 
-    python benchmarks/run_all.py [--device cuda] [--dtype float16] [--small] [--folder DIR] [--show]
+    python -m benchmarks.run_all [--device cuda] [--dtype float16] [--small] [--folder DIR] [--show]
 
 Files are named by benchmark, device and dtype. Rows that are in them are not measured again, so this can be
 stopped at any time and started anew; delete a file to measure anew. --show prints the commands and runs none.
-Afterwards, `python scripts/readme_tables.py` puts the figures into the README.
+Afterwards, `python -m scripts.readme_tables` puts the figures into the README.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import sys
 from pathlib import Path
 
 import torch
-from harness import RESULTS, parser, result_file
 
 from deltaconv_core import bench
 
-HERE = Path(__file__).parent
+from .harness import RESULTS, parser, result_file
+
+REPOSITORY = Path(__file__).parents[1]
 MODELS = ("sd15-1024", "sdxl-1024", "pixart_sigma-1024")
 ON_CPU = {
     "network": "--architecture sd15 --size 512 768 1024",
@@ -33,12 +34,12 @@ ON_GPU = {
     "block backward": "--preset kernel --backward --repeats 20",
     "paper": "--repeats 20",
 }
-SCRIPTS = {
-    "network": "network.py",
-    "network of others": "network.py",
-    "block": "block.py",
-    "block backward": "block.py",
-    "paper": "paper_tables.py",
+MODULES = {
+    "network": "benchmarks.network",
+    "network of others": "benchmarks.network",
+    "block": "benchmarks.block",
+    "block backward": "benchmarks.block",
+    "paper": "benchmarks.paper_tables",
 }
 
 
@@ -46,7 +47,7 @@ def main() -> int:
     command = parser(__doc__)
     command.add_argument("--device", help="such as cuda or cpu (default: cuda where there is one)")
     command.add_argument("--dtype", choices=bench.DTYPES, help="default: float32 on a CPU, else float16")
-    command.add_argument("--only", nargs="+", choices=SCRIPTS, default=list(SCRIPTS), metavar="BENCHMARK")
+    command.add_argument("--only", nargs="+", choices=MODULES, default=list(MODULES), metavar="BENCHMARK")
     command.add_argument("--small", action="store_true", help="tiny sizes, to see that it works")
     command.add_argument("--folder", type=Path, default=RESULTS, help="for the results (%(default)s)")
     command.add_argument("--show", action="store_true", help="print the commands")
@@ -56,7 +57,7 @@ def main() -> int:
     failed = []
     for line in commands(device, dtype, args.only, args.small, args.folder):
         print(f"\n==> {shlex.join(line)}", flush=True)
-        if not args.show and subprocess.run([sys.executable, *line], check=False).returncode:
+        if not args.show and subprocess.run([sys.executable, *line], cwd=REPOSITORY, check=False).returncode:
             failed.append(shlex.join(line))
     for one in failed:
         print(f"failed: {one}")
@@ -74,7 +75,7 @@ def commands(
     for kind in only:
         if kind in wanted:
             file = result_file(folder, kind, device, dtype)
-            lines.append([str(HERE / SCRIPTS[kind]), *wanted[kind].split(), *common, "--json", str(file)])
+            lines.append(["-m", MODULES[kind], *wanted[kind].split(), *common, "--json", str(file)])
     return lines
 
 

@@ -1,6 +1,6 @@
 """The Triton kernels on this machine's GPU: right, and how fast beside PyTorch's own operators.
 
-    python benchmarks/triton_check.py [--quick] [--large] [--json FILE]
+    python -m benchmarks.triton_check [--quick] [--large] [--json FILE]
 
 Each line is one ΔConvBlock at real sizes. The errors are relative, against the float64 reference: of the
 output and the worst of all gradients, by Triton and by plain PyTorch in the same dtype. The times are

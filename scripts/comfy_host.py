@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -59,6 +60,13 @@ def find_host(environ: Mapping[str, str] = os.environ, repository: Path = REPOSI
     )
 
 
+def version(host: Path) -> str:
+    """The version of the ComfyUI in a folder, without loading it."""
+    text = (host / "comfyui_version.py").read_text(encoding="utf-8")
+    found = re.search(r'__version__ = "(.+)"', text)
+    return found[1] if found else "(unknown version)"
+
+
 @functools.cache
 def prepare_torchvision() -> None:
     """Let `import torchvision` succeed where its compiled operators do not load.
@@ -98,9 +106,9 @@ def import_comfy() -> Path:
     """
     host = find_host()
     prepare_torchvision()
-    # The repository's own `nodes` and `tests` would hide ComfyUI's modules of that name.
-    sys.path[:] = [entry for entry in sys.path if Path(entry or os.getcwd()).resolve() != REPOSITORY]
-    sys.path.insert(0, str(host))
+    # The repository comes last: its `nodes` and `tests` would hide ComfyUI's modules of that name.
+    others = [entry for entry in sys.path if Path(entry or os.getcwd()).resolve() != REPOSITORY]
+    sys.path[:] = [str(host), *others, str(REPOSITORY)]
     args = importlib.import_module("comfy.cli_args").args
     base = tempfile.TemporaryDirectory(prefix="deltaconv-comfy-")
     args.base_directory = base.name
@@ -108,19 +116,6 @@ def import_comfy() -> Path:
     importlib.import_module("folder_paths").deltaconv_base = base  # removed when the process ends
     importlib.import_module("nodes")
     return host
-
-
-@functools.cache
-def import_demo() -> ModuleType:
-    """Make `import demo` work without the repository's root on the path: its `nodes` would hide ComfyUI's."""
-    file = REPOSITORY / "demo" / "__init__.py"
-    spec = importlib.util.spec_from_file_location("demo", file, submodule_search_locations=[str(file.parent)])
-    if spec is None or spec.loader is None:
-        raise ImportError(f"cannot load {file}")
-    demo = importlib.util.module_from_spec(spec)
-    sys.modules["demo"] = demo
-    spec.loader.exec_module(demo)
-    return demo
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from comfy_host import PACK_NAME, REPOSITORY, find_host
+from .comfy_host import PACK_NAME, REPOSITORY, find_host
 
 # Called with a websocket message's type and data ("executing", "progress", "execution_error", ...).
 OnMessage = Callable[[str, dict[str, Any]], None]
@@ -120,7 +120,7 @@ class ComfyServer:
         host = find_host()
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, str(REPOSITORY / "scripts" / "comfy_start.py"), str(host)]
+        command = [sys.executable, "-m", "scripts.comfy_start", str(host)]
         command += ["--cpu", "--port", str(port), "--base-directory", str(self.base)]
         command += ["--user-directory", str(self.base / "user"), "--database-url", "sqlite:///:memory:"]
         command += ["--disable-api-nodes", "--disable-auto-launch", *self.extra_args]
@@ -130,6 +130,7 @@ class ComfyServer:
                 stdin=subprocess.PIPE,  # its end tells the server that we are gone
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                cwd=REPOSITORY,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment},
                 start_new_session=True,
             )

@@ -1,4 +1,4 @@
-"""Starts ComfyUI's main.py for `ComfyServer`: `python comfy_start.py <host folder> [ComfyUI arguments]`.
+"""Starts ComfyUI's main.py for `ComfyServer`: `python -m scripts.comfy_start <host> [ComfyUI arguments]`.
 
 Differs from starting main.py directly in three ways: torchvision may lack its compiled operators; the host's
 own extra_model_paths.yaml is left alone, because the server must not see models and nodes from elsewhere; and
@@ -15,7 +15,7 @@ import sys
 import threading
 from pathlib import Path
 
-from comfy_host import prepare_torchvision
+from .comfy_host import prepare_torchvision
 
 
 def die_with_parent() -> None:

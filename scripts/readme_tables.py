@@ -1,6 +1,6 @@
 """Puts the figures of `benchmarks/results` into the README, between two comments.
 
-    python scripts/readme_tables.py [--check]
+    python -m scripts.readme_tables [--check]
 
 --check changes nothing, and exits with status 1 when the README is not what the results say.
 """
@@ -48,7 +48,7 @@ def main() -> int:
     if text == wanted:
         return 0
     if args.check:
-        print("README.md is not what benchmarks/results says: run python scripts/readme_tables.py")
+        print("README.md is not what benchmarks/results says: run python -m scripts.readme_tables")
         return 1
     file.write_text(wanted, encoding="utf-8")
     return 0
@@ -83,7 +83,7 @@ def machine(figures: Json) -> str:
     cpu = re.sub(r"\((R|TM)\)| (CPU|Processor)\b.*", "", figures.get("cpu", ""))
     where = figures.get("gpu") or f"{figures['threads']} threads of an {cpu}"
     return textwrap.fill(
-        f"`python benchmarks/network.py` on {where}, {figures['dtype']}, torch {figures['torch']}, ComfyUI "
+        f"`python -m benchmarks.network` on {where}, {figures['dtype']}, torch {figures['torch']}, ComfyUI "
         f"{figures['comfyui']}: the time of a forward pass in units of the same network's without any "
         "self-attention, which no replacement can undercut.",
         WIDTH,
@@ -119,7 +119,7 @@ def operations(rows: Iterable[Json]) -> list[str]:
         for row in rows
     ]
     head = (
-        "`python benchmarks/paper_tables.py`: GFLOP of one layer with 640 channels, K 9; attention as in the "
+        "`python -m benchmarks.paper_tables`: GFLOP of one layer with 640 channels, K 9; attention as in the "
         "paper's table 1; the authors' block and the leaner one of new distillations as PyTorch counts them."
     )
     return [textwrap.fill(head, WIDTH), "", *markdown(lines)]

@@ -16,9 +16,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-import workflow
-from comfy_host import REPOSITORY, HostNotFound, import_demo
-from comfy_server import ComfyServer, ServerError
+from demo.study.detector import read_picture
+from demo.study.drawings import as_seen
+from demo.words import ANY, parse_prompt
+
+from . import workflow
+from .comfy_host import REPOSITORY, HostNotFound
+from .comfy_server import ComfyServer, ServerError
 
 WORKFLOW = REPOSITORY / "workflows" / "attention_and_deltaconv.json"
 
@@ -163,11 +167,6 @@ def enlarge(picture: Image.Image, scale: int = 5) -> Image.Image:
 def read(picture: Image.Image, text: str) -> list[tuple[str, bool]]:
     """What the detector reads in the picture, a word for each kind that the demo model knows ("?" where it
     cannot tell), and whether that is what ``text`` asked for."""
-    import_demo()
-    from demo.study.detector import read_picture
-    from demo.study.drawings import as_seen
-    from demo.words import ANY, parse_prompt
-
     reading = read_picture(np.asarray(picture))
     right = reading.matches(as_seen(parse_prompt(text))).values()
     return list(zip(["?" if word == ANY else word for word in reading.prompt], right, strict=True))

@@ -1,6 +1,6 @@
 """Draws the thumbnails under which ComfyUI's list of templates shows the workflows.
 
-    python scripts/thumbnails.py [--output FOLDER]
+    python -m scripts.thumbnails [--output FOLDER]
 
 Small drawings of what a workflow does; they need matplotlib. Those of attention_and_deltaconv and
 distill_demo are none of them: they show what those workflows gave.
@@ -16,8 +16,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from comfy_host import REPOSITORY
 from deltaconv_core.sites import ARCHITECTURES, Level, Transformer
+
+from .comfy_host import REPOSITORY
 
 WIDTH, HEIGHT = 640, 480
 PAPER, INK, QUIET = "#f4f4f4", "#222222", "#bdbdbd"

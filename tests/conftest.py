@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-import comfy_host as host_finder
-import workflow
-from comfy_server import ComfyServer
-
-# `python -m pytest` puts the repository's root on the path, where `nodes` would hide ComfyUI's `nodes`.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != host_finder.REPOSITORY]
+from scripts import comfy_host as host_finder
+from scripts import workflow
+from scripts.comfy_server import ComfyServer
 
 # Equal runs give equal pictures, on a busy machine too; nobody's cache is read or written.
 os.environ["DELTACONV_TUNE"] = "0"

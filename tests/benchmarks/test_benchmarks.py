@@ -10,16 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
-import block
-import harness
-import paper_tables
-import readme_tables
-import run_all
-
+from benchmarks import block, harness, paper_tables, run_all
 from deltaconv_core import bench
 from deltaconv_core.bench import machine
+from scripts import readme_tables
 
 REPOSITORY = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -208,13 +202,13 @@ def test_every_command_is_one(tmp_path, monkeypatch, device, small):
         raise Understood(name)
 
     monkeypatch.setattr(bench, "device_name", lambda device: "A device")
-    lines = run_all.commands(torch.device(device), torch.float32, list(run_all.SCRIPTS), small, tmp_path)
+    lines = run_all.commands(torch.device(device), torch.float32, list(run_all.MODULES), small, tmp_path)
     assert len(lines) >= 3
     monkeypatch.setattr(bench, "pick_device", pick)
     for line in lines:
-        monkeypatch.setattr(sys, "argv", line)
+        monkeypatch.setattr(sys, "argv", line[1:])
         with pytest.raises(Understood, match=device):
-            importlib.import_module(Path(line[0]).stem).main()
+            importlib.import_module(line[1]).main()
         assert line[-1].startswith(str(tmp_path)) and line[-1].endswith("_a_device_float32.json")
 
 
@@ -222,7 +216,7 @@ def test_commands_are_shown(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(run_all.subprocess, "run", None)
     run(run_all, monkeypatch, "--show", "--only", "paper", "--folder", tmp_path)
     (line,) = capsys.readouterr().out.split("==> ")[1:]
-    assert "paper_tables.py" in line and "--device cpu --dtype float32" in line
+    assert "-m benchmarks.paper_tables" in line and "--device cpu --dtype float32" in line
 
 
 # ---- the README ----
@@ -267,7 +261,7 @@ def test_only_what_is_between_the_comments_changes(results):
 def test_the_readme_is_what_the_results_say():
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert readme_tables.with_tables(text, REPOSITORY / "benchmarks" / "results") == text, (
-        "run python scripts/readme_tables.py"
+        "run python -m scripts.readme_tables"
     )
 
 
@@ -278,5 +272,5 @@ def test_the_counted_operations_are_those_of_today():
             if row["table"] == 1:
                 now = paper_tables.operations(row["picture"])
                 assert {name: row[name] for name in now} == now, (
-                    f"delete the rows of table 1 in {file.name} and run python benchmarks/paper_tables.py"
+                    f"delete the rows of table 1 in {file.name} and run python -m benchmarks.paper_tables"
                 )

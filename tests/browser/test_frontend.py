@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-import workflow
-from comfy_host import PACK_NAME, REPOSITORY
-from comfy_server import ComfyServer
+from scripts import workflow
+from scripts.comfy_host import PACK_NAME, REPOSITORY
+from scripts.comfy_server import ComfyServer
 
 pytestmark = pytest.mark.browser
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from small_models import in_pack, make_checkpoint, make_pixart, make_unet, same_state, state
+
+from testing.comfy_models import in_pack, make_checkpoint, make_pixart, make_unet, same_state, state
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,36 +9,38 @@ from pathlib import Path
 
 import pytest
 import torch
-from prompts import ARCHITECTURE, SITES, base_prompt, both, branch, node, patch_node, pictures, write_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from comfy_server import ComfyServer, ServerError
+from scripts.comfy_server import ComfyServer, ServerError
+from testing.comfy_prompts import (
+    ARCHITECTURE,
+    SITES,
+    base_prompt,
+    both,
+    branch,
+    node,
+    patch_node,
+    pictures,
+    write_weights,
+)
+from testing.comfy_servers import server_with
 
-HERE = Path(__file__).parent
 MIDDLE = "mid_block.attentions.0.transformer_blocks.0.attn1"
 
 
 @pytest.fixture(scope="module")
-def plain_nodes(tmp_path_factory) -> list[str]:
-    """Arguments that give a server the tests' own nodes."""
-    config = tmp_path_factory.mktemp("config") / "plain.yaml"
-    config.write_text(f"plain:\n  base_path: {HERE}\n  custom_nodes: plain_nodes\n")
-    return ["--extra-model-paths-config", str(config)]
-
-
-@pytest.fixture(scope="module")
-def server(plain_nodes) -> Iterator[ComfyServer]:
+def server(tmp_path_factory) -> Iterator[ComfyServer]:
     """A server with this repository, with weights for the small model in its folder."""
-    with ComfyServer(extra_args=plain_nodes) as running:
+    with server_with("plain_nodes", tmp_path_factory.mktemp("config")) as running:
         write_weights(running.base / "models" / "deltaconv" / "small.safetensors")
         yield running
 
 
 @pytest.fixture(scope="module")
-def attention_elsewhere(plain_nodes) -> bytes:
+def attention_elsewhere(tmp_path_factory) -> bytes:
     """The picture of a server that never saw this repository."""
-    with ComfyServer(pack=None, extra_args=plain_nodes) as other:
+    with server_with("plain_nodes", tmp_path_factory.mktemp("config"), pack=None) as other:
         assert not any(id.startswith("DeltaConv") for id in other.object_info())
         return pictures(other, other.run(base_prompt()))["attention"]
 

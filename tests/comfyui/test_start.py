@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import comfy_host
+from scripts import comfy_host
 
 CODE = """
 import importlib, json, sys
 from pathlib import Path
-import comfy_host
+from scripts import comfy_host
 comfy_host.import_comfy()
 import folder_paths
 (Path(folder_paths.get_output_directory()) / "deltaconv_runs" / "run").mkdir(parents=True)
@@ -25,8 +25,7 @@ print(json.dumps({"modules": sorted(set(sys.modules) - before), "folders": liste
 
 def test_no_folder_is_searched_and_nothing_heavy_is_loaded():
     command = [sys.executable, "-c", 'LISTING = ("os.listdir", "os.scandir")\n' + CODE]
-    scripts = comfy_host.REPOSITORY / "scripts"
-    done = subprocess.run(command, cwd=scripts, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=comfy_host.REPOSITORY, capture_output=True, text=True, check=True)
     added = json.loads(done.stdout.splitlines()[-1])
     assert any(name.endswith(".nodes.distill") for name in added["modules"])
     heavy = {"torch.utils.flop_counter", "jsonschema", "matplotlib", "diffusers", "huggingface_hub"}

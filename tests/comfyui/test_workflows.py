@@ -17,12 +17,12 @@ import numpy
 import pytest
 from PIL import Image
 
-import workflow
-from comfy_host import REPOSITORY
-from comfy_server import ComfyServer
 from deltaconv_core.weights.manifest import builtin_path
+from scripts import workflow
+from scripts.comfy_host import REPOSITORY
+from scripts.comfy_server import ComfyServer
+from testing.comfy_servers import server_with
 
-HERE = Path(__file__).parent
 MODELS = {
     "checkpoints/DreamShaper_8_pruned.safetensors": "sd15",
     "checkpoints/sd_xl_base_1.0.safetensors": "sdxl",
@@ -54,22 +54,20 @@ STEPS = 2
 @pytest.fixture(scope="module")
 def server(comfy_host, tmp_path_factory) -> Iterator[ComfyServer]:
     """A server that knows the small models and has them in its folders."""
-    config = tmp_path_factory.mktemp("config") / "stand_ins.yaml"
-    config.write_text(f"stand_ins:\n  base_path: {HERE}\n  custom_nodes: stand_in_nodes\n")
-    with ComfyServer(extra_args=["--extra-model-paths-config", str(config)]) as running:
+    with server_with("stand_in_nodes", tmp_path_factory.mktemp("config")) as running:
         write_models(running.base / "models")
         yield running
 
 
 def write_models(folder: Path) -> None:
     """The models, ΔConv weights for them, and a list that recommends those for the small models."""
-    import stand_ins
+    from testing import comfy_model_files
 
-    stand_ins.write({name: folder / path for path, name in MODELS.items()})
+    comfy_model_files.write({name: folder / path for path, name in MODELS.items()})
     published = {record["name"]: record for record in json.loads(builtin_path().read_text(encoding="utf-8"))}
     own = []
     for name, model in BLOCKS.items():
-        shape = stand_ins.write_blocks(folder / "deltaconv" / f"{name}.safetensors", model)
+        shape = comfy_model_files.write_blocks(folder / "deltaconv" / f"{name}.safetensors", model)
         if published[name]["recommended_for"]:
             own.append(published[name] | {"recommended_for": [shape]})
     (folder / "deltaconv" / "manifest.json").write_text(json.dumps(own))

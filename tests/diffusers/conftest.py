@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("diffusers")
 
-from tiny_models import KINDS, make, make_checkpoint
+from testing.diffusers_models import KINDS, make, make_checkpoint
 
 
 class Case:

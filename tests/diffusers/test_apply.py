@@ -9,7 +9,10 @@ import threading
 
 import pytest
 import torch
-from tiny_models import (
+
+from deltaconv_core import Checkpoint, DeltaConvError, save_checkpoint
+from deltaconv_core.diffusers import apply, remove
+from testing.diffusers_models import (
     by_hand,
     call,
     make,
@@ -20,9 +23,6 @@ from tiny_models import (
     run,
     sample,
 )
-
-from deltaconv_core import Checkpoint, DeltaConvError, save_checkpoint
-from deltaconv_core.diffusers import apply, remove
 
 
 def state(model):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import by_hand, make, relative_error, run
 
 from deltaconv_core import DeltaConvError, save_checkpoint
 from deltaconv_core.diffusers import apply, remove
+from testing.diffusers_models import by_hand, make, relative_error, run
 
 LAYER = "down_blocks.1.resnets.0.conv1"
 

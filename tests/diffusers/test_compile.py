@@ -5,11 +5,11 @@ from __future__ import annotations
 import diffusers
 import pytest
 import torch
-from tiny_models import CONTEXT_DIM, call, make, make_checkpoint, relative_error
 
 from deltaconv_core.diffusers import apply, remove
 from deltaconv_core.diffusers.sites import find_sites, network_of
 from deltaconv_core.errors import DeltaConvError
+from testing.diffusers_models import CONTEXT_DIM, call, make, make_checkpoint, relative_error
 
 CROSS, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 

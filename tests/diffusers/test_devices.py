@@ -8,10 +8,10 @@ from __future__ import annotations
 import accelerate
 import pytest
 import torch
-from tiny_models import call, make_checkpoint, make_pipeline, run, sample
 
 from deltaconv_core import DeltaConvError
 from deltaconv_core.diffusers import apply, remove
+from testing.diffusers_models import call, make_checkpoint, make_pipeline, run, sample
 
 BASE = "down_blocks.1.resnets.0.conv1.weight"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import KINDS, call, make, run
 
 from deltaconv_core import Checkpoint, DeltaConvError, load_checkpoint, save_checkpoint
 from deltaconv_core.diffusers import apply, remove
 from deltaconv_core.diffusers.sites import find_sites
 from deltaconv_core.mixers.hybrid import HybridMixer, HybridSpec
+from testing.diffusers_models import KINDS, call, make, run
 
 EXACT = {"landmarks": 2**14, "nystrom": "none"}
 HYBRID = {"landmarks": 9, "nystrom": "none", "kernel_size": 3, "mean": True}

@@ -9,21 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from attention_maps import places
 from PIL import Image
 
-from comfy_host import prepare_torchvision
 from deltaconv_core import DeltaConvError
 from deltaconv_core.cli import main
 from deltaconv_core.locality import Recommendation
+from scripts.comfy_host import prepare_torchvision
+from testing.attention_maps import places
 
 prepare_torchvision()  # diffusers imports it by way of transformers
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-from tiny_models import make_pixart_pipeline, make_tokenizer  # noqa: E402
-
 from deltaconv_core.diffusers.locality import Picture, look  # noqa: E402
+from testing.diffusers_models import make_pixart_pipeline, make_tokenizer  # noqa: E402
 
 CONTEXT = 16
 VAE = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "sample_size": 32}

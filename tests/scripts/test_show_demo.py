@@ -16,16 +16,17 @@ import psutil
 import pytest
 from PIL import Image, ImageColor
 
-import show_demo
-from comfy_host import REPOSITORY
 from demo.study.drawings import draw, is_held_out, random_scene
 from demo.words import parse_prompt
+from scripts import show_demo
+from scripts.comfy_host import REPOSITORY
 
 
 def start(output: Path) -> subprocess.Popen[str]:
     """The demo in a process group of its own, as a shell starts it."""
     return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "scripts" / "show_demo.py"), "--output", str(output)],
+        [sys.executable, "-m", "scripts.show_demo", "--output", str(output)],
+        cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

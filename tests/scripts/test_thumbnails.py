@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-import workflow
-from comfy_host import REPOSITORY
+from scripts import workflow
+from scripts.comfy_host import REPOSITORY
 
 pytest.importorskip("matplotlib")
 
-import thumbnails
+from scripts import thumbnails
 
 
 def test_draws_the_workflows_that_need_models(tmp_path, monkeypatch):

@@ -9,9 +9,9 @@ import json
 import pytest
 from PIL import Image
 
-import workflow
-from comfy_host import PACK_NAME, REPOSITORY
-from comfy_server import ComfyServer
+from scripts import workflow
+from scripts.comfy_host import PACK_NAME, REPOSITORY
+from scripts.comfy_server import ComfyServer
 
 FILES = sorted((REPOSITORY / "workflows").glob("*.json"))
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from small_models import (
+
+from benchmarks import network
+from testing.comfy_models import (
     in_pack,
     make_checkpoint,
     make_pixart,
@@ -16,10 +15,6 @@ from small_models import (
     untouched,
     wrapped_by_compile,
 )
-
-sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
-
-import network
 
 
 def measure(pack, model, checkpoint=None, size=(128, 96), batch=2, repeats=2):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prompts import node
+from testing.comfy_prompts import node
 
 SIZE = {"width": 48, "height": 64, "batch_size": 2}
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from distilling import distil, latents, same, single_items, weights
-from small_models import (
+
+from testing.comfy_distill import distil, latents, same, single_items, weights
+from testing.comfy_models import (
     conditioning,
     in_pack,
     make_pixart,

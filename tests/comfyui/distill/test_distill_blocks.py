@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from distilling import distil
-from small_models import (
+
+from testing.comfy_distill import distil
+from testing.comfy_models import (
     in_pack,
     sample,
 )

@@ -6,8 +6,9 @@ from typing import ClassVar
 
 import pytest
 import torch
-from distilling import distil, latents, single_items
-from small_models import (
+
+from testing.comfy_distill import distil, latents, single_items
+from testing.comfy_models import (
     conditioning,
     in_pack,
 )
@@ -39,7 +40,8 @@ def test_forms_of_data(pack, unet, form):
 def test_sdxl_with_its_pooled_text_and_sizes(pack):
     """Of which a batch has one for each picture."""
     import comfy.supported_models
-    from small_models import make_model, unet_config
+
+    from testing.comfy_models import make_model, unet_config
 
     class TinySDXL(comfy.supported_models.SDXL):
         memory_usage_factor = 1.0

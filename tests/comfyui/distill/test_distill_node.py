@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from small_models import in_pack
-
-from comfy_host import REPOSITORY
+from scripts.comfy_host import REPOSITORY
+from testing.comfy_models import in_pack
 
 SOCKETS = ("MODEL", "LATENT", "CONDITIONING")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distilling import distil, latents, same, weights
-from small_models import conditioning, in_pack, make_unet, sample
+
+from testing.comfy_distill import distil, latents, same, weights
+from testing.comfy_models import conditioning, in_pack, make_unet, sample
 
 pytestmark = pytest.mark.usefixtures("output")
 

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from PIL import Image
-from prompts import base_prompt, branch, node, patch_node, pictures
 
-from comfy_server import ComfyServer, ServerError
+from scripts.comfy_server import ComfyServer, ServerError
+from testing.comfy_prompts import base_prompt, branch, node, patch_node, pictures
+from testing.comfy_servers import server_with
 
-HERE = Path(__file__).parents[1]
 PICTURES = 4
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[ComfyServer]:
     """A server with a folder of pictures."""
-    config = tmp_path_factory.mktemp("config") / "plain.yaml"
-    config.write_text(f"plain:\n  base_path: {HERE}\n  custom_nodes: plain_nodes\n")
-    with ComfyServer(extra_args=["--extra-model-paths-config", str(config)]) as running:
+    with server_with("plain_nodes", tmp_path_factory.mktemp("config")) as running:
         folder = running.base / "input" / "pictures"
         folder.mkdir()
         for number in range(PICTURES):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import in_pack, make_checkpoint, make_unet
+
+from testing.comfy_models import in_pack, make_checkpoint, make_unet
 
 
 @pytest.fixture

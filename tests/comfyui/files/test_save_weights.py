@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distilling import same, weights
-from small_models import in_pack, patch, sample
+
+from testing.comfy_distill import same, weights
+from testing.comfy_models import in_pack, patch, sample
 
 
 @pytest.fixture

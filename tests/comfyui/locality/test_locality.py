@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
-from attention_maps import places
-from joint_models import TEXT, joint_conditioning, make_joint
-from small_models import (
+
+from testing.attention_maps import places
+from testing.comfy_joint_models import TEXT, joint_conditioning, make_joint
+from testing.comfy_models import (
     called,
     conditioning,
     in_pack,
@@ -23,7 +24,7 @@ from small_models import (
     untouched,
     wrapped_by_compile,
 )
-from test_together import lora, pag, rescale_cfg, sag
+from testing.comfy_patches import lora, pag, rescale_cfg, sag
 
 
 def look(pack, model, size=(16, 12), batch=1, steps=2, looks=2, blocks="all", positive=None):

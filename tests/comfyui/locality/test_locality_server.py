@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import workflow
-from comfy_host import REPOSITORY
 from deltaconv_core.locality import Recommendation
+from scripts import workflow
+from scripts.comfy_host import REPOSITORY
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import in_pack, make_pixart, make_unet, run_patch_node
+
+from testing.comfy_models import in_pack, make_pixart, make_unet, run_patch_node
 
 SD = {
     "image_size": 32,
@@ -158,7 +159,7 @@ def test_pixart(pack):
 
 
 def test_sites_are_found_while_a_patched_clone_is_loaded(pack, unet, checkpoint):
-    from small_models import patch, sample
+    from testing.comfy_models import patch, sample
 
     sample(patch(pack, unet, checkpoint))
     assert in_pack(pack, "nodes.host.model.sites").find_sites(unet).channels == {

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from small_models import (
+
+from testing.comfy_models import (
     in_pack,
     make_checkpoint,
     make_pixart,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import (
+
+from testing.comfy_models import (
     in_pack,
     make_pixart,
     make_unet,
@@ -121,7 +122,7 @@ def test_lora_acts_without_a_warning(pack, layer):
 
 
 def test_put_on_over_blocks_and_blocks_over_it(pack):
-    from small_models import make_checkpoint
+    from testing.comfy_models import make_checkpoint
 
     model = make_unet()
     checkpoint, blocks = hybrids(pack, model, **HYBRID), make_checkpoint(pack, model)
@@ -160,9 +161,9 @@ def test_saved_and_loaded_by_the_nodes(pack, tmp_path, monkeypatch):
 def test_a_picture_in_other_tokens_is_refused(pack):
     """HyperTile hands the attention tiles."""
     from comfy_extras.nodes_hypertile import HyperTile
-    from small_models import called
 
     import nodes as comfy_nodes
+    from testing.comfy_models import called
 
     assert comfy_nodes
     model = make_unet()

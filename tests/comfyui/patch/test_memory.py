@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import make_checkpoint, make_pixart, make_unet, patch
+
+from testing.comfy_models import make_checkpoint, make_pixart, make_unet, patch
 
 DEVICE = torch.device("cpu", 0)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import (
+
+from testing.comfy_models import (
     CONTEXT_DIM,
     in_pack,
     make_pixart,
@@ -13,7 +14,7 @@ from small_models import (
     relative_error,
     sample,
 )
-from test_together import lora
+from testing.comfy_patches import lora
 
 
 def neighborhood(pack, model, kernel_size, blocks="all"):
@@ -143,7 +144,8 @@ def test_refusals(pack, unet):
     with pytest.raises(errors.DeltaConvError, match="'side' matches no site"):
         neighborhood(pack, unet, 3, "side")
     from comfy_extras.nodes_tomesd import TomePatchModel
-    from small_models import called
+
+    from testing.comfy_models import called
 
     merged = called(TomePatchModel, "patch", neighborhood(pack, unet, 3).args[0], 0.5)
     with pytest.raises(errors.DeltaConvError, match="expected 64 x 64 = 4096 tokens"):

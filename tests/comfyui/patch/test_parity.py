@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
-
-import authors_block
-import parity
+from benchmarks import parity
+from testing import authors_block
 
 
 @pytest.mark.parametrize("name", parity.ARCHITECTURES)

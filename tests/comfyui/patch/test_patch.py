@@ -8,7 +8,8 @@ import weakref
 
 import pytest
 import torch
-from small_models import (
+
+from testing.comfy_models import (
     by_hand,
     called,
     conditioning,

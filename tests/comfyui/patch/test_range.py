@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import CONTEXT_DIM, conditioning, in_pack, make_checkpoint, patch, relative_error, sample
+
+from testing.comfy_models import (
+    CONTEXT_DIM,
+    conditioning,
+    in_pack,
+    make_checkpoint,
+    patch,
+    relative_error,
+    sample,
+)
 
 SIZES = {"unet": (16, 12), "pixart": (64, 48)}
 
@@ -89,7 +98,7 @@ def test_an_error_in_a_call_leaves_nothing_behind(pack, unet, checkpoint):
 
 def test_calls_inside_calls_have_their_own_choice(pack, unet, checkpoint):
     """A patch that runs another patched MODEL in the middle of a step (as some guidance does)."""
-    from small_models import make_unet
+    from testing.comfy_models import make_unet
 
     other = patch(pack, make_unet(), make_checkpoint(pack, unet, kernel_size=5), start=0.5)
     part = patch(pack, unet, checkpoint, end=0.5)

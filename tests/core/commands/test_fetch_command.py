@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from fault_server import Content, FaultServer, serving
-from fetching import sha256, weights
 
 from deltaconv_core.cli import main
 from deltaconv_core.commands import fetch as command
 from deltaconv_core.weights.fetch.address import ALLOW_LOOPBACK
 from deltaconv_core.weights.manifest import builtin_path, load_manifest
+from testing.fault_server import Content, FaultServer, serving
+from testing.weight_records import sha256, weights
 
 BODY = weights(5_000)
 

@@ -6,30 +6,18 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from tiny_network import batches, make_mixers, make_network
 
 from deltaconv_core import BlockSpec, DeltaConvBlock
 from deltaconv_core.distill import Batch, RunFolder, Settings, distill, loop, random_start, run_folder
 from deltaconv_core.errors import CheckpointError, DeltaConvError
-
-SETTINGS = Settings(
-    layer_steps=4, output_steps=4, learning_rate=1e-2, warmup=2, accumulation=2, ema=0.9, save_every=3
-)
+from testing.tiny_network import SETTINGS, batches, make_mixers, make_network, trained
 
 
 def weights(mixers):
     return {f"{site}.{name}": p for site, mixer in mixers.items() for name, p in mixer.state_dict().items()}
-
-
-def trained(settings=SETTINGS, folder=None, on_step=None, data=batches):
-    """(mixers, result) of a run from the start, or from what the folder has."""
-    network = make_network()
-    mixers = make_mixers(network)
-    return mixers, distill(network, mixers, data, settings, folder, on_step)
 
 
 def same(a, b):
@@ -132,20 +120,20 @@ def test_an_error_in_the_middle_of_a_step_keeps_the_last_whole_one(tmp_path):
 
 
 KILLED = """
-import sys, time
-sys.path.insert(0, {tests!r})
-import test_distill_loop as t
+import time
+from deltaconv_core.distill import RunFolder
+from testing.tiny_network import trained
 def on_step(row):
     print(row.step, flush=True)
     if row.step >= 5:
         time.sleep(60)
-t.trained(folder=t.RunFolder({folder!r}), on_step=on_step)
+trained(folder=RunFolder({folder!r}), on_step=on_step)
 """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 def test_kill_loses_at_most_the_steps_since_the_last_save(tmp_path):
-    program = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    program = KILLED.format(folder=str(tmp_path))
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
         while process.stdout.readline().strip() != "5":
             assert process.poll() is None

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_network import batches, make_mixers, make_network
 
 from deltaconv_core.distill import Batch, RunFolder, Settings, distill
 from deltaconv_core.errors import DeltaConvError
 from deltaconv_core.sites import authors_specs, site_channels
 from deltaconv_core.sites.choose_specs import ModelShape, automatic, block_specs
+from testing.tiny_network import batches, make_mixers, make_network
 
 SETTINGS = Settings(layer_steps=3, output_steps=3, learning_rate=1e-2, warmup=2, accumulation=2, ema=0.9)
 COUNT = 2

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from tiny_network import GRID, batches, make_mixers, make_network
 
 from deltaconv_core.distill import EndToEnd, LayerWise, Settings, min_snr_weight, tapped
+from testing.tiny_network import GRID, batches, make_mixers, make_network
 
 
 def run(task_of, network, mixers, settings=None):

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_network import batches, make_mixers, make_network
 
 from deltaconv_core import BlockSpec, load_checkpoint
 from deltaconv_core.distill import RunFolder, Settings, distill
 from deltaconv_core.errors import DeltaConvError
+from testing.tiny_network import batches, make_mixers, make_network
 
 MADE = Path(__file__).parents[2] / "fixtures" / "0a6a058"
 SETTINGS = Settings(

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from attention_maps import gaussian, locality, places, q_and_k, sink, uniform
 
 from deltaconv_core import DeltaConvError
 from deltaconv_core.locality import (
@@ -18,6 +17,7 @@ from deltaconv_core.locality import (
     statistics,
     window_mass,
 )
+from testing.attention_maps import gaussian, locality, places, q_and_k, sink, uniform
 
 GRIDS = [(9, 9), (7, 12), (11, 4), (1, 10), (1, 1)]
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 import matplotlib as mpl
 import numpy as np
 import pytest
-from attention_maps import gaussian, locality, sink, uniform
 
 from deltaconv_core import BlockSpec, DeltaConvError
 from deltaconv_core.locality import Recommendation, recommend
@@ -17,6 +16,7 @@ from deltaconv_core.locality.figure import draw
 from deltaconv_core.locality.sampled_steps import spread
 from deltaconv_core.locality.table import rows, text, write_csv
 from deltaconv_core.sites import short_name, site_channels
+from testing.attention_maps import gaussian, locality, sink, uniform
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_maps import locality, uniform
 
 from deltaconv_core import BlockSpec, DeltaConvBlock, DeltaConvError
 from deltaconv_core.block.flops import attention_flops, block_flops
 from deltaconv_core.block.ops import fastest
 from deltaconv_core.locality import Recommendation, recommend
+from testing.attention_maps import locality, uniform
 
 
 def layer(erf, without_sinks=None, site="mid_block.attn1"):

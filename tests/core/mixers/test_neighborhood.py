@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_maps import places
 from torch.nn.functional import scaled_dot_product_attention
 
 from deltaconv_core import DeltaConvError
 from deltaconv_core.mixers.neighborhood import neighborhood_attention
+from testing.attention_maps import places
 
 
 def tensors(grid, batch=2, heads=3, dim=8, dtype=torch.float32):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors import safe_open
-from test_authors_read import DOWN, MID, RESNET, Twin, assert_same_outputs, conv2d, release, write
 
 from deltaconv_core import BlockSpec, Checkpoint, CheckpointError, DeltaConvBlock, load_checkpoint
 from deltaconv_core.cli import main
 from deltaconv_core.weights.authors_write import save_authors
+from testing.authors_twin import DOWN, MID, RESNET, Twin, assert_same_outputs, conv2d, release, write
 
 
 def checkpoint_of(architecture="unet-8x1-16x1", **changes):

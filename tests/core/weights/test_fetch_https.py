@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_server import Content, Fault, FaultServer, serving
-from fetching import SPAWN, fetch, leftovers, record, sha256, weights
 
 from deltaconv_core import FetchError
 from deltaconv_core.weights.fetch import https, resolve
 from deltaconv_core.weights.fetch.address import ALLOW_LOOPBACK
 from deltaconv_core.weights.manifest import Record, UrlSource
+from testing.fault_server import Content, Fault, FaultServer, serving
+from testing.weight_records import SPAWN, fetch, leftovers, record, sha256, weights
 
 BODY = weights(300_001)
 OTHER = weights(300_001, seed=1)

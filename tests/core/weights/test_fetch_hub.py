@@ -9,11 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from fault_server import Content, Fault, HubServer, serving
-from fetching import SPAWN, fetch, leftovers, record, sha256, weights
 
 from deltaconv_core import FetchError
 from deltaconv_core.weights.manifest import HubSource, Record
+from testing.fault_server import Content, Fault, HubServer, serving
+from testing.weight_records import SPAWN, fetch, leftovers, record, sha256, weights
 
 CHUNK = 10 << 20  # huggingface_hub hands on so many bytes at once
 BODY = weights(CHUNK + 1_000_003)

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from fetching import leftovers, record, sha256, weights
 
 import deltaconv_core.weights.fetch as fetch_module
 from deltaconv_core import FetchError
@@ -18,6 +17,7 @@ from deltaconv_core.weights import manifest as manifest_module
 from deltaconv_core.weights.fetch import resolve
 from deltaconv_core.weights.fetch.address import ALLOW_LOOPBACK, check_address
 from deltaconv_core.weights.manifest import HubSource, RepositorySource, UrlSource
+from testing.weight_records import leftovers, record, sha256, weights
 
 BODY = weights(5_000)
 NAME = "weights.safetensors"
@@ -72,9 +72,10 @@ def test_a_file_that_is_there_needs_no_connection(
 def test_importing_and_using_a_file_loads_no_network_library(tmp_path: Path) -> None:
     place(tmp_path)
     code = (
-        "import sys, pathlib, fetching, deltaconv_core.weights.fetch, deltaconv_core.weights.manifest as m\n"
+        "import sys, pathlib, deltaconv_core.weights.fetch, deltaconv_core.weights.manifest as m\n"
         "assert m.load_manifest().names()\n"
-        f"fetching.fetch(fetching.record(m.{HUB!r}), pathlib.Path({str(tmp_path)!r}))\n"
+        "from testing.weight_records import fetch, record\n"
+        f"fetch(record(m.{HUB!r}), pathlib.Path({str(tmp_path)!r}))\n"
         "print(sorted({'requests', 'huggingface_hub', 'httpx'} & set(sys.modules)))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

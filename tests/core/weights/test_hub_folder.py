@@ -7,11 +7,11 @@ import json
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
-from test_checkpoint import assert_same, small_checkpoint
 
 from deltaconv_core import CheckpointError, load_checkpoint, save_checkpoint
 from deltaconv_core.cli import main
 from deltaconv_core.weights.hub_folder import save_hub_folder
+from testing.checkpoints import assert_same, small_checkpoint
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -10,7 +10,14 @@ import sys
 
 import pytest
 import torch
-from distill_command import (
+
+import deltaconv_core
+from deltaconv_core import load_checkpoint
+from deltaconv_core.diffusers import apply
+from deltaconv_core.diffusers.distill.options import Options
+from deltaconv_core.diffusers.sites import find_sites
+from testing.diffusers_models import CONTEXT_DIM
+from testing.distill_command import (
     QUICK,
     arguments,
     distil,
@@ -22,13 +29,6 @@ from distill_command import (
     start,
     weights,
 )
-from tiny_models import CONTEXT_DIM
-
-import deltaconv_core
-from deltaconv_core import load_checkpoint
-from deltaconv_core.diffusers import apply
-from deltaconv_core.diffusers.distill.options import Options
-from deltaconv_core.diffusers.sites import find_sites
 
 KINDS = ("sd", "xl", "pixart")
 

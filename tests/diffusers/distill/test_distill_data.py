@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from distill_command import SIZES, draw, save_pipeline
 from PIL import Image
 
 from deltaconv_core.diffusers.distill import samples as samples_module
@@ -24,6 +23,7 @@ from deltaconv_core.diffusers.distill.pictures import find_pictures, open_pictur
 from deltaconv_core.diffusers.distill.samples import Sample, Samples, encode
 from deltaconv_core.diffusers.distill.teacher import load_teacher
 from deltaconv_core.errors import DeltaConvError
+from testing.distill_command import SIZES, draw, save_pipeline
 
 # ---- sizes ----
 

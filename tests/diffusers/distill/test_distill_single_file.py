@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from distill_command import arguments, environment, last_error, start
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -18,8 +15,7 @@ import deltaconv_core
 from deltaconv_core.diffusers.distill import single_file, teacher
 from deltaconv_core.diffusers.sites import find_sites
 from deltaconv_core.errors import DeltaConvError
-
-sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+from testing.distill_command import arguments, environment, last_error, start
 
 
 @pytest.mark.slow
@@ -28,8 +24,9 @@ def test_from_one_file_to_a_sample_in_comfyui(pack, comfy_host, tmp_path):
     """64 drawings, 20 steps; then ΔConv Patch Model on the same file, and ComfyUI's sampler."""
     import comfy.sample
     import comfy.sd
-    from sd_file import write_sd15
-    from small_models import in_pack, run_patch_node
+
+    from testing.comfy_models import in_pack, run_patch_node
+    from testing.sd15_file import write_sd15
 
     file = write_sd15(tmp_path / "model.safetensors")
     options = {

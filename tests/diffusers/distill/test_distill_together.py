@@ -6,7 +6,8 @@ import shutil
 import signal
 
 import pytest
-from distill_command import distil, draw, same, save_pipeline, together, weights
+
+from testing.distill_command import distil, draw, same, save_pipeline, together, weights
 
 pytestmark = pytest.mark.slow  # each of them starts processes
 

@@ -1,6 +1,6 @@
 """Small models with random weights in files that ComfyUI's own loaders take for SD1.5, SDXL and PixArt-Σ.
 
-The networks are those of `benchmarks/parity_models.py`: the real ones' classes, depths and sites, with few
+The networks are those of `comfy_architectures.py`: the real ones' classes, depths and sites, with few
 channels. ComfyUI tells models by their widths, so `register` adds descriptions of the small ones to its list,
 and `load_t5` stands in for the step that would not know the small T5. Text encoders are ComfyUI's classes
 with few channels; the VAE is its small one (TAESD).
@@ -8,7 +8,6 @@ with few channels; the VAE is its small one (TAESD).
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -26,20 +25,18 @@ from comfy.text_encoders.t5 import T5
 from safetensors.torch import save_file
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
-import parity
-import parity_models
-from authors_block import random_weights, scaled_noise
-
+from benchmarks import parity
 from deltaconv_core.sites import identify
+
+from . import comfy_architectures
+from .authors_block import random_weights, scaled_noise
 
 WIDTH = 16  # of every text encoder
 POOLED_AND_SIZES = WIDTH + 6 * 256  # what SDXL's network is told beside the text
 SDXL_SIZES = {"context_dim": 2 * WIDTH, "adm_in_channels": POOLED_AND_SIZES}
-ARCHITECTURES = parity_models.ARCHITECTURES | {
+ARCHITECTURES = comfy_architectures.ARCHITECTURES | {
     "sdxl": replace(
-        parity_models.ARCHITECTURES["sdxl"],
+        comfy_architectures.ARCHITECTURES["sdxl"],
         small={"model_channels": 32, "num_head_channels": 64, **SDXL_SIZES},
     )
 }
@@ -175,7 +172,7 @@ def checkpoint(name: str, description: type, text_encoder: type) -> dict[str, Te
 @cache
 def network(name: str) -> dict[str, Tensor]:
     """Weights under ComfyUI's own names."""
-    return dict(parity_models.build(ARCHITECTURES[name], small=True).model.diffusion_model.state_dict())
+    return dict(comfy_architectures.build(ARCHITECTURES[name], small=True).model.diffusion_model.state_dict())
 
 
 def encoder(text_encoder: type, prefix: str = "") -> dict[str, Tensor]:
@@ -212,10 +209,10 @@ def write_blocks(path: Path, name: str) -> str:
     """
     torch.manual_seed(sum(map(ord, path.name)))
     architecture, form = ARCHITECTURES[name], ARCHITECTURES[name].forms[0]
-    places = parity_models.attentions(architecture, small=True)
+    places = comfy_architectures.attentions(architecture, small=True)
     blocks = {id: random_weights(place.channels, place.kernel_size, form) for id, place in places.items()}
     weights = network(name)
-    names = parity_models.convolutions(architecture, small=True)
+    names = comfy_architectures.convolutions(architecture, small=True)
     base = {id: scaled_noise(weights[place].shape) for id, place in names.items()}
     save_file(parity.published(blocks, base, form), path)
     return identify({f"{id}.attn1": place.channels for id, place in places.items()})

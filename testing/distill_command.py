@@ -14,16 +14,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import tiny_models
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors import safe_open
-from tiny_models import make, make_pipeline, make_pixart_pipeline, make_tokenizer
 
-import comfy_host
-import deltaconv_core
 from deltaconv_core.cli import main
+from scripts import comfy_host
+
+from . import diffusers_models
+from .diffusers_models import make, make_pipeline, make_pixart_pipeline, make_tokenizer
 
 QUICK = {"layer_steps": 2, "output_steps": 2, "resolution": 32, "batch_size": 2, "warmup": 0}
 SIZES = ((64, 64), (60, 70), (90, 50), (48, 100), (64, 64), (128, 64))  # width, height
@@ -51,7 +51,7 @@ def make_xl_pipeline(folder: Path) -> Any:
         first = transformers.CLIPTextConfig(hidden_size=4, **common)
         second = transformers.CLIPTextConfig(hidden_size=12, projection_dim=12, **common)
         pipe = diffusers.StableDiffusionXLPipeline(
-            vae=tiny_models.make_vae(),
+            vae=diffusers_models.make_vae(),
             text_encoder=transformers.CLIPTextModel(first).eval(),
             text_encoder_2=transformers.CLIPTextModelWithProjection(second).eval(),
             tokenizer=make_tokenizer(folder),
@@ -95,15 +95,14 @@ def distil(**options: Any) -> int:
 
 def start() -> list[str]:
     """A command that starts the program, to be followed by `arguments`."""
-    code = "from comfy_host import prepare_torchvision; prepare_torchvision(); import runpy; "
+    code = "from scripts.comfy_host import prepare_torchvision; prepare_torchvision(); import runpy; "
     code += "runpy.run_module('deltaconv_core', run_name='__main__', alter_sys=True)"
     return [sys.executable, "-c", code]
 
 
 def environment() -> dict[str, str]:
     """Of a program that finds what this process has found."""
-    paths = [Path(comfy_host.__file__).parent, Path(deltaconv_core.__file__).parents[1]]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    return os.environ | {"PYTHONPATH": str(comfy_host.REPOSITORY)}
 
 
 def last_error(capsys: Any) -> str:
@@ -127,7 +126,7 @@ def same(first: Path, second: Path) -> bool:
 # ---- several processes ----
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["distill_command"])
+_context.set_forkserver_preload([__name__])
 
 
 class Rank:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from comfy_host import prepare_torchvision
+from scripts.comfy_host import prepare_torchvision
 
 prepare_torchvision()  # diffusers imports it by way of transformers
 

@@ -7,9 +7,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from deltaconv_core import BlockSpec, DeltaConvBlock
-from deltaconv_core.distill import Batch, warm_start
+from deltaconv_core.distill import Batch, Settings, distill, warm_start
 
 GRID = (5, 7)
+SETTINGS = Settings(
+    layer_steps=4, output_steps=4, learning_rate=1e-2, warmup=2, accumulation=2, ema=0.9, save_every=3
+)
 
 
 class Attention(nn.Module):
@@ -95,3 +98,10 @@ def batches(number):
     generator = torch.Generator().manual_seed(number)
     noisy, target = torch.randn(2, 2, GRID[0] * GRID[1], 4, generator=generator)
     return Batch(noisy, target, torch.tensor([0.5, 20.0]))
+
+
+def trained(settings=SETTINGS, folder=None, on_step=None, data=batches):
+    """(mixers, result) of a run from the start, or from what the folder has."""
+    network = make_network()
+    mixers = make_mixers(network)
+    return mixers, distill(network, mixers, data, settings, folder, on_step)

@@ -1,13 +1,8 @@
 """Nodes for the tests' servers that know nothing of ΔConv: a small MODEL and what a sampler needs."""
 
-import importlib.util
-from pathlib import Path
-
 import torch
 
-_spec = importlib.util.spec_from_file_location("small_models", Path(__file__).parents[2] / "small_models.py")
-small_models = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(small_models)
+from testing import comfy_models
 
 
 class PlainModel:
@@ -20,13 +15,13 @@ class PlainModel:
         return {"required": {}}
 
     def run(self):
-        return (small_models.make_unet(channels=3),)
+        return (comfy_models.make_unet(channels=3),)
 
 
 class PlainModelWithoutAttention(PlainModel):
     def run(self):
         depths = {"transformer_depth": [0, 0], "transformer_depth_output": [0, 0, 0, 0]}
-        return (small_models.make_unet(channels=3, transformer_depth_middle=-1, **depths),)
+        return (comfy_models.make_unet(channels=3, transformer_depth_middle=-1, **depths),)
 
 
 class PlainConditioning:
@@ -39,7 +34,7 @@ class PlainConditioning:
         return {"required": {"seed": ("INT", {"default": 0})}}
 
     def run(self, seed):
-        return (small_models.conditioning(seed),)
+        return (comfy_models.conditioning(seed),)
 
 
 class PlainLatent:

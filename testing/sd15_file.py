@@ -38,7 +38,8 @@ def write_sd15(path: Path) -> Path:
 
 def _unet() -> nn.Module:
     import comfy.supported_models
-    from parity_models import ARCHITECTURES
+
+    from .comfy_architectures import ARCHITECTURES
 
     config = comfy.supported_models.SD15(ARCHITECTURES["sd15"].sized(small=False))
     config.set_inference_dtype(torch.float16, None)

@@ -6,7 +6,8 @@ import inspect
 from typing import Any
 
 import torch
-from small_models import make_model
+
+from .comfy_models import make_model
 
 TEXT = 5  # tokens of text in `joint_conditioning`
 WIDTH = 24  # of its embedding

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from authors_block import Form, earlier, release, scaled_noise, twin
 from torch import Tensor
+
+from .authors_block import Form, earlier, release, scaled_noise, twin
 
 UNET = {
     "image_size": 32,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from small_models import conditioning, in_pack
+
+from .comfy_models import conditioning, in_pack
 
 QUICK = {
     "preset": "custom",

@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: small models, files, a server that misbehaves. It is not shipped."""

@@ -1,5 +1,0 @@
-"""`import demo` for these tests."""
-
-from comfy_host import import_demo
-
-import_demo()
