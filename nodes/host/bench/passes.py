@@ -15,7 +15,7 @@ from comfy.ldm.pixart.pixartms import PixArtMS
 from ....deltaconv_core.bench import Span
 from ..model.sampler_call import encode, sampler_options
 from ..model.sites import Site, network_of
-from ..patch.current_call import own_forward
+from ..model.standing import standing_forward
 
 TEXT = 77  # tokens of the text, as many as one chunk of CLIP's
 POOLED = 1280  # channels of SDXL's pooled text
@@ -119,7 +119,7 @@ class Clock:
     ) -> Callable[..., torch.Tensor]:
         def run(x: torch.Tensor, *args: Any, **call: Any) -> torch.Tensor:
             self.grids[site.id] = site.grid_of(x, call)
-            forward = own_forward(model.model, site.path) if patch is None else patch
+            forward = standing_forward(model, site.path) if patch is None else patch
             with Span(x.device) as span:
                 y = forward(x, *args, **call)
             self.spans.setdefault(site.id, []).append(span)

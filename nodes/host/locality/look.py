@@ -22,8 +22,8 @@ from ..model.attend import Forward, intercepted
 from ..model.joint import JointSite, JointSites, Tokens, find_joint_sites
 from ..model.sampler_call import COMPILED
 from ..model.sites import Site, Sites, find_sites, network_of, uncompiled
+from ..model.standing import check_reach, own_forward
 from ..patch.applied import without_blocks
-from ..patch.current_call import own_forward
 
 KEY = "deltaconv_look"
 
@@ -91,6 +91,8 @@ def look(model: Any, positive: Any, latent: dict[str, Any], settings: LookSettin
     channels = found.channels if found else {id: site.channels for site in joint.sites for id in site.ids}
     chosen = select(settings.blocks, channels)
     samples = _fitting(clone, latent)
+    paths = [found.sites[id].path for id in chosen] if found else [site.path for site in joint.sites]
+    check_reach(clone, paths, "look at the MODEL without that node")
     at = spread(settings.steps, settings.looks)
     watch = LocalityWatch.of(
         {id: channels[id] for id in chosen}, total=settings.steps + len(at) * len(chosen)

@@ -18,6 +18,7 @@ from ....deltaconv_core.errors import DeltaConvError
 from ....deltaconv_core.sites import identify
 from ....deltaconv_core.util.wrappers import inside
 from . import grids
+from .standing import own_modules
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,12 @@ def find_sites(model: Any) -> Sites:
     """
     network = network_of(model)
     found = Sites()
-    if isinstance(network, UNetModel):
-        found.context_dim = model.model.model_config.unet_config.get("context_dim")
-        _read_unet(network, found)
-    elif isinstance(network, PixArtMS):
-        _read_pixart(network, found)
+    with own_modules(model):
+        if isinstance(network, UNetModel):
+            found.context_dim = model.model.model_config.unet_config.get("context_dim")
+            _read_unet(network, found)
+        elif isinstance(network, PixArtMS):
+            _read_pixart(network, found)
     if not found.sites:
         _refuse_wrapped(network)
         raise DeltaConvError(

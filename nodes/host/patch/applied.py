@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -11,40 +13,55 @@ from comfy.patcher_extension import WrappersMP
 from ....deltaconv_core.sites.sampling_range import SamplingRange
 from ....deltaconv_core.weights.checkpoint import HYBRID
 from ..model.sites import Site
-from . import base_weights
-from .blocks import build_blocks, network_dtype, own_patcher
-from .current_call import watch_calls
+from ..model.standing import check_reach
+from . import base_weights, site_patch
+from .blocks import build_blocks, build_blocks_again, kind_of_patcher, network_dtype, own_patcher
 from .forwards import HybridForward, MixerForward, RangedForward
+from .site_patch import REMEDY, SitePatch, forward_key
 
 KEY = "deltaconv"
 
 
-class AppliedBlocks:
-    """What ΔConv put on a MODEL; travels among its patches, so ComfyUI loads the blocks whenever the MODEL.
+class AppliedBlocks(SitePatch):
+    """What ΔConv put on a MODEL; ComfyUI loads the blocks whenever it loads the MODEL.
 
     Args:
         patcher: ModelPatcher of the blocks.
-        sites: the replaced sites, by id.
+        sites: the replaced sites, by id, in the order of the blocks.
+        sampling, covered: see `SitePatch`.
     """
 
-    def __init__(self, patcher: Any, sites: Mapping[str, Site]) -> None:
+    key = KEY
+
+    def __init__(
+        self, patcher: Any, sites: Mapping[str, Site], sampling: SamplingRange, covered: Mapping[str, Any]
+    ) -> None:
+        super().__init__(sites, sampling, covered)
         self.patcher = patcher
-        self.sites = dict(sites)
         self.base_weights: dict[str, Any] = {}
         """ComfyUI's key -> weight patch that came with the blocks."""
-        self.covered: dict[str, Any] = {}
-        """Object patches of others that the MODEL had at the same places."""
+        self._patchers = WeakValueDictionary({kind_of_patcher(patcher): patcher})
+        """Of the same blocks, for clones that need others; shared by all clones."""
 
     def models(self) -> list[Any]:
-        return [self.patcher]
+        return [*super().models(), self.patcher]
 
-    def to(self, device_or_dtype: Any) -> AppliedBlocks:
-        return self
-
-    def __deepcopy__(self, memo: dict) -> AppliedBlocks:
-        # Up to ComfyUI 0.12, cloning a MODEL deep-copies its options; that would load the blocks once per
-        # clone.
-        return self
+    def for_clone(self, clone: Any) -> SitePatch:
+        """With blocks of its own where the clone runs on another device, or keeps weights in another way."""
+        own = super().for_clone(clone)
+        kind = kind_of_patcher(clone)
+        if kind == kind_of_patcher(self.patcher):
+            return own
+        own.patcher = self._patchers.get(kind)
+        if own.patcher is None:
+            blocks = build_blocks_again(self.sites, self.patcher)
+            own.patcher = self._patchers[kind] = own_patcher(blocks, clone)
+        for site, block in zip(self.sites.values(), own.blocks, strict=True):
+            key = forward_key(site)
+            forward = clone.object_patches.get(key)
+            if isinstance(forward, MixerForward) and forward.owner is self.owner:
+                clone.add_object_patch(key, replace(forward, block=block))
+        return own
 
     @property
     def blocks(self) -> torch.nn.ModuleList:
@@ -66,32 +83,27 @@ def with_blocks(
         sites: the sites to replace, by id.
         trained: site id -> DeltaConvBlock or HybridMixer, at least for these sites.
         sampling: the part of the sampling in which they run.
+
+    Raises:
+        DeltaConvError: something else on the MODEL keeps ΔConv from being taken off again.
     """
+    check_reach(model, (site.path for site in sites.values()), REMEDY)
     clone = model.clone()
     blocks = build_blocks({id: trained[id] for id in sites}, network_dtype(model))
-    patch = AppliedBlocks(own_patcher(blocks, model), sites)
-    clone.set_model_patch(patch, KEY)
+    keys = {id: forward_key(site) for id, site in sites.items()}
+    covered = {key: clone.object_patches[key] for key in keys.values() if key in clone.object_patches}
+    patch = AppliedBlocks(own_patcher(blocks, model), sites, sampling, covered)
+    forward = MixerForward if sampling.is_everything else RangedForward
+    if patch.keeps_projections:
+        forward = HybridForward
     for id, site in sites.items():
-        key = f"{site.path}.forward"
-        if key in clone.object_patches:
-            patch.covered[key] = clone.object_patches[key]
-        if patch.keeps_projections:
-            forward = HybridForward(site, blocks[id], patch)
-        elif sampling.is_everything:
-            forward = MixerForward(site, blocks[id])
-        else:
-            forward = RangedForward(site, blocks[id], patch)
-        clone.add_object_patch(key, forward)
-    if patch.keeps_projections or not sampling.is_everything:
-        paths = [site.path for site in sites.values()]
-        wrapper = watch_calls(patch, sampling, paths, needs_attention=patch.keeps_projections)
-        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
-    return clone, patch
+        clone.add_object_patch(keys[id], forward(site, blocks[id], patch.owner))
+    return clone, site_patch.add(clone, patch)
 
 
 def blocks_on(model: Any) -> AppliedBlocks | None:
     """The ΔConv on this MODEL, if any."""
-    patches = model.model_options["transformer_options"].get("patches", {}).get(KEY, [])
+    patches = site_patch.patches_of(model, KEY)
     return patches[-1] if patches else None
 
 
@@ -101,15 +113,14 @@ def without_blocks(model: Any) -> Any:
     if patch is None:
         return model
     clone = model.clone()
-    del clone.model_options["transformer_options"]["patches"][KEY]
     for site in patch.sites.values():
-        key = f"{site.path}.forward"
-        if isinstance(clone.object_patches.get(key), MixerForward):
-            del clone.object_patches[key]
+        if isinstance(clone.object_patches.get(forward_key(site)), MixerForward):
+            del clone.object_patches[forward_key(site)]
     clone.object_patches |= {
         key: obj for key, obj in patch.covered.items() if key not in clone.object_patches
     }
-    for kind in (WrappersMP.APPLY_MODEL, WrappersMP.OUTER_SAMPLE):
+    site_patch.remove(clone, KEY)
+    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH):
         clone.remove_wrappers_with_key(kind, KEY)
     base_weights.remove(clone, patch.base_weights)
     return clone

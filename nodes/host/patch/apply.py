@@ -17,7 +17,7 @@ from ..model.attend import heads_of
 from ..model.sites import Sites, find_sites
 from .applied import KEY, AppliedBlocks, blocks_on, with_blocks, without_blocks
 from .base_weights import BaseWeights
-from .conflicts import conflicts, warn_when_sampling
+from .conflicts import conflicts, warn_of_passes, warn_when_sampling
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,11 @@ def apply_checkpoint(model: Any, checkpoint: Any, settings: PatchSettings) -> tu
     clone, patch = with_blocks(bare, sites, checkpoint.blocks, settings.sampling)
     warnings = [*report.assumptions(checkpoint), *conflicts(bare, sites, patch.keeps_projections)]
     base = _base_weights(clone, patch, found, checkpoint, settings.base_strength)
+    said = set(warnings)
     clone.add_wrapper_with_key(
-        WrappersMP.OUTER_SAMPLE, KEY, warn_when_sampling(sites, patch.keeps_projections, warnings)
+        WrappersMP.OUTER_SAMPLE, KEY, warn_when_sampling(sites, patch.keeps_projections, said)
     )
+    clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, warn_of_passes(sites, said))
     lines = [report.of_blocks(found.architecture, len(found.sites), patch.blocks)]
     lines += [*report.of_kept(checkpoint.kept), *report.of_range(settings.sampling), *base]
     if blocks_on(model) is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import comfy.model_patcher
@@ -74,7 +74,25 @@ def network_dtype(model: Any) -> torch.dtype | None:
 
 
 def own_patcher(blocks: Mapping[str, torch.nn.Module], model: Any) -> Any:
-    """A ModelPatcher for the blocks, on the devices of the MODEL."""
-    patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    """A ModelPatcher for the blocks, on the devices of the MODEL and of its kind (see `kind_of_patcher`)."""
+    patcher_class = comfy.model_patcher.ModelPatcher
+    if kind_of_patcher(model)[1]:
+        patcher_class = comfy.model_patcher.CoreModelPatcher
     net = DeltaConvBlocks(blocks)
     return patcher_class(net, load_device=model.load_device, offload_device=model.offload_device)
+
+
+def build_blocks_again(ids: Iterable[str], patcher: Any) -> dict[str, torch.nn.Module]:
+    """The blocks of a patcher once more, by site id and in its order, for a patcher of their own."""
+    with torch.inference_mode(False):
+        blocks = build_blocks(dict(zip(ids, patcher.model.blocks, strict=True)), None)
+        return {id: block.to(patcher.offload_device) for id, block in blocks.items()}
+
+
+def kind_of_patcher(patcher: Any) -> tuple[torch.device, bool]:
+    """Where it loads its model, and whether it pages weights in and out under the layers ("dynamic VRAM").
+
+    One plain model among those that a sampling needs makes ComfyUI unload dynamic ones; and compiled code can
+    only be made of plain ones.
+    """
+    return patcher.load_device, getattr(patcher, "is_dynamic", lambda: False)()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from comfy.patcher_extension import WrappersMP
 
 from ....deltaconv_core.errors import DeltaConvError
 from ....deltaconv_core.mixers.neighborhood import check_kernel_size, neighborhood_attention
@@ -14,11 +14,20 @@ from ....deltaconv_core.sites import select
 from ....deltaconv_core.sites.sampling_range import SamplingRange
 from ..model.attend import intercepted
 from ..model.sites import Site, find_sites
+from ..model.standing import check_reach
 from ..report import Report
-from .current_call import current_call, watch_calls
+from . import site_patch
+from .conflicts import foreign_forward, name_of
+from .current_call import current_call, grid_at
 from .forwards import MixerForward
+from .site_patch import REMEDY, SitePatch, forward_key
 
-KEY = "deltaconv_neighborhood"
+
+class NeighborhoodPatch(SitePatch):
+    """Neighborhood attention on a MODEL: the attention's own forward runs, with other keys for each query."""
+
+    key = "deltaconv_neighborhood"
+    keeps_projections = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +39,7 @@ class NeighborhoodForward:
     owner: object
 
     def __call__(self, x: torch.Tensor, *args: Any, **call: Any) -> torch.Tensor:
-        grid = self.site.grid_of(x, call)
+        grid = grid_at(self.owner, self.site, x, call)
 
         def attend(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
@@ -43,7 +52,7 @@ class NeighborhoodForward:
             return neighborhood_attention(q, k, v, grid, self.kernel_size)
 
         run = current_call(self.owner, "take ΔConv Neighborhood Attention off this MODEL")
-        return intercepted(run.attention[self.site.path], attend)(x, *args, **call)
+        return intercepted(run.own[self.site.path], attend)(x, *args, **call)
 
 
 def add_neighborhood(model: Any, kernel_size: int, blocks: str) -> tuple[Any, Report]:
@@ -55,26 +64,34 @@ def add_neighborhood(model: Any, kernel_size: int, blocks: str) -> tuple[Any, Re
         blocks: the sites, in the language of `deltaconv_core.sites.select`.
 
     Raises:
-        DeltaConvError: a MODEL without sites, a selection that names none, or an even kernel size.
+        DeltaConvError: a MODEL without sites, a selection that names none, an even kernel size, or something
+            else on the MODEL that keeps this from being taken off again.
     """
     check_kernel_size(kernel_size)
     found = find_sites(model)
     sites = [found.sites[id] for id in select(blocks, found.sites)]
-    clone, owner = model.clone(), object()
-    keys = [f"{site.path}.forward" for site in sites]
-    covered = [key for key in keys if isinstance(clone.object_patches.get(key), MixerForward)]
-    for key, site in zip(keys, sites, strict=True):
-        clone.add_object_patch(key, NeighborhoodForward(site, kernel_size, owner))
-    wrapper = watch_calls(owner, SamplingRange(), [site.path for site in sites], needs_attention=True)
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
+    check_reach(model, (site.path for site in sites), REMEDY)
+    clone = model.clone()
+    keys = map(forward_key, sites)
+    covered = {key: clone.object_patches[key] for key in keys if key in clone.object_patches}
+    patch = NeighborhoodPatch({site.id: site for site in sites}, SamplingRange(), covered)
+    for site in sites:
+        forward = NeighborhoodForward(site, kernel_size, patch.owner)
+        clone.add_object_patch(forward_key(site), forward)
+    site_patch.add(clone, patch)
     line = (
         f"Neighborhood attention, {kernel_size} x {kernel_size} tokens, at {len(sites)} of "
         f"{len(found.sites)} self-attentions of {found.architecture}."
     )
-    return clone, Report([line], _covered(covered))
+    return clone, Report([line], _covered(model, sites))
 
 
-def _covered(keys: list[str]) -> list[str]:
-    if not keys:
+def _covered(model: Any, sites: Iterable[Site]) -> list[str]:
+    before = [forward for site in sites if (forward := foreign_forward(model, site)) is not None]
+    if not before:
         return []
-    return [f"ΔConv stood at {len(keys)} of these sites; neighborhood attention runs there in its place"]
+    names = {"ΔConv" if isinstance(forward, MixerForward) else name_of(forward) for forward in before}
+    return [
+        f"{', '.join(sorted(names))} stood at {len(before)} of these sites; neighborhood attention runs "
+        "there in its place"
+    ]
