@@ -7,7 +7,8 @@ import functools
 
 import pytest
 import torch
-from small_models import (
+
+from testing.comfy_models import (
     CONTEXT_DIM,
     conditioning,
     in_pack,
