@@ -6,7 +6,6 @@ import argparse
 import ctypes
 import gc
 import json
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from deltaconv_core import bench
+from deltaconv_core.util.whole_file import write_text
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -94,9 +94,7 @@ class Results:
         if self.path is not None:
             text = json.dumps(self.described | {"rows": self.rows}, indent=1) + "\n"
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_name(f"{self.path.name}.part")
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, self.path)
+            write_text(self.path, text)
         return self.rows[-1]
 
 

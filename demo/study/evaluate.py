@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -29,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from deltaconv_core import DeltaConvError
+from deltaconv_core.util.whole_file import replacing
 
 from ..files import classifier_file, named_file, student_file, teacher_file
 from ..words import Prompt, token_rows
@@ -151,9 +151,8 @@ class Folder:
                 if str(stored["key"]) == key:
                     return stored["pictures"]
         pictures = make()
-        part = file.with_suffix(".part.npz")
-        np.savez_compressed(part, pictures=pictures, key=key)
-        os.replace(part, file)
+        with replacing(file) as part, part.open("wb") as opened:  # numpy would add a suffix to a path
+            np.savez_compressed(opened, pictures=pictures, key=key)
         return pictures
 
     def keep(self, name: str, result: dict[str, Any]) -> None:

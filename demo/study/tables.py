@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from deltaconv_core.util.whole_file import write_text
 
 from ..words import SLOTS
 from .metrics import difference
@@ -27,9 +28,7 @@ COLUMNS = {
 
 def write_json(file: Path, value: Any) -> None:
     """Write ``value``; a kill leaves the old file or the new one."""
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, file)
+    write_text(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def markdown(results: dict[str, dict[str, Any]], side: str) -> str:

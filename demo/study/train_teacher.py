@@ -25,6 +25,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from deltaconv_core.util.whole_file import replacing
+
 from ..words import SLOTS, VOCABULARY
 from .diffusion import FULL, alpha_sigma
 from .evaluate import Settings, Size, sample
@@ -103,12 +105,11 @@ class Run:
 
     def save(self, state: dict[str, object], ema: dict[str, torch.Tensor], notes: dict[str, str]) -> None:
         """Write ``state`` and the averaged weights; a kill leaves the old files or the new ones."""
-        part = self.folder / "part"
-        torch.save(state, part)
-        os.replace(part, self.state)
+        with replacing(self.state) as part:
+            torch.save(state, part)
         half = {name: value.half().contiguous() for name, value in ema.items()}
-        save_file(half, part, {"title": "ΔConv demo teacher", "license": "Apache-2.0", **notes})
-        os.replace(part, self.weights)
+        with replacing(self.weights) as part:
+            save_file(half, part, {"title": "ΔConv demo teacher", "license": "Apache-2.0", **notes})
 
     def append(self, name: str, row: dict[str, object]) -> None:
         """Add ``row`` to a CSV file, with a heading when it is the first."""
