@@ -227,7 +227,8 @@ class Host:
             blocks = {id: core.DeltaConvBlock(spec) for id, spec in specs.items()}
         whole = self.module("deltaconv_core.sites.sampling_range").SamplingRange()
         checkpoint = core.Checkpoint(self.found.architecture, blocks)
-        return host.apply_checkpoint(self.model, checkpoint, host.PatchSettings("all", whole, None))[0]
+        settings = host.PatchSettings("all", whole, None)
+        return host.apply_checkpoint(self.model, self.found, checkpoint, settings)[0]
 
     def linear(self) -> Any:
         """LinFusion's mixers at every site."""

@@ -23,7 +23,7 @@ class LoadWeights(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "weights",
-                    options=model_folder.choices(),
+                    options=model_folder.Choices().names(),
                     tooltip="Files in models/deltaconv, then published weights, which are fetched when "
                     "first used.",
                 ),
@@ -38,11 +38,11 @@ class LoadWeights(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, weights: str) -> Any:
-        return model_folder.fingerprint(weights)
+        return model_folder.Choices().fingerprint(weights)
 
     @classmethod
     def execute(cls, weights: str) -> io.NodeOutput:
-        checkpoint = model_folder.load(weights)
+        checkpoint = model_folder.Choices().load(weights)
         parameters = sum(block.spec.num_parameters for block in checkpoint.blocks.values())
         line = (
             f"{weights}: {len(checkpoint.blocks)} blocks for {checkpoint.architecture} "

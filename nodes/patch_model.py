@@ -30,7 +30,7 @@ class PatchModel(io.ComfyNode):
                 io.Model.Input("model", tooltip="A U-Net (SD 1.x, SD 2.x, SDXL, ...) or PixArt."),
                 io.Combo.Input(
                     "weights",
-                    options=[model_folder.AUTO, *model_folder.choices()],
+                    options=[model_folder.AUTO, *model_folder.Choices().names()],
                     default=model_folder.AUTO,
                     tooltip="Files in models/deltaconv, then published weights, which are fetched when "
                     "first used. 'auto' takes the recommended ones for the model.",
@@ -89,7 +89,7 @@ class PatchModel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, weights: str, **_: Any) -> Any:
-        return model_folder.fingerprint(weights)
+        return model_folder.Choices().fingerprint(weights)
 
     @classmethod
     def execute(
@@ -108,9 +108,10 @@ class PatchModel(io.ComfyNode):
             raise DeltaConvError(f"base_weights must be {APPLY!r} or {LEAVE_OUT!r}, got {base_weights!r}")
         strength = base_weights_strength if base_weights == APPLY else None
         settings = PatchSettings(blocks, SamplingRange(start_percent, end_percent), strength)
+        found = find_sites(model)
         if deltaconv is None:
+            choices = model_folder.Choices()
             auto = weights == model_folder.AUTO
-            name = model_folder.recommended(find_sites(model).architecture) if auto else weights
-            deltaconv = model_folder.load(name)
-        patched, report = apply_checkpoint(model, deltaconv, settings)
+            deltaconv = choices.load(choices.recommended(found.architecture) if auto else weights)
+        patched, report = apply_checkpoint(model, found, deltaconv, settings)
         return io.NodeOutput(patched, ui=ui.PreviewText(tell(report, cls.hidden)))

@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         print(resolve(manifest[options.name], options.folder))
     except KeyboardInterrupt:
-        print("interrupted; what has arrived is kept and the next fetch goes on from there")
+        print("interrupted; what has arrived is kept and the next fetch resumes there")
         return 130
     return 0
 

@@ -132,13 +132,17 @@ def load_checkpoint(
         CheckpointError: no such file; not a whole safetensors file; another format or format version; NaN or
             infinite weights; keys or shapes that do not follow from the specs, or are of no known form.
     """
+    return read_checkpoint(path, SpecHints(gate, None if scales is None else tuple(scales), pooling))
+
+
+def read_checkpoint(path: Pathlike, hints: SpecHints) -> Checkpoint:
+    """`load_checkpoint` for callers that have the hints together, as a record of the manifest has them."""
     folder = Path(path)
     if folder.is_dir():
         path = folder / WEIGHTS
     header, tensors = read_file(path)
     if folder.is_dir():
         _check_config(folder, header)
-    hints = SpecHints(gate, None if scales is None else tuple(scales), pooling)
     if HEADER_KEY in header:
         return _from_own_form(str(path), header[HEADER_KEY], tensors, hints)
     parts = read_authors(str(path), header, tensors, hints)

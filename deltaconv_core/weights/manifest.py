@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -195,9 +195,6 @@ class Manifest:
         found = [record for record in self if architecture in record.recommended_for]
         return found[-1] if found else None
 
-    def for_architecture(self, architecture: str) -> tuple[Record, ...]:
-        return tuple(record for record in self if record.architecture == architecture)
-
     def for_file(self, filename: str) -> Record | None:
         """The record of a file in the model folder, by its file name (subfolders do not count)."""
         return next((record for record in self if record.filename == PurePosixPath(filename).name), None)
@@ -236,7 +233,22 @@ def builtin_path() -> Path:
     return installed if installed.is_file() else REPOSITORY / "weights_manifest.json"
 
 
+Stamp = tuple[int, ...]
+
+
 def _read(path: Path) -> tuple[dict[str, Record], list[ManifestError]]:
+    """The records of a list, and what is wrong with others. An unchanged file is not read again."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        return {}, [ManifestError(f"{path}: not readable as JSON: {error}")]
+    records, problems = _parse(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    return dict(records), list(problems)
+
+
+@lru_cache(maxsize=8)
+def _parse(path: Path, stamp: Stamp) -> tuple[dict[str, Record], list[ManifestError]]:
+    """Reads a list; `stamp` tells one state of the file from another."""
     validator = _validator()
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))

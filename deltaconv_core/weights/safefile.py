@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from ..errors import CheckpointError
 from ..util.whole_file import replacing
 
 Pathlike = str | os.PathLike[str]
+LARGEST_HEADER = 100_000_000  # bytes; safetensors refuses larger ones
 PICKLE_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip, or a protocol number
 
 
@@ -94,9 +96,8 @@ def _check_start(path: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
     size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(9)  # eight bytes of header length, then the header, a JSON object
-    if int.from_bytes(start[:8], "little") <= size - 8 and start[8:] == b"{":
+    start = _start(path)
+    if _header_length(start) <= size - 8:
         return
     if start[:2] in PICKLE_STARTS:
         raise CheckpointError(
@@ -104,9 +105,24 @@ def _check_start(path: Path) -> None:
             "accepted, so ask for the file in that format"
         )
     raise CheckpointError(
-        f"{path} is truncated or no safetensors file: its {size} bytes do not begin with a header that fits; "
-        "download or save it again"
+        f"{path} is not a whole safetensors file: it has {size} bytes and begins with {start!r}; download or "
+        "save it again"
     )
+
+
+def begins_well(path: Path) -> bool:
+    """Whether a file begins as safetensors do, whatever follows; the rest of it may be still to come."""
+    return _header_length(_start(path)) <= LARGEST_HEADER
+
+
+def _start(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(40)
+
+
+def _header_length(start: bytes) -> float:
+    """Bytes of the header, which is a JSON object, as the eight bytes before it say; infinite without any."""
+    return int.from_bytes(start[:8], "little") if start[8:9] == b"{" else math.inf
 
 
 def _checked(path: Path, name: str, tensor: Tensor, numbers: bool) -> Tensor:

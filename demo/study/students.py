@@ -123,6 +123,7 @@ def put_student(model: Any, path: Path, pack: str) -> Any:
         return put_linear(model, load_linear(path), pack)
     apply = import_module(".nodes.host.patch.apply", pack)
     switch = import_module(".deltaconv_core.sites.sampling_range", pack)
+    found = import_module(".nodes.host.model.sites", pack).find_sites(model)
     checkpoint = load_checkpoint(path)
     settings = apply.PatchSettings(",".join(checkpoint.blocks), switch.SamplingRange(), None)
-    return apply.apply_checkpoint(model, checkpoint, settings)[0]
+    return apply.apply_checkpoint(model, found, checkpoint, settings)[0]

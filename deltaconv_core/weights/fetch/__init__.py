@@ -2,7 +2,7 @@
 
 A file gets its name only after its size, hash and header were checked. Until then it is
 `<name>.safetensors.part` in the same folder, and whatever ends a fetch early (a cut, the user, kill -9)
-leaves that part for the next one to go on from. A file that is there is checked and used without opening a
+leaves that part for the next one to resume. A file that is there is checked and used without opening a
 connection.
 """
 
@@ -19,7 +19,7 @@ from . import https, hub
 from .lock import locked
 from .part import Part
 from .verify import read_pin, verify
-from .watch import Cancelled, Progress, make_check, watch
+from .watch import Cancelled, Progress, watch
 
 __all__ = ["resolve"]
 
@@ -43,7 +43,11 @@ def resolve(
             the folder for a file placed by hand, and the size and hash that are expected.
     """
     path = record.local_path(folder)
-    check = make_check(cancelled)
+
+    def check() -> None:
+        if cancelled is not None and cancelled():
+            raise FetchError("stopped by the user; what has arrived is kept and the next fetch resumes there")
+
     if isinstance(record.source, RepositorySource):
         _check_inside_repository(record, path)
         verify(path, record, check=check)
@@ -98,7 +102,7 @@ def _fetch(
             try:
                 verify(part.path, record, final=path, promised=promised, check=check)
             except FetchError:
-                part.restart("")  # these bytes are wrong; there is nothing to go on from
+                part.restart("")  # these bytes are wrong; there is nothing to resume
                 raise
             part.flush()
         os.replace(part.path, path)

@@ -9,8 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ...errors import FetchError
-
-LARGEST_HEADER = 100_000_000  # bytes; safetensors refuses larger ones
+from ..safefile import begins_well
 
 
 class Part:
@@ -29,7 +28,7 @@ class Part:
         for own in (path, self._identity_path):
             if own.is_symlink():
                 own.unlink()  # never write through a link
-        if not _begins_well(path):
+        if not (path.is_file() and begins_well(path)):
             path.unlink(missing_ok=True)  # the page of a login, for example
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -127,12 +126,3 @@ class Part:
     def _check_open(self) -> None:
         if self._closed.is_set():
             raise FetchError(f"{self.path} is closed")
-
-
-def _begins_well(path: Path) -> bool:
-    """Whether the file begins as safetensors do: the length of a JSON header, then its first letter."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        start = file.read(9)
-    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= LARGEST_HEADER

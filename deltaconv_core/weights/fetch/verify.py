@@ -19,9 +19,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ...errors import FetchError
+from ...errors import CheckpointError, FetchError
 from ...util.whole_file import write_text
 from ..manifest import Record, RepositorySource
+from ..safefile import read_header
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,10 @@ def verify(
     size = path.stat().st_size
     if record.size is not None and size != record.size:
         raise FetchError(f"{path} has {size} bytes, expected {record.size}; {_remedy(record, final)}")
-    _check_header(path)
+    try:
+        read_header(path)
+    except CheckpointError as error:
+        raise FetchError(str(error)) from error
     pin = pin_path(final or path)
     pinned = read_pin(final or path)
     expected = record.sha256 or pinned or promised
@@ -114,18 +118,3 @@ def sha256_of(path: Path, check: Callable[[], None] = lambda: None) -> str:
     if time.time() - max(stat.st_mtime, stat.st_ctime) > 2:
         _known[identity] = digest.hexdigest()
     return digest.hexdigest()
-
-
-def _check_header(path: Path) -> None:
-    """Have safetensors check the header: its size, its JSON, and that the offsets cover the file exactly."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt"):
-            return
-    except SafetensorError as error:
-        with open(path, "rb") as file:
-            start = file.read(40)
-        raise FetchError(
-            f"{path.name} is not a whole safetensors file ({error}); it begins with {start!r}"
-        ) from None

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from ...errors import FetchError
 from .part import Part
 
 Progress = Callable[[int, "int | None"], object]
@@ -19,18 +18,6 @@ Cancelled = Callable[[], "bool | None"]
 Result = TypeVar("Result")
 
 INTERVAL = 0.1  # seconds
-
-
-def make_check(cancelled: Cancelled | None) -> Callable[[], None]:
-    """A function that raises when the user asked to stop."""
-
-    def check() -> None:
-        if cancelled is not None and cancelled():
-            raise FetchError(
-                "stopped by the user; what has arrived is kept and the next fetch goes on from there"
-            )
-
-    return check
 
 
 def watch(

@@ -126,7 +126,7 @@ class Distillation:
     def patched(self, checkpoint: Checkpoint) -> tuple[Any, Report]:
         """The MODEL with the blocks in place of its attention, and what to tell."""
         settings = PatchSettings(",".join(self.specs), SamplingRange(), None)
-        return apply_checkpoint(self.model, checkpoint, settings)
+        return apply_checkpoint(self.model, self.found, checkpoint, settings)
 
     def _start(self, network: ComfyNetwork) -> dict[str, DeltaConvBlock]:
         """New blocks on the network's device, each set to what its attention does on average."""

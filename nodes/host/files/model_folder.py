@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import folder_paths
 import torch
 
 from ....deltaconv_core.errors import DeltaConvError, ManifestError
-from ....deltaconv_core.weights.checkpoint import Checkpoint, load_checkpoint
+from ....deltaconv_core.weights.checkpoint import Checkpoint, read_checkpoint
 from ....deltaconv_core.weights.fetch import resolve
 from ....deltaconv_core.weights.manifest import Manifest, Record, SpecHints, load_manifest
 from .free_path import free_path
@@ -33,43 +34,86 @@ def register() -> None:
     folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | {".safetensors"})
 
 
-def choices() -> list[str]:
-    """Files in the folder, then published weights that are not there yet."""
-    files = folder_paths.get_filename_list(FOLDER)
-    return files + [record.filename for record in _manifest() if record.filename not in files]
+class Choices:
+    """What can be chosen now: the files in the folder, then published weights that are not there yet.
 
-
-def recommended(architecture: str) -> str:
-    """What "auto" stands for.
-
-    Raises:
-        DeltaConvError: no published weights are recommended for this architecture.
+    Both are read once, so everything that one operation asks gets answers that fit together.
     """
-    record = _manifest().recommended(architecture)
-    if record is None:
-        raise DeltaConvError(
-            f"no published weights are recommended for {architecture}; choose a file in `weights` "
-            f"(put it into {_folders()[0]}) or connect `deltaconv`"
-        )
-    return record.filename
+
+    def __init__(self) -> None:
+        self.folders = [Path(path) for path in folder_paths.get_folder_paths(FOLDER)]
+        self.manifest = _manifest(self.folders[0])
+
+    @cached_property
+    def files(self) -> list[str]:
+        """Those in the folder, by their paths in it."""
+        return list(folder_paths.get_filename_list(FOLDER))
+
+    def names(self) -> list[str]:
+        """What the user can choose, by file name."""
+        return self.files + [r.filename for r in self.manifest if r.filename not in self.files]
+
+    def recommended(self, architecture: str) -> str:
+        """What "auto" stands for.
+
+        Raises:
+            DeltaConvError: no published weights are recommended for this architecture.
+        """
+        record = self.manifest.recommended(architecture)
+        if record is None:
+            raise DeltaConvError(
+                f"no published weights are recommended for {architecture}; choose a file in `weights` "
+                f"(put it into {self.folders[0]}) or connect `deltaconv`"
+            )
+        return record.filename
+
+    def check(self, name: str) -> None:
+        """Refuses what is not one of the choices, such as a path that leads out of the folder.
+
+        Raises:
+            DeltaConvError: with what there is to choose from.
+        """
+        if name not in self.names():
+            raise DeltaConvError(
+                f"{name!r} is neither a file in the model folder ({', '.join(map(str, self.folders))}) nor "
+                f"published weights; known are: {', '.join(self.names()) or 'none'}"
+            )
+
+    def load(self, name: str) -> Checkpoint:
+        """Reads chosen weights; published ones are checked, and fetched first where they are not there yet.
+
+        Raises:
+            DeltaConvError: no such choice, or a file that cannot be fetched or read.
+        """
+        self.check(name)
+        path, record = folder_paths.get_full_path(FOLDER, name), self.manifest.for_file(name)
+        if record is not None:
+            path = _fetch(record, Path(path).parent if path else self.folders[0])
+        # Nodes run in inference mode, and tensors made there can never take part in training.
+        with torch.inference_mode(False):
+            return read_checkpoint(path, record.hints if record else SpecHints())
+
+    def fingerprint(self, name: str) -> list[Any]:
+        """Changes whenever a file changes that the choice may lead to; "auto" may lead to any."""
+        return [name, *(_stamp(self._present(file)) for file in (self.names() if name == AUTO else [name]))]
+
+    def _present(self, name: str) -> Path | None:
+        """The chosen file, if it is on this machine."""
+        if path := folder_paths.get_full_path(FOLDER, name):
+            return Path(path)
+        record = self.manifest.for_file(name)
+        path = record and record.local_path(self.folders[0])
+        return path if path and path.is_file() else None
 
 
-def load(name: str) -> Checkpoint:
-    """Reads chosen weights; published ones that are not there yet are fetched first.
-
-    Raises:
-        DeltaConvError: no such choice, or a file that cannot be fetched or read.
-    """
-    path, record = _locate(name), _manifest().for_file(name)
-    hints = record.hints if record else SpecHints()
-    # Nodes run in inference mode, and tensors made there can never take part in training.
-    with torch.inference_mode(False):
-        return load_checkpoint(path, gate=hints.gate, scales=hints.scales, pooling=hints.pooling)
-
-
-def fingerprint(name: str) -> list[Any]:
-    """Changes whenever a file changes that the choice may lead to; "auto" may lead to any."""
-    return [name, *(_stamp(_present(file)) for file in (choices() if name == AUTO else [name]))]
+def refusal(name: str | None) -> str:
+    """What `Choices.check` says, if anything, for ComfyUI's check of a prompt; a linked input is None."""
+    try:
+        if name not in (None, AUTO):
+            Choices().check(name)
+    except DeltaConvError as error:
+        return str(error)
+    return ""
 
 
 def path_to_save(name: str) -> Path:
@@ -78,7 +122,7 @@ def path_to_save(name: str) -> Path:
     Raises:
         DeltaConvError: a name that leads out of the folder, or a folder that cannot be made.
     """
-    path = free_path(_folders()[0], name, ".safetensors")
+    path = free_path(Path(folder_paths.get_folder_paths(FOLDER)[0]), name, ".safetensors")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -91,50 +135,6 @@ def _stamp(path: Path | None) -> tuple[Any, ...]:
         return ()
     stat = path.stat()
     return str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-
-
-def _present(name: str) -> Path | None:
-    """The chosen file, if it is on this machine."""
-    if path := folder_paths.get_full_path(FOLDER, name):
-        return Path(path)
-    record = _record(name)
-    path = record and record.local_path(_folders()[0])
-    return path if path and path.is_file() else None
-
-
-def _record(name: str) -> Record | None:
-    return next((record for record in _manifest() if record.filename == name), None)
-
-
-def check(name: str) -> None:
-    """Refuses what is not one of the choices, such as a path that leads out of the folder.
-
-    Raises:
-        DeltaConvError: with what there is to choose from.
-    """
-    if name not in choices():
-        raise DeltaConvError(
-            f"{name!r} is neither a file in the model folder ({', '.join(map(str, _folders()))}) nor "
-            f"published weights; known are: {', '.join(choices()) or 'none'}"
-        )
-
-
-def refusal(name: str | None) -> str:
-    """What `check` says, if anything, for ComfyUI's check of a prompt; an input that is linked is None."""
-    try:
-        if name not in (None, AUTO):
-            check(name)
-    except DeltaConvError as error:
-        return str(error)
-    return ""
-
-
-def _locate(name: str) -> Path:
-    check(name)
-    present, record = _present(name), _record(name)
-    if record is None:
-        return Path(present)
-    return _fetch(record, present.parent if present else _folders()[0])
 
 
 def _fetch(record: Record, folder: Path) -> Path:
@@ -150,14 +150,9 @@ def _fetch(record: Record, folder: Path) -> Path:
     return resolve(record, folder, progress=progress, cancelled=interrupted)
 
 
-def _folders() -> list[Path]:
-    return [Path(path) for path in folder_paths.get_folder_paths(FOLDER)]
-
-
-def _manifest() -> Manifest:
-    """Read anew each time: the user may edit the list while ComfyUI runs, and reading opens no connection."""
+def _manifest(folder: Path) -> Manifest:
     try:
-        return load_manifest(_folders()[0] / "manifest.json")
+        return load_manifest(folder / "manifest.json")
     except ManifestError as error:
         # The files in the folder can be used all the same.
         log.warning("ΔConv: the list of published weights cannot be read: %s", error)

@@ -14,7 +14,7 @@ from ....deltaconv_core.sites.report import Report
 from ....deltaconv_core.sites.sampling_range import SamplingRange
 from ....deltaconv_core.weights.checkpoint import HYBRID
 from ..model.attend import heads_of
-from ..model.sites import Sites, find_sites
+from ..model.sites import Sites
 from .applied import KEY, AppliedBlocks, blocks_on, with_blocks, without_blocks
 from .base_weights import BaseWeights
 from .conflicts import conflicts, warn_of_passes, warn_when_sampling
@@ -35,18 +35,20 @@ class PatchSettings:
     base_strength: float | None
 
 
-def apply_checkpoint(model: Any, checkpoint: Any, settings: PatchSettings) -> tuple[Any, Report]:
+def apply_checkpoint(
+    model: Any, found: Sites, checkpoint: Any, settings: PatchSettings
+) -> tuple[Any, Report]:
     """Puts ΔConv on a clone of the MODEL, in place of one that may be there already.
 
     Args:
         model: ModelPatcher.
+        found: its sites.
         checkpoint: trained blocks (`deltaconv_core.Checkpoint`).
         settings: what the user chose.
 
     Raises:
         DeltaConvError: the MODEL, the checkpoint and the settings do not go together; nothing was changed.
     """
-    found = find_sites(model)
     chosen = matching_sites(found.architecture, found.channels, checkpoint, settings.blocks, "MODEL")
     sites = {id: found.sites[id] for id in chosen}
     bare = without_blocks(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -35,11 +36,32 @@ def save(pack, path: Path, kernel_size: int = 3):
     in_pack(pack, "deltaconv_core").save_checkpoint(make_checkpoint(pack, make_unet(), kernel_size), path)
 
 
+def list_weights(models: Path, name: str, gate: str | None = None) -> Path:
+    """The user's own list, with one record, recommended for the small U-Net."""
+    record = {
+        "name": name,
+        "title": "A test",
+        "architecture": "unet-32x2-64x3",
+        "base_model": "none",
+        "recommended_for": ["unet-32x2-64x3"],
+        "source": {"url": f"https://example.com/{name}.safetensors"},
+        "size": None,
+        "sha256": None,
+        "form": {"gate": gate, "scales": None, "pooling": None},
+        "licence": "unknown",
+        "citation": "none",
+        "note": "Nothing.",
+    }
+    path = models / "manifest.json"
+    path.write_text(json.dumps([record]))
+    return path
+
+
 def test_files_come_before_published_weights(pack, folder, models):
     save(pack, models / "mine.safetensors")
     save(pack, models / "sub" / "other.safetensors")
     (models / "notes.txt").write_text("no weights")
-    choices = folder.choices()
+    choices = folder.Choices().names()
     assert choices[:2] == ["mine.safetensors", os.path.join("sub", "other.safetensors")]
     assert "ConvFusion-sd15-mjv5.safetensors" in choices[2:]
     assert not any(name.endswith(".txt") for name in choices)
@@ -47,7 +69,7 @@ def test_files_come_before_published_weights(pack, folder, models):
 
 def test_a_published_file_that_is_there_is_listed_once(pack, folder, models):
     save(pack, models / "ConvFusion-sd15-mjv5.safetensors")
-    assert folder.choices().count("ConvFusion-sd15-mjv5.safetensors") == 1
+    assert folder.Choices().names().count("ConvFusion-sd15-mjv5.safetensors") == 1
 
 
 def test_registering_keeps_what_the_user_configured(pack, folder, models, monkeypatch, tmp_path):
@@ -69,13 +91,13 @@ def test_only_listed_files_are_opened(pack, folder, models, name):
     save(pack, models.parent / "secret.safetensors")
     error = in_pack(pack, "deltaconv_core").DeltaConvError
     with pytest.raises(error, match="neither a file in the model folder"):
-        folder.load(name)
+        folder.Choices().load(name)
 
 
 def test_loaded_weights_can_take_part_in_training(pack, folder, models):
     save(pack, models / "mine.safetensors")
     with torch.inference_mode():
-        checkpoint = folder.load("mine.safetensors")
+        checkpoint = folder.Choices().load("mine.safetensors")
     assert not any(p.is_inference() for block in checkpoint.blocks.values() for p in block.parameters())
 
 
@@ -83,14 +105,14 @@ def test_loaded_weights_can_take_part_in_training(pack, folder, models):
 def test_a_file_changed_under_the_same_name_is_noticed(pack, folder, models, choice):
     path = models / "mine.safetensors"
     save(pack, path)
-    first = folder.fingerprint(choice)
-    assert folder.fingerprint(choice) == first
+    first = folder.Choices().fingerprint(choice)
+    assert folder.Choices().fingerprint(choice) == first
     times = os.stat(path).st_atime_ns, os.stat(path).st_mtime_ns
     changed = bytearray(path.read_bytes())
     changed[-1] ^= 1
     path.write_bytes(changed)
     os.utime(path, ns=times)
-    assert folder.fingerprint(choice) != first
+    assert folder.Choices().fingerprint(choice) != first
 
 
 def test_fetching_shows_progress_and_stops_when_interrupted(folder, models, monkeypatch):
@@ -113,20 +135,20 @@ def test_fetching_shows_progress_and_stops_when_interrupted(folder, models, monk
         comfy.utils, "PROGRESS_BAR_HOOK", lambda done, total, *_, **__: shown.append((done, total))
     )
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        folder.load("ConvFusion-sd15-mjv5.safetensors")
+        folder.Choices().load("ConvFusion-sd15-mjv5.safetensors")
     assert (shown[0], shown[-1]) == ((0, 100), (100, 100))  # newer versions leave some out between
 
 
 def test_fingerprints_are_json(folder, models):
     """ComfyUI compares them after a round trip."""
-    assert json.loads(json.dumps(folder.fingerprint("auto"))) is not None
+    assert json.loads(json.dumps(folder.Choices().fingerprint("auto"))) is not None
 
 
 def test_a_broken_list_of_the_user_leaves_the_rest_usable(pack, folder, models):
     save(pack, models / "mine.safetensors")
     (models / "manifest.json").write_text("not json")
-    assert "ConvFusion-sd15-mjv5.safetensors" in folder.choices()
-    assert folder.load("mine.safetensors").architecture == "unet-32x2-64x3"
+    assert "ConvFusion-sd15-mjv5.safetensors" in folder.Choices().names()
+    assert folder.Choices().load("mine.safetensors").architecture == "unet-32x2-64x3"
 
 
 def test_the_users_list_tells_the_form_of_a_file(pack, folder, models):
@@ -140,20 +162,49 @@ def test_the_users_list_tells_the_form_of_a_file(pack, folder, models):
         for name, value in block.state_dict().items()
     }
     save_file(tensors, models / "Theirs.safetensors")
-    record = {
-        "name": "Theirs",
-        "title": "A test",
-        "architecture": "unet-32x2-64x3",
-        "base_model": "none",
-        "recommended_for": ["unet-32x2-64x3"],
-        "source": {"url": "https://example.com/Theirs.safetensors"},
-        "size": None,
-        "sha256": None,
-        "form": {"gate": "scaled", "scales": None, "pooling": None},
-        "licence": "unknown",
-        "citation": "none",
-        "note": "Nothing.",
-    }
-    (models / "manifest.json").write_text(json.dumps([record]))
-    assert folder.recommended("unet-32x2-64x3") == "Theirs.safetensors"
-    assert {b.spec.gate for b in folder.load("Theirs.safetensors").blocks.values()} == {"scaled"}
+    list_weights(models, "Theirs", gate="scaled")
+    assert folder.Choices().recommended("unet-32x2-64x3") == "Theirs.safetensors"
+    assert {b.spec.gate for b in folder.Choices().load("Theirs.safetensors").blocks.values()} == {"scaled"}
+
+
+def test_a_file_in_a_subfolder_is_checked_as_its_record_says(pack, folder, models):
+    """Its hash is pinned when it is first used, and compared after that."""
+    list_weights(models, "Theirs")
+    path = models / "sub" / "Theirs.safetensors"
+    save(pack, path)
+    name = os.path.join("sub", "Theirs.safetensors")
+    folder.Choices().load(name)
+    save(pack, path, kernel_size=5)
+    with pytest.raises(in_pack(pack, "deltaconv_core").FetchError, match="has sha256"):
+        folder.Choices().load(name)
+
+
+def test_a_prompt_reads_each_list_once_and_again_when_it_has_changed(pack, models, unet, monkeypatch):
+    """All that ComfyUI does with a prompt whose choice is "auto"."""
+    manifest, node = in_pack(pack, "deltaconv_core.weights.manifest"), in_pack(pack, "nodes.patch_model")
+    lists = {manifest.builtin_path(), list_weights(models, "One")}
+    for name, kernel_size in (("One", 3), ("Another", 5)):
+        save(pack, models / f"{name}.safetensors", kernel_size)
+    manifest._parse.cache_clear()
+    reads, read_text = Counter(), Path.read_text
+
+    def run() -> int:
+        """The kernel size of the blocks that "auto" led to."""
+        node.PatchModel.GET_SCHEMA()
+        assert node.PatchModel.validate_inputs("auto") is True
+        node.PatchModel.fingerprint_inputs("auto")
+        with torch.inference_mode():
+            patched = node.PatchModel.execute(unet, "auto", "all", 0.0, 1.0, "apply", 1.0).args[0]
+        blocks = in_pack(pack, "nodes.host.patch.applied").blocks_on(patched).blocks
+        return next(iter(blocks)).spec.kernel_size
+
+    def counted(path, *args, **options):
+        reads[path] += 1
+        return read_text(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", counted)
+    assert run() == 3
+    assert {path: reads[path] for path in lists} == dict.fromkeys(lists, 1)
+    list_weights(models, "Another")
+    assert run() == 5
+    assert reads[models / "manifest.json"] == 2 and reads[manifest.builtin_path()] == 1

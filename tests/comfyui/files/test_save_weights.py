@@ -32,8 +32,8 @@ def test_what_was_saved_is_loaded(pack, models, unet, checkpoint):
         f"Saved 5 blocks for {checkpoint.architecture} to {models / 'mine_00001.safetensors'}"
     )
     folder = in_pack(pack, "nodes.host.files.model_folder")
-    assert "mine_00001.safetensors" in folder.choices()
-    loaded = folder.load("mine_00001.safetensors")
+    assert "mine_00001.safetensors" in folder.Choices().names()
+    loaded = folder.Choices().load("mine_00001.safetensors")
     assert same(weights(checkpoint), weights(loaded))
     assert torch.equal(sample(patch(pack, unet, checkpoint)), sample(patch(pack, unet, loaded)))
 
@@ -47,7 +47,9 @@ def test_no_file_is_ever_overwritten(pack, models, checkpoint):
 def test_texts_join_those_that_were_there(pack, models, checkpoint):
     checkpoint.metadata |= {"teacher": "a model", "title": "old", "license": "MIT"}
     save(pack, checkpoint, title=" Mine ", author="Ada")
-    metadata = in_pack(pack, "nodes.host.files.model_folder").load("mine_00001.safetensors").metadata
+    metadata = (
+        in_pack(pack, "nodes.host.files.model_folder").Choices().load("mine_00001.safetensors").metadata
+    )
     assert metadata == {"teacher": "a model", "title": "Mine", "author": "Ada", "license": "MIT"}
     assert checkpoint.metadata["title"] == "old"
 
@@ -58,7 +60,7 @@ def test_dtypes_and_base_weights(pack, models, checkpoint, dtype, keep):
     name = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     checkpoint.base_weights["down_blocks.0.resnets.0.conv1.weight"] = torch.ones(2, 2, 3, 3)
     save(pack, checkpoint, dtype=name, keep_base_weights=keep)
-    loaded = in_pack(pack, "nodes.host.files.model_folder").load("mine_00001.safetensors")
+    loaded = in_pack(pack, "nodes.host.files.model_folder").Choices().load("mine_00001.safetensors")
     assert {w.dtype for w in weights(loaded).values()} == {dtype}
     assert [w.dtype for w in loaded.base_weights.values()] == [dtype] * keep
     assert {w.dtype for w in weights(checkpoint).values()} == {torch.float32}
@@ -82,7 +84,10 @@ def test_names_that_lead_elsewhere(pack, models, checkpoint, name):
 
 def test_folders_inside(pack, models, checkpoint):
     save(pack, checkpoint, filename_prefix="styles/old/mine")
-    assert "styles/old/mine_00001.safetensors" in in_pack(pack, "nodes.host.files.model_folder").choices()
+    assert (
+        "styles/old/mine_00001.safetensors"
+        in in_pack(pack, "nodes.host.files.model_folder").Choices().names()
+    )
 
 
 def test_an_unknown_dtype(pack, models, checkpoint):

@@ -92,10 +92,6 @@ def test_auto_takes_one_record_or_none(architecture: str, name: str | None) -> N
     assert (record and record.name) == name
 
 
-def test_an_architecture_has_its_records() -> None:
-    assert [r.name for r in load_manifest().for_architecture("pixart_sigma")] == PUBLISHED[4:]
-
-
 def test_the_users_list_adds_and_wins(tmp_path: Path) -> None:
     own = [
         changed(recommended_for=["sd15"]),
