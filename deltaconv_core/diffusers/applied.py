@@ -1,8 +1,9 @@
-"""The blocks on one model, and all that `remove` needs to know."""
+"""What ΔConv is on a model: for everybody to ask, and all that `remove` needs to know."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -10,10 +11,38 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
-from ..mixers.hybrid import HybridMixer
+from ..block.spec import BlockSpec
+from ..mixers.hybrid import HybridMixer, HybridSpec
 from .projections import mixed
+from .sites import network_of
 
 NAME = "deltaconv"
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What `apply` did to a model, as it stands.
+
+    Args:
+        architecture: of the model.
+        mixer: what stands there, "deltaconv" or "hybrid".
+        specs: site id -> what the mixer there is made of, in the order of the network.
+        start_percent, end_percent: the part of the sampling in which the blocks run, attention outside.
+        base_weights: names of the model's parameters that base weights were put into.
+        base_weights_strength: how far, from 0, the model's own, to 1, the file's.
+        source: the file or folder that all this was read from; None where a Checkpoint was given.
+        metadata: of the checkpoint: teacher, training settings, license, ...
+    """
+
+    architecture: str
+    mixer: str
+    specs: dict[str, BlockSpec] | dict[str, HybridSpec]
+    start_percent: float
+    end_percent: float
+    base_weights: tuple[str, ...]
+    base_weights_strength: float
+    source: str | None
+    metadata: dict[str, str]
 
 
 class AppliedBlocks(nn.Module):
@@ -25,10 +54,14 @@ class AppliedBlocks(nn.Module):
     Args:
         blocks: site id -> DeltaConvBlock or HybridMixer.
         attentions: site id -> the attention that the block stands in for.
+        about: what was done, for `applied`.
     """
 
-    def __init__(self, blocks: Mapping[str, Any], attentions: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, blocks: Mapping[str, Any], attentions: Mapping[str, nn.Module], about: Applied
+    ) -> None:
         super().__init__()
+        self.about = about
         # Modules in a plain dict are not registered.
         self.blocks = dict(blocks)
         self.attentions = dict(attentions)
@@ -71,6 +104,21 @@ class AppliedBlocks(nn.Module):
     def extra_repr(self) -> str:
         """What it holds, for printing."""
         return f"{len(self.blocks)} blocks"
+
+
+def applied(pipeline_or_model: Any) -> Applied | None:
+    """What ΔConv is on a pipeline or model; None where there is none.
+
+    Raises:
+        DeltaConvError: neither a model nor a pipeline with one.
+
+    Example:
+        >>> apply(pipeline, "weights.safetensors", blocks="all,-mid")
+        >>> list(applied(pipeline).specs)[0]
+        'down_blocks.0.attentions.0.transformer_blocks.0.attn1'
+    """
+    there = blocks_on(network_of(pipeline_or_model))
+    return None if there is None else there.about
 
 
 def blocks_on(model: nn.Module) -> AppliedBlocks | None:

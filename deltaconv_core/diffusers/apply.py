@@ -19,7 +19,7 @@ from ..sites.report import Report
 from ..sites.sampling_range import SamplingRange
 from ..weights.checkpoint import HYBRID, load_checkpoint
 from . import hooks
-from .applied import NAME, AppliedBlocks, blocks_on
+from .applied import NAME, Applied, AppliedBlocks, blocks_on
 from .base_weights import BaseWeights, check_exchange, exchange
 from .conflicts import ConflictWatch, conflicts
 from .forwards import MixerForward, RangedForward
@@ -69,7 +69,8 @@ def apply(
     model = network_of(pipeline_or_model)
     found = find_sites(model)
     sampling = SamplingRange(start_percent, end_percent)
-    checkpoint = load_checkpoint(ckpt) if isinstance(ckpt, (str, os.PathLike)) else ckpt
+    source = os.fspath(ckpt) if isinstance(ckpt, (str, os.PathLike)) else None
+    checkpoint = ckpt if source is None else load_checkpoint(source)
     chosen = matching_sites(found.architecture, found.channels, checkpoint, blocks)
     if checkpoint.mixer == HYBRID:
         check_heads(checkpoint, {site: int(found.attentions[site].heads) for site in chosen})  # type: ignore[arg-type]
@@ -79,7 +80,19 @@ def apply(
     before = blocks_on(model)
     weights, about_weights = _base_weights(model, checkpoint, before, base_weights_strength)
     sites = {site: found.attentions[site] for site in chosen}
-    new = AppliedBlocks(_copies(model, {site: checkpoint.blocks[site] for site in chosen}), sites)
+    trained = {site: checkpoint.blocks[site] for site in chosen}
+    about = Applied(
+        found.architecture,
+        checkpoint.mixer,
+        {site: block.spec for site, block in trained.items()},
+        start_percent,
+        end_percent,
+        tuple(weights),
+        base_weights_strength if weights else 0.0,
+        source,
+        dict(checkpoint.metadata),
+    )
+    new = AppliedBlocks(_copies(model, trained), sites, about)
     lines = [report.of_blocks(found.architecture, len(found.channels), new.blocks.values())]
     lines += [*report.of_kept(checkpoint.kept), *report.of_range(sampling), *about_weights]
     if before is not None:
