@@ -120,7 +120,7 @@ def main() -> int:
         for layer in presets(args.small)[preset]:
             key = {
                 "preset": preset,
-                "stage": layer.stage,
+                "stage": layer.part,
                 "grid": layer.grid,
                 "channels": layer.spec.dim,
                 "heads": layer.heads,
@@ -163,7 +163,7 @@ def smaller(layer: Layer) -> Layer:
 
 def distinct(layers: list[Layer]) -> list[Layer]:
     """Without those that cost what an earlier one costs."""
-    alike = {replace(layer, stage="", sites=1): layer for layer in reversed(layers)}
+    alike = {replace(layer, part="", sites=1): layer for layer in reversed(layers)}
     return [layer for layer in layers if layer in alike.values()]
 
 

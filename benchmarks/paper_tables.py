@@ -153,7 +153,7 @@ def times(picture: str, args: Any, device: torch.device, dtype: torch.dtype, rat
         "ΔConv": DeltaConvBlock(PIXART, device, dtype),
     }
     x = torch.randn(1, grid[0] * grid[1], PIXART.dim, device=device).to(dtype)
-    cost = bench.stage_cost(layer, 1, 0, 0)
+    cost = bench.layer_cost(layer, 1, 0, 0)
     if cost.attention_flops / rate > args.patience:
         del mixers["attention"]
     runs: dict[str, Callable[[], Tensor]] = {

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..deltaconv_core.bench import device_name, stage_table
+from ..deltaconv_core.bench import device_name, layer_table
 from .host.bench.measure import ATTENTION, DELTACONV, NOTHING, Measured, MeasureSettings, measure
 from .host.model.specs import FORMS, LEAN
 from .host.patch.blocks import network_dtype
@@ -14,7 +14,7 @@ from .host.report import Report, left_out, tell
 from .sockets import CATEGORY, Weights
 
 LEGEND = """\
-- ms: one pass of all layers of the stage; times: how many times ΔConv's time attention takes.
+- ms: one pass of all layers of the part; times: how many times ΔConv's time attention takes.
 - GFLOP: floating point operations of the same, two for each multiply-add."""
 
 
@@ -91,7 +91,7 @@ class Benchmark(io.ComfyNode):
         settings = MeasureSettings(width, height, batch_size, repeats, form)
         measured = measure(model, deltaconv, settings)
         report = _report(measured)
-        table = f"{_title(model, measured, settings)}\n\n{stage_table(measured.costs)}\n\n{report.text}"
+        table = f"{_title(model, measured, settings)}\n\n{layer_table(measured.costs)}\n\n{report.text}"
         return io.NodeOutput(model, f"{table}\n\n{LEGEND}", ui=ui.PreviewText(tell(report, cls.hidden)))
 
 

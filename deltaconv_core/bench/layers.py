@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..block import DeltaConvBlock
 from ..block.spec import BlockSpec
 from ..errors import DeltaConvError
-from ..sites import ARCHITECTURES, UNet, authors_specs, heads_of, level_of, stage_of
+from ..sites import ARCHITECTURES, UNet, authors_specs, heads_of, level_of, part_of
 from .counting import count_flops
 from .timing import alternate
 
@@ -60,17 +60,17 @@ class SelfAttention(nn.Module):
 
 @dataclass(frozen=True)
 class Layer:
-    """Equal self-attentions of one stage.
+    """Equal self-attentions of one part.
 
     Args:
-        stage: of the network, such as "down_blocks.1".
+        part: of the network, such as "down_blocks.1".
         spec: the block that can stand in for each.
         heads: of each.
         grid: (H, W) of the tokens.
         sites: how many there are.
     """
 
-    stage: str
+    part: str
     spec: BlockSpec
     heads: int
     grid: tuple[int, int]
@@ -78,17 +78,17 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class StageCost:
-    """What equal self-attentions of one stage cost together.
+class LayerCost:
+    """What equal self-attentions of one part cost together.
 
     Args:
-        stage, sites, grid: as in `Layer`.
+        part, sites, grid: as in `Layer`.
         channels, kernel_size: of the blocks.
         attention_seconds, block_seconds: one forward pass of all sites.
         attention_flops, block_flops: likewise, two for each multiply-add.
     """
 
-    stage: str
+    part: str
     sites: int
     grid: tuple[int, int]
     channels: int
@@ -122,19 +122,19 @@ def layers_of(
     found: Counter[Layer] = Counter()
     for site, spec in (authors_specs(architecture) if specs is None else specs).items():
         height, width = (-(-side >> level_of(site, levels)) for side in latent)
-        found[Layer(stage_of(site), spec, heads_of(architecture, spec.dim), (height, width))] += 1
+        found[Layer(part_of(site), spec, heads_of(architecture, spec.dim), (height, width))] += 1
     return [replace(layer, sites=count) for layer, count in found.items()]
 
 
-def measure_stages(
+def measure_layers(
     layers: Iterable[Layer],
     batch: int,
     device: torch.device,
     dtype: torch.dtype,
     repeats: int,
     check: Callable[[], object] = lambda: None,
-) -> Iterator[StageCost]:
-    """Times attention and ΔConv by turns on random tokens; equal layers of different stages once.
+) -> Iterator[LayerCost]:
+    """Times attention and ΔConv by turns on random tokens; equal layers of different parts once.
 
     Args:
         layers: what to measure.
@@ -143,15 +143,15 @@ def measure_stages(
         repeats: of each; the median counts.
         check: called before each run; raises to stop.
     """
-    known: dict[Layer, StageCost] = {}
+    known: dict[Layer, LayerCost] = {}
     for layer in layers:
-        one = replace(layer, stage="", sites=1)
+        one = replace(layer, part="", sites=1)
         if one not in known:
             known[one] = _measure(one, batch, device, dtype, repeats, check)
         cost = known[one]
         yield replace(
             cost,
-            stage=layer.stage,
+            part=layer.part,
             sites=layer.sites,
             attention_seconds=cost.attention_seconds * layer.sites,
             block_seconds=cost.block_seconds * layer.sites,
@@ -167,20 +167,20 @@ def _measure(
     dtype: torch.dtype,
     repeats: int,
     check: Callable[[], object],
-) -> StageCost:
+) -> LayerCost:
     with torch.inference_mode():
         times = alternate(_both(layer, batch, device, dtype), device, repeats, check)
     seconds = {name: statistics.median(taken) for name, taken in times.items()}
-    return stage_cost(layer, batch, seconds[ATTENTION], seconds[DELTACONV])
+    return layer_cost(layer, batch, seconds[ATTENTION], seconds[DELTACONV])
 
 
-def stage_cost(layer: Layer, batch: int, attention_seconds: float, block_seconds: float) -> StageCost:
+def layer_cost(layer: Layer, batch: int, attention_seconds: float, block_seconds: float) -> LayerCost:
     """What equal layers cost together: the seconds that all of them take, and operations, counted here."""
     counted = _both(layer, batch, torch.device("meta"), torch.float32)
     with torch.inference_mode():
         flops = {name: layer.sites * count_flops(run) for name, run in counted.items()}
-    return StageCost(
-        layer.stage,
+    return LayerCost(
+        layer.part,
         layer.sites,
         layer.grid,
         layer.spec.dim,

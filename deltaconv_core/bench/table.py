@@ -1,15 +1,15 @@
-"""What stages cost, as text: Markdown, and aligned."""
+"""What layers cost, as text: Markdown, and aligned."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from ..util.text import markdown
-from .layers import StageCost
+from .layers import LayerCost
 
 
-def sums(costs: Sequence[StageCost]) -> tuple[float, float, int, int]:
-    """Seconds of attention and of ΔConv, and their floating point operations, over all stages."""
+def sums(costs: Sequence[LayerCost]) -> tuple[float, float, int, int]:
+    """Seconds of attention and of ΔConv, and their floating point operations, over all parts."""
     return (
         sum(cost.attention_seconds for cost in costs),
         sum(cost.block_seconds for cost in costs),
@@ -18,11 +18,11 @@ def sums(costs: Sequence[StageCost]) -> tuple[float, float, int, int]:
     )
 
 
-def stage_table(costs: Sequence[StageCost]) -> str:
+def layer_table(costs: Sequence[LayerCost]) -> str:
     """A row for each of the costs, of which there is at least one, and their sums."""
     rows = [
         {
-            "stage": cost.stage,
+            "part": cost.part,
             "layers": str(cost.sites),
             "tokens": "{}x{}".format(*cost.grid),
             "C": str(cost.channels),
@@ -32,7 +32,7 @@ def stage_table(costs: Sequence[StageCost]) -> str:
         for cost in costs
     ]
     layers = str(sum(cost.sites for cost in costs))
-    total = {"stage": "all", "layers": layers, "tokens": "", "C": "", "K": "", **_figures(*sums(costs))}
+    total = {"part": "all", "layers": layers, "tokens": "", "C": "", "K": "", **_figures(*sums(costs))}
     return "\n".join(markdown([*rows, total]))
 
 

@@ -20,7 +20,7 @@ from ..weights.checkpoint import check_deltaconv, load_checkpoint
 from .output import check_file
 
 LEGEND = """\
-Self-attention as PyTorch computes it here and ΔConv, one forward pass of all layers of a stage, with random
+Self-attention as PyTorch computes it here and ΔConv, one forward pass of all layers of a part, with random
 weights. times, fewer: attention's figure divided by ΔConv's. A model does more than self-attention: how much
 faster a whole one gets, the node ΔConv Benchmark measures in ComfyUI."""
 
@@ -64,8 +64,8 @@ def run(options: argparse.Namespace) -> int:
     architecture, specs = _model(options)
     layers = bench.layers_of(architecture, bench.latent_of(size), specs)
     print(printable(_title(architecture, size, options.batch, dtype, device)), flush=True)
-    costs = list(bench.measure_stages(layers, options.batch, device, dtype, repeats))
-    print(f"\n{bench.stage_table(costs)}\n\n{LEGEND}")
+    costs = list(bench.measure_layers(layers, options.batch, device, dtype, repeats))
+    print(f"\n{bench.layer_table(costs)}\n\n{LEGEND}")
     if options.json is not None:
         figures = {
             **bench.describe(device),

@@ -20,7 +20,7 @@ WRITERS = {"deltaconv": save_checkpoint, "diffusers": save_hub_folder, "authors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds both files, and what the input may not tell about its blocks."""
+    """Adds both files, and what the input may not say about its blocks."""
     parser.add_argument("input", metavar="IN", help="a .safetensors checkpoint, or a folder with one")
     parser.add_argument("output", metavar="OUT", type=Path, help="the file or folder to write")
     parser.add_argument(
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a text to put into OUT, such as license=MIT, base_model=owner/name, title=... (repeatable)",
     )
     parser.add_argument(
-        "--gate", choices=GATES, help="gate of every block, if IN does not tell or tells wrong"
+        "--gate", choices=GATES, help="gate of every block, if IN does not say or says it wrong"
     )
     parser.add_argument(
         "--scales", type=_scales, metavar="LIST", help="scales of every block, e.g. 1,1/2,1/3"

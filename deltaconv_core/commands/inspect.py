@@ -27,12 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Reads the file and prints it."""
-    for line in describe(load_checkpoint(options.file)):
+    for line in summary(load_checkpoint(options.file)):
         print(printable(line))
     return 0
 
 
-def describe(checkpoint: Checkpoint) -> list[str]:
+def summary(checkpoint: Checkpoint) -> list[str]:
     """The lines of the table: architecture, a row per block, totals, base weights, metadata."""
     head, row = (HYBRID_HEAD, _hybrid_row) if checkpoint.mixer == HYBRID else (HEAD, _row)
     rows = [head, *(row(site, block) for site, block in checkpoint.blocks.items())]

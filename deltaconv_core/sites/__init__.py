@@ -11,9 +11,9 @@ from .architectures import (
     identify,
     is_transformer,
     level_of,
+    part_of,
     short_name,
     site_channels,
-    stage_of,
 )
 from .selection import select
 
@@ -28,8 +28,8 @@ __all__ = [
     "identify",
     "is_transformer",
     "level_of",
+    "part_of",
     "select",
     "short_name",
     "site_channels",
-    "stage_of",
 ]

@@ -131,8 +131,8 @@ def is_transformer(site: str) -> bool:
     return site.startswith("transformer_blocks.")
 
 
-def stage_of(site: str) -> str:
-    """The stage that a site id begins with: "down_blocks.1", "mid_block", "transformer_blocks"."""
+def part_of(site: str) -> str:
+    """The part of the network that a site is in: "down_blocks.1", "mid_block", "transformer_blocks"."""
     first, second, *_ = site.split(".")
     return f"{first}.{second}" if first in ("down_blocks", "up_blocks") else first
 
@@ -146,7 +146,7 @@ def level_of(site: str, levels: int) -> int:
     """
     if is_transformer(site):
         return PATCH_LEVEL
-    side, _, number = stage_of(site).partition(".")
+    side, _, number = part_of(site).partition(".")
     if side == "mid_block":
         return levels - 1
     return int(number) if side == "down_blocks" else levels - 1 - int(number)

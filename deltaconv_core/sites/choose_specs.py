@@ -10,7 +10,7 @@ from typing import Any
 from ..block.spec import BlockSpec
 from ..errors import DeltaConvError
 from ..locality.recommend import Recommendation
-from .architectures import ARCHITECTURES, authors_gate, authors_specs, is_transformer, level_of, stage_of
+from .architectures import ARCHITECTURES, authors_gate, authors_specs, is_transformer, level_of, part_of
 from .selection import select
 
 AUTO = "auto"
@@ -84,7 +84,7 @@ def automatic(shape: ModelShape) -> dict[str, BlockSpec]:
 def _kernel_sizes(shape: ModelShape) -> dict[str, int]:
     if all(is_transformer(id) for id in shape.channels):
         return dict.fromkeys(shape.channels, TRANSFORMER)
-    levels = {id: level_of(id, shape.levels) for id in shape.channels if stage_of(id) != "mid_block"}
+    levels = {id: level_of(id, shape.levels) for id in shape.channels if part_of(id) != "mid_block"}
     lowest = max(levels.values(), default=0)
     by_height = {0: COARSE, 1: MIDDLE}
     sizes = {id: by_height.get(lowest - level, FINE) for id, level in levels.items()}
@@ -121,7 +121,7 @@ def _check(advice: Recommendation, shape: ModelShape) -> None:
     if unknown:
         raise DeltaConvError(
             f"the recommendation has {len(unknown)} sites that this model does not, first {unknown[0]}; make "
-            "it anew from this model"
+            "it again from this model"
         )
 
 

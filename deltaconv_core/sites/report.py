@@ -70,5 +70,5 @@ def of_unfit_base_weights(count: int, error: Exception) -> str:
 
 
 def assumptions(checkpoint: Any) -> list[str]:
-    """What the file did not tell and was guessed when it was read."""
+    """What the file did not say and was guessed when it was read."""
     return [checkpoint.metadata["assumed"]] if "assumed" in checkpoint.metadata else []

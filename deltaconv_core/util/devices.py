@@ -14,7 +14,7 @@ SHORT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.flo
 
 
 def device_name(device: torch.device) -> str:
-    """The name of a processor or of a graphics card; of devices that tell none, their type."""
+    """The name of a processor or of a graphics card; of devices that have none, their type."""
     if device.type == "cpu":
         return cpu_name()
     try:
@@ -24,7 +24,7 @@ def device_name(device: torch.device) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's own name where the system tells it."""
+    """The processor's own name where the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -5,7 +5,7 @@ apart by names and shapes:
 - current: Linear projections, depth-wise kernels [K, K, channels];
 - plain twin: projections as 1x1 convolutions [out, in, 1, 1], kernels [channels, 1, K, K];
 - earlier block: exactly two stages `conv_spatial` and `conv_spatial_low`, bilinear pooling, sigmoid gate.
-Biases of any layer may be absent. What tensors cannot tell (gate, scales, pooling) comes from the caller,
+Biases of any layer may be absent. What tensors cannot show (gate, scales, pooling) comes from the caller,
 else from texts of those names in the file's header, else it is what the authors use for that architecture.
 Source: the authors' repositories IrisRainbowNeko/ConvFusion and IrisRainbowNeko/PyramidConvBlock, facts only.
 """
@@ -252,6 +252,6 @@ def _architecture(path: str, specs: Mapping[str, BlockSpec]) -> str:
 def _warn_of_scales(path: str) -> str:
     assumed = "scales 1, 1/2, 1/3, as in the authors' example; their paper's formula would give 1, 1/2, 1/4"
     log.warning(
-        "%s does not tell its three scales; assumed: %s. Give scales to choose others.", path, assumed
+        "%s does not state its three scales; assumed: %s. Give scales to choose others.", path, assumed
     )
     return assumed

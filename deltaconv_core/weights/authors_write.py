@@ -1,6 +1,6 @@
 """Writing blocks as the authors' current code has them; `authors_read.py` reads that back.
 
-Their code fixes what their files do not tell, so only blocks that it could have made are written.
+Their code fixes what their files do not say, so only blocks that it could have made are written.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def save_authors(checkpoint: Checkpoint, path: Pathlike) -> None:
     named = identify({site: spec.dim for site, spec in specs.items()})
     if named != checkpoint.architecture:
         raise CheckpointError(
-            f"the authors' form tells the architecture by the blocks alone; these would be read as {named}, "
+            f"in the authors' form the blocks alone show the architecture; these would be read as {named}, "
             f"not as {checkpoint.architecture}; keep DeltaConv's own"
         )
     tensors: dict[str, Tensor] = {}

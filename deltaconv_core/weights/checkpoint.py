@@ -96,10 +96,10 @@ def save_checkpoint(checkpoint: Checkpoint, path: Pathlike) -> None:
         for name, tensor in block.state_dict().items()
     }
     tensors |= {f"{BASE_WEIGHTS}{name}": tensor for name, tensor in checkpoint.base_weights.items()}
-    write_file(path, tensors, {HEADER_KEY: json.dumps(describe(checkpoint))})
+    write_file(path, tensors, {HEADER_KEY: json.dumps(header_of(checkpoint))})
 
 
-def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+def header_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """All of a checkpoint but its tensors, as plain values for JSON."""
     described = {
         "format": FORMAT,
@@ -125,7 +125,7 @@ def load_checkpoint(
 
     Args:
         path: the file, or the folder.
-        gate, scales, pooling: what every block of the file is to have, where the file does not tell or tells
+        gate, scales, pooling: what every block of the file is to have, where the file does not say or says it
             wrong; None takes the file's word, and for the authors' files what they use for the architecture.
 
     Raises:
@@ -255,7 +255,7 @@ def _read_description(path: str, text: str) -> dict[str, Any]:
     try:
         description = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its header is no JSON ({error}); get the file again") from error
+        raise CheckpointError(f"{path}: its header is not JSON ({error}); get the file again") from error
     if not isinstance(description, dict):
         raise CheckpointError(
             f"{path}: expected its header to be an object, got {type(description).__name__}"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..util.whole_file import replacing
-from .checkpoint import CLASS_NAME, CONFIG, WEIGHTS, Checkpoint, describe, save_checkpoint
+from .checkpoint import CLASS_NAME, CONFIG, WEIGHTS, Checkpoint, header_of, save_checkpoint
 from .model_card import model_card
 from .safefile import Pathlike
 
@@ -33,7 +33,7 @@ def save_hub_folder(checkpoint: Checkpoint, folder: Pathlike) -> None:
     """
     folder = Path(folder)
     check_new(folder)
-    config = {"_class_name": CLASS_NAME} | describe(checkpoint)
+    config = {"_class_name": CLASS_NAME} | header_of(checkpoint)
     try:
         with replacing(folder) as part:
             part.mkdir()

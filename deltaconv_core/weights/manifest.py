@@ -109,7 +109,7 @@ class Record:
     """One published file. Fields as in `manifest.schema.json`, but "form" is `hints`, "licence" `license`.
 
     Raises:
-        ManifestError: a name that is no plain file name, or a hash or size that cannot be one.
+        ManifestError: a name that is not a plain file name, or a hash or size that cannot be one.
     """
 
     name: str
@@ -205,7 +205,7 @@ def load_manifest(extra: Path | None = None) -> Manifest:
 
     Args:
         extra: the user's list; its records replace built-in ones of the same name. A broken record, or a
-            broken file, is left out and told in `problems`.
+            broken file, is left out and named in `problems`.
 
     Raises:
         ManifestError: the built-in list is missing or broken.

@@ -1,4 +1,4 @@
-"""Fetching from an https address, going on from where a part ends."""
+"""Fetching from an https address, resuming where a part ends."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def download(url: str, part: Part, size: int | None, sha256: str | None) -> None
         url: an https address; checked before every request.
         part: where the bytes go.
         size: bytes of the whole file; None: as the server says.
-        sha256: of the whole file, when known. With it a part may be gone on with although the server gives no
+        sha256: of the whole file, when known. With it a part is resumed although the server gives no
             version of its file, because a wrong mix would be found out.
 
     Raises:
@@ -107,9 +107,7 @@ def _begin(url: str, response: requests.Response, part: Part) -> int:
         return int(span[2])
     part.restart(f"{url}\n{version}")
     if response.status_code != 200:
-        raise _Passing(
-            f"the server does not go on from where the last fetch stopped ({response.status_code})"
-        )
+        raise _Passing(f"the server does not resume where the last fetch stopped ({response.status_code})")
     if not headers.get("Content-Length", "").isdecimal():
         raise FetchError(f"{url}: the server does not say how long the file is")
     return int(headers["Content-Length"])

@@ -3,7 +3,7 @@
 The library finds the file (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE), states its size and LFS hash, and moves
 the bytes with its own client (proxies, certificates, retries). `hf_hub_download` is not used: since
 huggingface_hub 2 it keeps nothing of a download that ended early, and before that its partial files were
-its own affair. Its `http_get` writes into any file, so here it goes on from our part. The price is that the
+its own affair. Its `http_get` writes into any file, so here it resumes our part. The price is that the
 Xet transfer, which cannot resume and takes much memory, is not used; the Hub serves the same bytes over
 plain https.
 """
@@ -34,7 +34,7 @@ def download(source: HubSource, part: Part, size: int | None, sha256: str | None
         sha256: of the whole file, when known; compared before anything is fetched.
 
     Returns:
-        The sha256 that the Hub states, or None: a file outside LFS, or a mirror that does not tell.
+        The sha256 that the Hub states, or None: a file outside LFS, or a mirror that does not say.
 
     Raises:
         FetchError: the Hub does not give the file, or states another size or hash.

@@ -12,10 +12,10 @@ import comfy.model_management
 import comfy.utils
 import torch
 
-from ....deltaconv_core.bench import LATENT, Layer, StageCost, stage_cost
+from ....deltaconv_core.bench import LATENT, Layer, LayerCost, layer_cost
 from ....deltaconv_core.block import DeltaConvBlock
 from ....deltaconv_core.errors import DeltaConvError
-from ....deltaconv_core.sites import stage_of
+from ....deltaconv_core.sites import part_of
 from ....deltaconv_core.sites.match import matching_sites
 from ....deltaconv_core.sites.sampling_range import SamplingRange
 from ....deltaconv_core.weights.checkpoint import check_deltaconv
@@ -53,14 +53,14 @@ class Measured:
 
     Args:
         architecture: of the model.
-        costs: of the self-attentions, by stage.
+        costs: of the self-attentions, by part.
         passes: seconds of one pass of the network with attention, with ΔConv, and with nothing in its place.
         blocks: what stood in for attention.
         unseen: sites that were never called.
     """
 
     architecture: str
-    costs: list[StageCost]
+    costs: list[LayerCost]
     passes: dict[str, float]
     blocks: str
     unseen: list[str]
@@ -161,18 +161,18 @@ def _medians(clock: Clock) -> dict[str, float]:
 
 
 def _layer(id: str, block: Any, grid: tuple[int, int]) -> Layer:
-    return Layer(stage_of(id), block.spec, 1, grid)
+    return Layer(part_of(id), block.spec, 1, grid)
 
 
 def _costs(
     layers: Mapping[str, Layer], seconds: Mapping[str, Mapping[str, float]], batch: int
-) -> list[StageCost]:
-    """Equal layers of a stage together."""
+) -> list[LayerCost]:
+    """Equal layers of a part together."""
     alike: dict[Layer, list[str]] = defaultdict(list)
     for id, layer in layers.items():
         alike[layer].append(id)
     return [
-        stage_cost(
+        layer_cost(
             replace(layer, sites=len(ids)),
             batch,
             sum(seconds[ATTENTION][id] for id in ids),

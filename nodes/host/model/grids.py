@@ -15,7 +15,7 @@ def of_unet(x: torch.Tensor, call: dict[str, Any]) -> tuple[int, int]:
     shape = (call.get("transformer_options") or {}).get("activations_shape")
     if shape is None:
         raise DeltaConvError(
-            "this ComfyUI does not tell the attention the height and width of its input "
+            "this ComfyUI does not give the attention the height and width of its input "
             "(transformer_options['activations_shape']); ΔConv needs ComfyUI 0.3.60 or newer"
         )
     return _checked(x, shape[-2], shape[-1])

@@ -49,7 +49,7 @@ def test_a_network_that_another_node_compiled(pack, unet):
 
 def test_stages(pack, unet):
     measured = measure(pack, unet)
-    stages = {cost.stage: (cost.sites, cost.grid, cost.channels) for cost in measured.costs}
+    stages = {cost.part: (cost.sites, cost.grid, cost.channels) for cost in measured.costs}
     assert stages == {
         "down_blocks.0": (1, (12, 16), 32),
         "down_blocks.1": (1, (6, 8), 64),
@@ -70,7 +70,7 @@ def test_stages(pack, unet):
 def test_pixart(pack, pixart):
     measured = measure(pack, pixart, size=(512, 384), batch=1, repeats=1)
     (cost,) = measured.costs
-    assert (cost.stage, cost.sites, cost.grid) == ("transformer_blocks", 2, (24, 32))
+    assert (cost.part, cost.sites, cost.grid) == ("transformer_blocks", 2, (24, 32))
 
 
 @pytest.mark.parametrize("on_the_model", [False, True])

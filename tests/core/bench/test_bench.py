@@ -128,7 +128,7 @@ def test_blocks_are_counted(grid):
 
 def test_any_size_can_be_counted():
     layer = bench.Layer("up_blocks.3", BlockSpec(640, 9), 10, (1080, 1920), sites=2)
-    cost = bench.stage_cost(layer, 3, 2.0, 1.0)
+    cost = bench.layer_cost(layer, 3, 2.0, 1.0)
     assert cost.attention_flops == 2 * 3 * attention_flops(1080 * 1920, 640)
     assert 0 < cost.block_flops <= 2 * 3 * block_flops(layer.spec, layer.grid)
 
@@ -154,7 +154,7 @@ def test_every_site_is_in_one_layer(architecture):
         widths[layer.spec] += layer.sites
         assert layer.spec.dim % layer.heads == 0
     assert widths == Counter(authors_specs(architecture).values())
-    assert len(found) == len({layer.stage for layer in found})
+    assert len(found) == len({layer.part for layer in found})
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_every_site_is_in_one_layer(architecture):
     ],
 )
 def test_grids(architecture, latent, grids):
-    found = {layer.stage: layer.grid for layer in bench.layers_of(architecture, latent)}
+    found = {layer.part: layer.grid for layer in bench.layers_of(architecture, latent)}
     assert found | grids == found
 
 
@@ -191,19 +191,19 @@ def test_equal_layers_are_measured_once(monkeypatch):
     monkeypatch.setattr(layers_module, "alternate", alternate)
     spec = BlockSpec(16, 3)
     layers = [bench.Layer("down", spec, 2, (4, 4), 2), bench.Layer("up", spec, 2, (4, 4), 3)]
-    down, up = bench.measure_stages(layers, 1, CPU, torch.float32, 3)
+    down, up = bench.measure_layers(layers, 1, CPU, torch.float32, 3)
     assert len(measured) == 1
-    assert (down.stage, down.attention_seconds, down.block_seconds) == ("down", 4.0, 1.0)
-    assert (up.stage, up.sites, up.attention_seconds) == ("up", 3, 6.0)
+    assert (down.part, down.attention_seconds, down.block_seconds) == ("down", 4.0, 1.0)
+    assert (up.part, up.sites, up.attention_seconds) == ("up", 3, 6.0)
     assert up.attention_flops * 2 == down.attention_flops * 3
-    table = bench.stage_table([down, up]).splitlines()
+    table = bench.layer_table([down, up]).splitlines()
     assert [cell.strip() for cell in table[-1].split("|")[1:9]] == [
         "all", "5", "", "", "", "10,000.00", "2,500.00", "4",
     ]  # fmt: skip
 
 
 def test_seconds_are_measured():
-    (cost,) = bench.measure_stages(bench.layers_of("sd15", (2, 2))[:1], 1, CPU, torch.float32, 1)
+    (cost,) = bench.measure_layers(bench.layers_of("sd15", (2, 2))[:1], 1, CPU, torch.float32, 1)
     assert cost.attention_seconds > 0 and cost.block_seconds > 0
 
 

@@ -246,8 +246,8 @@ def test_refuses_a_header_that_does_not_fit(path, edit, words):
     ("header", "message"),
     [
         ({}, "tensors that no known form of the block has"),
-        ({"deltaconv": "{"}, "header is no JSON"),
-        ({"deltaconv": "[" * 100_000}, "header is no JSON"),
+        ({"deltaconv": "{"}, "header is not JSON"),
+        ({"deltaconv": "[" * 100_000}, "header is not JSON"),
         ({"deltaconv": "[]"}, "header to be an object, got list"),
     ],
 )
