@@ -13,7 +13,7 @@ from ..errors import DeltaConvError
 from ..sites import identify
 from ..util.wrappers import inside
 
-PARTS = ("unet", "transformer")  # of a pipeline
+PIPELINE_PARTS = ("unet", "transformer")  # of a pipeline
 UNET_PARTS = ("down_blocks", "mid_block", "up_blocks")  # in the order of the network
 KINDS = "U-Nets with Transformer2DModel blocks (SD 1.x, SD 2.x, SDXL, ...) and PixArtTransformer2DModel"
 
@@ -67,11 +67,11 @@ def network_of(pipeline_or_model: Any) -> nn.Module:
     """
     model = pipeline_or_model
     if not isinstance(model, nn.Module):
-        parts = (getattr(pipeline_or_model, name, None) for name in PARTS)
+        parts = (getattr(pipeline_or_model, name, None) for name in PIPELINE_PARTS)
         model = next((part for part in parts if isinstance(part, nn.Module)), None)
     if model is None:
         raise DeltaConvError(
-            f"expected a diffusers model, or a pipeline with {' or '.join(PARTS)}; "
+            f"expected a diffusers model, or a pipeline with {' or '.join(PIPELINE_PARTS)}; "
             f"got {type(pipeline_or_model).__name__}"
         )
     return inside(model)
