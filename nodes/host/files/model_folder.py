@@ -16,7 +16,13 @@ import torch
 from ....deltaconv_core.errors import DeltaConvError, ManifestError
 from ....deltaconv_core.weights.checkpoint import Checkpoint, read_checkpoint
 from ....deltaconv_core.weights.fetch import resolve
-from ....deltaconv_core.weights.manifest import Manifest, Record, SpecHints, load_manifest
+from ....deltaconv_core.weights.manifest import (
+    Manifest,
+    Record,
+    RepositorySource,
+    SpecHints,
+    load_manifest,
+)
 from .free_path import free_path
 
 FOLDER = "deltaconv"
@@ -87,6 +93,8 @@ class Choices:
         """
         self.check(name)
         path, record = folder_paths.get_full_path(FOLDER, name), self.manifest.for_file(name)
+        if record is not None and path and isinstance(record.source, RepositorySource):
+            record = None  # the user's own file, which has the name of one that comes with the repository
         if record is not None:
             path = _fetch(record, Path(path).parent if path else self.folders[0])
         # Nodes run in inference mode, and tensors made there can never take part in training.

@@ -208,3 +208,13 @@ def test_a_prompt_reads_each_list_once_and_again_when_it_has_changed(pack, model
     list_weights(models, "Another")
     assert run() == 5
     assert reads[models / "manifest.json"] == 2 and reads[manifest.builtin_path()] == 1
+
+
+@pytest.mark.parametrize("subfolder", ["", "sub"])
+def test_the_users_file_is_read_although_one_of_its_name_comes_along(pack, folder, models, subfolder):
+    manifest = in_pack(pack, "deltaconv_core.weights.manifest")
+    bundled = next(r for r in manifest.load_manifest() if isinstance(r.source, manifest.RepositorySource))
+    assert folder.Choices().load(bundled.filename).architecture == bundled.architecture
+    save(pack, models / subfolder / bundled.filename)
+    loaded = folder.Choices().load(os.path.join(subfolder, bundled.filename))
+    assert loaded.architecture == "unet-32x2-64x3" != bundled.architecture
