@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deltaconv_core import Checkpoint, DeltaConvError, load_checkpoint, save_checkpoint
-from deltaconv_core.diffusers import apply, remove
+from deltaconv_core.diffusers import applied, apply, remove
 from deltaconv_core.diffusers.sites import find_sites
 from deltaconv_core.mixers.hybrid import HybridMixer, HybridSpec
 from testing.diffusers_models import KINDS, call, make, run
@@ -42,6 +42,13 @@ def test_with_a_landmark_for_each_token_nothing_changes(model):
     torch.testing.assert_close(run(model), before, rtol=1e-4, atol=1e-4)
     remove(model)
     assert torch.equal(run(model), before)
+
+
+def test_applied_says_that_they_are_hybrids(model):
+    checkpoint = hybrids(model, **HYBRID)
+    apply(model, checkpoint)
+    assert applied(model).mixer == "hybrid"
+    assert applied(model).specs == {site: mixer.spec for site, mixer in checkpoint.blocks.items()}
 
 
 @pytest.mark.parametrize("size", [(16, 12), (24, 8)])
