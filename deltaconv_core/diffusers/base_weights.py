@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DeltaConvError
-from ..sites.base_weights import check_fit, difference
+from ..sites.base_weights import check_fit, check_unpacked, difference, is_packed
 
 LEAVE_OUT = "pass base_weights_strength=0 to use the blocks alone"
 
@@ -29,15 +29,21 @@ class BaseWeights:
         self, model: nn.Module, base_weights: Mapping[str, Tensor], originals: Mapping[str, Tensor]
     ) -> None:
         self.base_weights = base_weights
+        self.model = f"this model ({type(model).__name__})"
         parameters = {name: own for name in base_weights if (own := _parameter(model, name)) is not None}
-        check_fit(base_weights, parameters, f"this model ({type(model).__name__})", LEAVE_OUT)
+        check_fit(base_weights, parameters, self.model, LEAVE_OUT)
         _check_reach(parameters)
-        self.own = {name: originals.get(name, own.data) for name, own in parameters.items()}
+        self.own = {name: originals.get(name, _data(own)) for name, own in parameters.items()}
         self.difference = difference(base_weights, self.own)
         """How far the base weights are from the model's own."""
 
     def mixed(self, strength: float) -> dict[str, Tensor]:
-        """own * (1 - strength) + base * strength, in the dtype and layout of the model's own."""
+        """own * (1 - strength) + base * strength, in the dtype and layout of the model's own.
+
+        Raises:
+            DeltaConvError: the model stores its own packed.
+        """
+        check_unpacked(self.base_weights, self.own, self.model, LEAVE_OUT)
         with torch.inference_mode(False), torch.no_grad():
             return {name: self._mix(name, own, strength) for name, own in self.own.items()}
 
@@ -76,6 +82,11 @@ def check_exchange(model: nn.Module, names: Iterable[str]) -> None:
                 f"a LoRA is fused into {name} of the model, where base weights are to be put in or taken "
                 "out; call unfuse_lora() first, and fuse it again afterwards"
             )
+
+
+def _data(parameter: nn.Parameter) -> Tensor:
+    """What a parameter stores; those of a class of their own stay what they are."""
+    return parameter if is_packed(parameter) else parameter.data
 
 
 def _check_reach(parameters: Mapping[str, nn.Parameter]) -> None:

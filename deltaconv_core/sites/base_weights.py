@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, float64
+from torch import Tensor, float64, nn
 
 from ..errors import DeltaConvError
 
@@ -31,9 +31,17 @@ class Difference:
         )
 
 
-def difference(base_weights: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> Difference:
-    """How far base weights are from the loaded ones, both by the same names."""
-    squares = {name: _squares(weight, loaded[name]) for name, weight in base_weights.items()}
+def is_packed(stored: Tensor) -> bool:
+    """Whether what a model stores for a weight are not its numbers: quantised, or of a class of its own."""
+    return type(stored) not in (Tensor, nn.Parameter) or not stored.is_floating_point()
+
+
+def difference(base_weights: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> Difference | None:
+    """How far base weights are from the loaded ones, both by the same names; None where these are packed."""
+    plain = {name: weight for name, weight in base_weights.items() if not is_packed(loaded[name])}
+    if not plain:
+        return None
+    squares = {name: _squares(weight, loaded[name]) for name, weight in plain.items()}
     ratios = {name: _ratio(*pair) for name, pair in squares.items()}
     where = max(ratios, key=ratios.__getitem__)
     change, size = (sum(column) for column in zip(*squares.values(), strict=True))
@@ -43,7 +51,7 @@ def difference(base_weights: Mapping[str, Tensor], loaded: Mapping[str, Tensor])
 def check_fit(
     base_weights: Mapping[str, Tensor], loaded: Mapping[str, Tensor], model: str, remedy: str
 ) -> None:
-    """Checks that the model has every one of the base weights, in the same shape.
+    """Checks that the model has every one of the base weights, in the same shape as far as that can be seen.
 
     Args:
         base_weights: diffusers parameter name -> tensor.
@@ -59,10 +67,27 @@ def check_fit(
             raise DeltaConvError(
                 f"the weights hold {name} for the base model, but {model} has no such weight; {remedy}"
             )
-        if weight.shape != loaded[name].shape:
+        if weight.shape != loaded[name].shape and not is_packed(loaded[name]):
             raise DeltaConvError(
                 f"the weights hold {name} of shape {tuple(weight.shape)}, {model} has "
                 f"{tuple(loaded[name].shape)}; {remedy}"
+            )
+
+
+def check_unpacked(
+    base_weights: Mapping[str, Tensor], loaded: Mapping[str, Tensor], model: str, remedy: str
+) -> None:
+    """Checks that base weights can take the place of what the model stores; arguments as for `check_fit`.
+
+    Raises:
+        DeltaConvError: what it stores is not the weight itself.
+    """
+    for name in base_weights:
+        if is_packed(loaded[name]):
+            kind = f"{type(loaded[name]).__qualname__}, {str(loaded[name].dtype).removeprefix('torch.')}"
+            raise DeltaConvError(
+                f"the weights hold {name} for the base model, but {model} stores its own packed ({kind}), "
+                f"where nothing can be put in their place; {remedy}"
             )
 
 

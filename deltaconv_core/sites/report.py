@@ -58,10 +58,13 @@ def of_range(sampling: SamplingRange) -> list[str]:
     return [f"It runs from {sampling.start:.1%} to {sampling.end:.1%} of the sampling, attention outside."]
 
 
-def of_base_weights(count: int, difference: Difference, strength: float | None) -> str:
+def of_base_weights(count: int, difference: Difference | None, strength: float | None) -> str:
     """What became of the base weights; a strength of None means that they were left out."""
     what = "left out" if strength is None else f"applied with strength {strength:g} at every step"
-    return f"Base weights: {count} tensors of ResNet convolutions, {what}; they are {difference}."
+    compared = f"they are {difference}"
+    if difference is None:
+        compared = "they were not compared with the loaded model's, which are stored packed"
+    return f"Base weights: {count} tensors of ResNet convolutions, {what}; {compared}."
 
 
 def of_unfit_base_weights(count: int, error: Exception) -> str:

@@ -110,3 +110,27 @@ def test_under_inference_mode(published, tmp_path):
         remove(published.model)
     published.model.get_submodule(LAYER).requires_grad_(True)
     published.model(torch.ones(1, 4, 8, 8), 5, torch.ones(1, 5, 16)).sample.sum().backward()
+
+
+class OfItsOwnClass(torch.nn.Parameter):
+    pass
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        lambda weight: torch.nn.Parameter((weight * 100).to(torch.int8), requires_grad=False),
+        lambda weight: OfItsOwnClass(weight.detach().clone(), requires_grad=False),
+        lambda weight: torch.nn.Parameter(torch.zeros(9, 1, dtype=torch.uint8), requires_grad=False),
+    ],
+    ids=["integers", "a class of its own", "packed rows"],
+)
+def test_packed_weights_are_not_taken_for_numbers(published, stored):
+    layer = published.model.get_submodule(LAYER)
+    kept = layer._parameters["weight"] = stored(layer.weight)
+    published.checkpoint.base_weights = {f"{LAYER}.weight": torch.ones(32, 16, 3, 3)}
+    with pytest.raises(DeltaConvError, match="stores its own packed .* pass base_weights_strength=0"):
+        apply(published.model, published.checkpoint)
+    told = apply(published.model, published.checkpoint, base_weights_strength=0.0)
+    assert "left out; they were not compared" in told.text
+    assert layer.weight is kept

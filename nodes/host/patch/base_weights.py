@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import comfy.model_patcher
 from torch import Tensor
 
-from ....deltaconv_core.sites.base_weights import check_fit, difference
+from ....deltaconv_core.sites.base_weights import check_fit, check_unpacked, difference
 from ..model.sites import Sites
 
 LEAVE_OUT = "set base_weights to 'leave out' to use the blocks alone"
@@ -31,18 +32,28 @@ class BaseWeights:
 
     def __init__(self, model: Any, found: Sites, base_weights: Mapping[str, Tensor]) -> None:
         self.base_weights = base_weights
+        self.model = f"this MODEL ({found.architecture})"
         self.keys = _host_keys(found, base_weights)
-        loaded = _loaded_weights(model, self.keys)
-        check_fit(base_weights, loaded, f"this MODEL ({found.architecture})", LEAVE_OUT)
-        self.difference = difference(base_weights, loaded)
-        """How far the base weights are from the loaded ones."""
+        self.loaded = _loaded_weights(model, self.keys)
+        check_fit(base_weights, self.loaded, self.model, LEAVE_OUT)
+        self.difference = difference(base_weights, self.loaded)
+        """How far the base weights are from the loaded ones; None where these are packed."""
 
     def add_to(self, clone: Any, strength: float) -> dict[str, Any]:
         """Patches the weights to loaded * (1 - strength) + base * strength.
 
         Returns:
             ComfyUI's key -> what was added, for `remove`.
+
+        Raises:
+            DeltaConvError: the MODEL stores its own packed, and its loader has no patcher that unpacks them.
         """
+        loaded = {
+            name: stored
+            for name, stored in self.loaded.items()
+            if not (_unpacks(clone) and stored.shape == self.base_weights[name].shape)
+        }
+        check_unpacked({name: self.base_weights[name] for name in loaded}, loaded, self.model, LEAVE_OUT)
         values = {key: (self.base_weights[name],) for name, key in self.keys.items()}
         clone.add_patches(values, strength, 1.0 - strength)
         for key in values:
@@ -57,6 +68,11 @@ def remove(clone: Any, added: Mapping[str, Any]) -> None:
         rest = [patch for patch in clone.patches.pop(key, []) if patch[1] is not value]
         if rest:
             clone.patches[key] = rest
+
+
+def _unpacks(model: Any) -> bool:
+    """Whether a MODEL's loader brings its own way to patch weights, as those of packed ones do (GGUF)."""
+    return type(model).patch_weight_to_device.__module__ != comfy.model_patcher.__name__
 
 
 def _after_merges(patches: list[Any]) -> int:

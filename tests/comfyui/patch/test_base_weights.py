@@ -153,3 +153,100 @@ def test_smaller_base_dtypes(pack, dtype):
     )
     model.detach()
     assert same_state(before, model)
+
+
+# ---- MODELs whose stored numbers are not the weights ----
+
+
+class Packed(torch.Tensor):
+    """As loaders of packed weights have it: bytes inside, the true shape outside."""
+
+    @staticmethod
+    def __new__(cls, data, true):
+        return torch.Tensor._make_subclass(cls, data, False)
+
+    def __init__(self, data, true):
+        self.true = true
+
+    @property
+    def shape(self):
+        return self.true
+
+    def detach(self):
+        return self
+
+
+def packed(weight):
+    """34 bytes for 32 numbers."""
+    data = torch.zeros(weight.numel() // 32 * 34, dtype=torch.uint8)
+    return torch.nn.Parameter(Packed(data, weight.shape), requires_grad=False)
+
+
+def in_rows(weight):
+    """Two numbers in a byte, in a parameter of the ordinary class."""
+    data = torch.zeros(weight.numel() // 2, 1, dtype=torch.uint8)
+    return torch.nn.Parameter(data, requires_grad=False)
+
+
+def as_integers(weight):
+    """The scale is elsewhere."""
+    return torch.nn.Parameter((weight * 100).to(torch.int8), requires_grad=False)
+
+
+class OfItsOwnClass(torch.nn.Parameter):
+    pass
+
+
+def of_its_own_class(weight):
+    return OfItsOwnClass(weight.clone(), requires_grad=False)
+
+
+KINDS = [packed, in_rows, as_integers, of_its_own_class]
+
+
+def stored(kind, *names):
+    """A U-Net whose convolution is stored in this way."""
+    model = make_unet()
+    layer = model.model.get_submodule(KEY)
+    for name in names:
+        layer._parameters[name] = kind(getattr(layer, name))
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_weights_are_not_taken_for_numbers(pack, published, kind):
+    core = in_pack(pack, "deltaconv_core")
+    model = stored(kind, "weight", "bias")
+    before = dict(model.patches)
+    with pytest.raises(
+        core.DeltaConvError, match="stores its own packed .*; set base_weights to 'leave out'"
+    ):
+        run_patch_node(pack, model, published)
+    output = run_patch_node(pack, model, published, base_weights="leave out")
+    assert "left out; they were not compared" in output.ui.as_dict()["text"][0]
+    assert model.patches == output.args[0].patches == before
+
+
+def test_those_that_are_numbers_are_compared(pack, published):
+    text = run_patch_node(pack, stored(packed, "weight"), published, base_weights="leave out").ui.as_dict()
+    assert "left out; they are 50.00% away" in text["text"][0]
+
+
+def test_a_loader_that_unpacks_before_it_patches_gets_the_patches(pack, unet, published):
+    import comfy.model_patcher
+
+    class Unpacking(comfy.model_patcher.ModelPatcher):
+        def patch_weight_to_device(self, key, device_to=None, inplace_update=False):
+            pass
+
+    model = stored(packed, "weight")
+    model = Unpacking(model.model, model.load_device, model.offload_device)
+    clone = run_patch_node(pack, model, published, strength=0.5).args[0]
+    assert type(clone) is Unpacking
+    assert {key: (p[0][0], p[0][2]) for key, p in clone.patches.items()} == {
+        f"{KEY}.{part}": (0.5, 0.5) for part in ("weight", "bias")
+    }
+    core = in_pack(pack, "deltaconv_core")
+    published.base_weights = {f"{NAME}.weight": torch.ones(64, 32, 1, 1)}
+    with pytest.raises(core.DeltaConvError, match="stores its own packed"):
+        run_patch_node(pack, model, published)
