@@ -37,7 +37,7 @@ def no_work(monkeypatch):
     def work(*args, **more):
         pytest.fail("it worked before it looked")
 
-    monkeypatch.setattr("deltaconv_core.bench.measure_stages", work)
+    monkeypatch.setattr("deltaconv_core.bench.measure_layers", work)
     monkeypatch.setattr("deltaconv_core.commands.convert.load_checkpoint", work)
     monkeypatch.setattr("deltaconv_core.commands.locality._load", work)
     monkeypatch.setitem(sys.modules, "deltaconv_core.diffusers.distill.run", None)
