@@ -1,12 +1,12 @@
-"""What distilling costs: time and memory of both stages on a full-size model in ComfyUI, on the CPU.
+"""What distilling costs: time and memory of both phases on a full-size model in ComfyUI, on the CPU.
 
     python -m benchmarks.distill_cost [--architecture sd15] [--latent 64] [--repeats 3] [--small] [--json F]
 
 Random float32 weights, one latent of the given side. Each of these runs in a process of its own, by turns
 with the teacher's forward pass:
 
-- layer-wise: a step of the first stage, optimizer included;
-- end to end: a step of the second stage, one network in two modes, with gradient checkpointing;
+- layer-wise: a step of the first phase, optimizer included;
+- end to end: a step of the second phase, one network in two modes, with gradient checkpointing;
 - two models: the same step as the authors' code does it, with a second copy of the model as the teacher and
   no checkpointing.
 

@@ -1,4 +1,4 @@
-"""The loop: takes batches, has the stage's task send losses backward, steps, averages, saves."""
+"""The loop: takes batches, has the phase's task send losses backward, steps, averages, saves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .task import Batch, EndToEnd, LayerWise, Network
 log = logging.getLogger(__name__)
 
 MAY_CHANGE = ("layer_steps", "output_steps", "save_every", "checkpointing")
-"""Settings that a run may go on with other values of."""
+"""Settings that may have other values when a run is resumed."""
 MAX_SKIPPED = 20
 """Steps in a row that loss scaling may skip in float16."""
 
@@ -42,7 +42,7 @@ class Result:
 
 
 class Diverged(Exception):
-    """A loss or a gradient is no finite number."""
+    """A loss or a gradient is not a finite number."""
 
 
 def distill(
@@ -59,10 +59,10 @@ def distill(
 
     Afterwards the mixers hold the averaged weights. Whatever stops the run, an exception of `on_step` (a
     user's cancel) included, the state of the last whole step is saved first. A run that finds a state in
-    its folder goes on from it, bit by bit as if it had never stopped (on the same device and library).
+    its folder resumes from it, bit by bit as if it had never stopped (on the same device and library).
 
-    Where a loss or gradient is no finite number, the run ends with its last saved state, if there is one: a
-    state is saved only when the step after it was sound, or when the run ends for another reason.
+    Where a loss or gradient is not a finite number, the run ends with its last saved state, if there is one:
+    a state is saved only when the step after it was sound, or when the run ends for another reason.
 
     Where several processes train together, each gives `batches` of its own with the same number of samples,
     and a step is what it would be with all of them in one batch.
@@ -75,8 +75,8 @@ def distill(
             following.
         settings: how to train.
         folder: where the state is kept; None keeps none.
-        on_step: told about every step.
-        notes: kept with the state, and equal whenever the run goes on: what the mixers and data are.
+        on_step: called after every step.
+        notes: kept with the state, and equal whenever the run is resumed: what the mixers and data are.
         processes: those that train together, if there are several.
 
     Raises:
@@ -91,7 +91,7 @@ def distill(
         trainer.meet()
         try:
             while trainer.step < settings.steps:
-                task = tasks[0] if settings.stage(trainer.step) == LAYER_WISE else tasks[1]
+                task = tasks[0] if settings.phase(trainer.step) == LAYER_WISE else tasks[1]
                 row = trainer.take_step(task, batches, folder)
                 if on_step is not None:
                     on_step(row)
@@ -111,9 +111,9 @@ def distill(
 
 
 def check_same_run(folder: RunFolder, settings: Settings, notes: Mapping[str, str]) -> None:
-    """Refuses a folder whose run was started with other settings or notes; an empty one is right.
+    """Refuses a folder whose run was started with other settings or notes; an empty one is accepted.
 
-    `distill` asks it again with all notes. A host asks it with what it knows before it prepares the data.
+    `distill` checks again with all notes. A host checks what it knows before it prepares the data.
 
     Raises:
         DeltaConvError: with all that differs.
@@ -128,7 +128,7 @@ def check_same_run(folder: RunFolder, settings: Settings, notes: Mapping[str, st
     other = [f"{name} {then.get(name)!r}, now {now[name]!r}" for name in now if then.get(name) != now[name]]
     if other:
         raise DeltaConvError(
-            f"the run in {folder.path} was started with {'; '.join(other)}: go on with the same, or start a "
+            f"the run in {folder.path} was started with {'; '.join(other)}: resume with the same, or start a "
             "new run"
         )
 
@@ -206,15 +206,15 @@ class _Trainer:
             self.scaler.scale(loss / self.settings.accumulation).backward()  # type: ignore[no-untyped-call]
 
     def _row(self, losses: dict[str, float], norm: float) -> Row:
-        stage, rate = self.settings.stage(self.step), self.settings.rate(self.step)
-        return Row(self.step + 1, stage, rate, losses, norm)
+        phase, rate = self.settings.phase(self.step), self.settings.rate(self.step)
+        return Row(self.step + 1, phase, rate, losses, norm)
 
     def _check(self, row: Row) -> None:
         values = {**row.losses, "gradient norm": row.gradient_norm}
         bad = {name: value for name, value in values.items() if not math.isfinite(value)}
         self.skipped = self.skipped + 1 if bad else 0
         if bad and (not self.scaler.is_enabled() or self.skipped > MAX_SKIPPED):
-            raise Diverged(f"step {row.step} ({row.stage}) has {bad}")
+            raise Diverged(f"step {row.step} ({row.phase}) has {bad}")
 
     def _update(self, row: Row) -> None:
         """Nothing in here may be saved half done."""
@@ -248,7 +248,7 @@ class _Trainer:
 
     @torch.no_grad()
     def restore(self, folder: RunFolder) -> None:
-        """Goes back to the saved state.
+        """Returns to the saved state.
 
         Raises:
             DeltaConvError: it belongs to other settings, notes or mixers.

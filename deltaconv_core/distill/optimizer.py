@@ -1,4 +1,4 @@
-"""What turns gradients into better blocks: AdamW, loss scaling for float16, and the weights' average."""
+"""AdamW, plain or in 8 bits, and the moving average of the weights."""
 
 from __future__ import annotations
 

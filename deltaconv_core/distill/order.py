@@ -1,6 +1,6 @@
 """Which samples are in the batch of a number, and the random numbers of that batch.
 
-Everything random about a batch follows from the seed and the batch's number, so a run that goes on later
+Everything random about a batch follows from the seed and the batch's number, so a resumed run
 sees the very batches it would have seen.
 """
 

@@ -1,4 +1,4 @@
-"""What several processes that train the same mixers have to tell each other."""
+"""What several processes that train the same mixers exchange."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 `state.safetensors` holds the weights, their average, the optimizer's state, and in its header the step, the
 settings and the blocks' specs; it is replaced as a whole. Noise, timesteps, order of the data and dropped
 captions are made from the seed and the number of a batch, so the step is the position in all of them.
-`log.csv` has a row for every step; rows after the saved step are dropped when the run goes on.
+`log.csv` has a row for every step; rows after the saved step are dropped when the run resumes.
+Its column `stage` is what the program calls the phase.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Row:
-    """One step of the log; the losses that its stage has."""
+    """One step of the log; the losses that its phase has."""
 
     step: int
-    stage: str
+    phase: str
     learning_rate: float
     losses: dict[str, float]
     gradient_norm: float
@@ -152,7 +153,7 @@ def _append(path: Path, rows: list[Row]) -> None:
             writer.writerow(COLUMNS)
         for row in rows:
             losses = [row.losses.get(name, "") for name in ("feature", "teacher", "noise")]
-            writer.writerow([row.step, row.stage, row.learning_rate, *losses, row.gradient_norm])
+            writer.writerow([row.step, row.phase, row.learning_rate, *losses, row.gradient_norm])
 
 
 def _read_row(row: Mapping[str, str]) -> Row:

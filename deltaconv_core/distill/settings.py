@@ -24,9 +24,9 @@ class Settings:
     Args:
         layer_steps: optimizer steps in which every block learns its own attention's output.
         output_steps: optimizer steps after those, in which the blocks learn end to end.
-        learning_rate: peak of AdamW's, in both stages.
-        warmup: steps at the start of each stage in which the rate rises to its peak.
-        decay: the last part of each stage in which it falls to a twentieth along a cosine; 0 keeps it.
+        learning_rate: peak of AdamW's, in both phases.
+        warmup: steps at the start of each phase in which the rate rises to its peak.
+        decay: the last part of each phase in which it falls to a twentieth along a cosine; 0 keeps it.
         betas, weight_decay: of AdamW.
         clip: largest norm of the gradient of all blocks; 0 does not clip.
         accumulation: batches whose gradients make one step.
@@ -95,13 +95,13 @@ class Settings:
         """All optimizer steps."""
         return self.layer_steps + self.output_steps
 
-    def stage(self, step: int) -> str:
+    def phase(self, step: int) -> str:
         """LAYER_WISE or END_TO_END, of a step counted from 0."""
         return LAYER_WISE if step < self.layer_steps else END_TO_END
 
     def rate(self, step: int) -> float:
         """The learning rate of a step counted from 0."""
-        if self.stage(step) == LAYER_WISE:
+        if self.phase(step) == LAYER_WISE:
             done, steps = step, self.layer_steps
         else:
             done, steps = step - self.layer_steps, self.output_steps

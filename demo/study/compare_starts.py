@@ -68,7 +68,7 @@ def run(
 
 
 def layer_wise(steps: int, learning_rate: float, seed: int) -> Settings:
-    """The first stage alone, at a constant rate and without an average."""
+    """The first phase alone, at a constant rate and without an average."""
     return Settings(layer_steps=steps, output_steps=0, learning_rate=learning_rate, decay=0, ema=0, seed=seed)
 
 

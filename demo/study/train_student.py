@@ -1,7 +1,7 @@
 """Distil the demo teacher's self-attention: ``python -m demo.study.train_student --output runs/student``.
 
 First layer-wise: the teacher runs, and every mixer learns its own attention's output from its input. Then
-end to end with the paper's loss, through the frozen network. A run that was stopped goes on from its last
+end to end with the paper's loss, through the frozen network. A run that was stopped resumes from its last
 saved state. Options leave parts of ΔConv out, or take linear attention instead, to see what each part does.
 """
 
@@ -121,7 +121,7 @@ def parse() -> argparse.Namespace:
     add("--output-steps", type=int, default=600, help="end-to-end steps after those (default 600)")
     add("--batch-size", type=int, default=16, help="pictures per step (default 16)")
     add("--lr", type=float, default=2e-3, help="peak learning rate of AdamW (default 2e-3)")
-    add("--decay", type=float, default=0.5, help="part of a stage in which the rate falls (default 0.5)")
+    add("--decay", type=float, default=0.5, help="part of a phase in which the rate falls (default 0.5)")
     add("--beta", type=float, default=BETA, help=f"weight of the feature loss end to end (default {BETA})")
     add("--seed", type=int, default=1, help="seed of blocks, pictures and noise (default 1)")
     return parser.parse_args()
@@ -162,7 +162,7 @@ def main() -> None:
             def show(row: Row) -> None:
                 bar.update(row.step - bar.n)
                 bar.set_postfix(
-                    stage=row.stage, **{k: f"{v:.5f}" for k, v in row.losses.items()}, refresh=False
+                    phase=row.phase, **{k: f"{v:.5f}" for k, v in row.losses.items()}, refresh=False
                 )
 
             batches = teacher.batches(args.batch_size, args.seed)

@@ -80,11 +80,11 @@ class Progress:
         if self.bar is None:
             self._begin(row.step - 1)
         losses = {name: f"{value:.4g}" for name, value in row.losses.items()}
-        self.bar.set_postfix({"stage": row.stage, **losses}, refresh=False)
+        self.bar.set_postfix({"phase": row.phase, **losses}, refresh=False)
         self.bar.update(1)
         if self.writer is not None:
             for name, value in {**row.losses, "gradient_norm": row.gradient_norm}.items():
-                self.writer.add_scalar(f"{row.stage}/{name}", value, row.step)
+                self.writer.add_scalar(f"{row.phase}/{name}", value, row.step)
             self.writer.add_scalar("learning_rate", row.learning_rate, row.step)
         if self.processes.any(self.stop.asked):
             raise Stopped

@@ -158,9 +158,9 @@ class Distillation:
 
 
 def loss_map(rows: Iterable[Row]) -> dict[str, list[float]]:
-    """ComfyUI's LOSS_MAP of a run: each stage's loss as a multiple of what it was in the stage's first step.
+    """ComfyUI's LOSS_MAP of a run: each phase's loss as a multiple of what it was in the phase's first step.
 
-    The stages' losses differ by orders of magnitude; as they are, one of them would be a flat line in a plot.
+    The phases' losses differ by orders of magnitude; as they are, one of them would be a flat line in a plot.
 
     ComfyUI's Plot Loss Graph divides by the difference of the largest and the smallest loss. Where there is
     none, as after a single step, the smallest step that a number can make is added as a last point. Steps
@@ -168,7 +168,7 @@ def loss_map(rows: Iterable[Row]) -> dict[str, list[float]]:
     """
     first: dict[str, float] = {}
     sound = [row for row in rows if math.isfinite(row.loss)]
-    losses = [row.loss / (first.setdefault(row.stage, row.loss) or 1.0) for row in sound] or [1.0]
+    losses = [row.loss / (first.setdefault(row.phase, row.loss) or 1.0) for row in sound] or [1.0]
     if len(set(losses)) < 2:
         losses.append(math.nextafter(losses[-1], math.inf))
     return {"loss": losses}
@@ -191,7 +191,7 @@ class _Progress:
         self.bar.update_absolute(row.step, steps, picture and ("JPEG", picture, 1024))
         if time.monotonic() - self.shown >= SHOW_EVERY or row.step == steps:
             losses = ", ".join(f"{name} {value:.4g}" for name, value in row.losses.items())
-            show(f"step {row.step} of {steps}, {row.stage}: {losses}", self.hidden)
+            show(f"step {row.step} of {steps}, {row.phase}: {losses}", self.hidden)
             self.shown = time.monotonic()
         comfy.model_management.throw_exception_if_processing_interrupted()
 

@@ -37,8 +37,8 @@ def stop_at(step):
     return on_step
 
 
-@pytest.mark.parametrize(("stage", "loss"), [("layer_steps", "feature"), ("output_steps", "teacher")])
-def test_training_makes_the_student_better_and_leaves_the_network_alone(stage, loss):
+@pytest.mark.parametrize(("phase", "loss"), [("layer_steps", "feature"), ("output_steps", "teacher")])
+def test_training_makes_the_student_better_and_leaves_the_network_alone(phase, loss):
     network = make_network()
     mixers, before = make_mixers(network), copy.deepcopy(network.state_dict())
     for mixer in mixers.values():
@@ -48,7 +48,7 @@ def test_training_makes_the_student_better_and_leaves_the_network_alone(stage, l
         batch = batches(number % 3)
         return Batch(batch.noisy, make_network()(batch), batch.snr)
 
-    settings = Settings(**{"layer_steps": 0, "output_steps": 0, stage: 60}, learning_rate=1e-2, warmup=5)
+    settings = Settings(**{"layer_steps": 0, "output_steps": 0, phase: 60}, learning_rate=1e-2, warmup=5)
     result = distill(network, mixers, data, settings)
     values = [row.losses[loss] for row in result.rows]
     assert sum(values[-6:]) < 0.5 * sum(values[:6])
@@ -340,7 +340,7 @@ def test_settings_refuse_nonsense(changes, named):
         Settings(**changes)
 
 
-def test_the_learning_rate_rises_stays_and_falls_in_each_stage():
+def test_the_learning_rate_rises_stays_and_falls_in_each_phase():
     settings = Settings(layer_steps=10, output_steps=20, learning_rate=1.0, warmup=4, decay=0.5)
     rates = [settings.rate(step) for step in range(30)]
     assert rates[:6] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
