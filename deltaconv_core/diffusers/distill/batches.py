@@ -60,9 +60,9 @@ class Batches:
         ]
         texts = _joined([read(file) for file in files])
         texts = {name: self._ready(tensor) for name, tensor in texts.items()}
-        arguments = self.network.teacher.kind.arguments(texts, [sample.cut for sample in mine])
+        conditioning = self.network.teacher.family.conditioning(texts, [sample.cut for sample in mine])
         device = self.device
-        return self.network.batch(clean.to(device), noise.to(device), steps.to(device), arguments)
+        return self.network.batch(clean.to(device), noise.to(device), steps.to(device), conditioning)
 
     def _ready(self, tensor: Tensor) -> Tensor:
         dtype: Any = self.network.model.dtype if tensor.is_floating_point() else tensor.dtype

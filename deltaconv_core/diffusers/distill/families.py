@@ -1,4 +1,4 @@
-"""How each kind of pipeline encodes a caption, and what its network is called with."""
+"""How each family of pipelines encodes a caption, and what its network is called with."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Cut:
     target: Size
 
 
-class Kind(Protocol):
-    """One kind of pipeline."""
+class Family(Protocol):
+    """One family of pipelines."""
 
     def encode(self, pipeline: Any, caption: str, device: torch.device) -> Texts:
         """A caption as tensors (1, ...) by name."""
         ...
 
-    def arguments(self, texts: Texts, cuts: list[Cut]) -> dict[str, Any]:
+    def conditioning(self, texts: Texts, cuts: list[Cut]) -> dict[str, Any]:
         """The network's arguments beside the latents and the timesteps.
 
         Args:
@@ -53,7 +53,7 @@ class StableDiffusion:
         embeds, _ = pipeline.encode_prompt(caption, device, 1, False)
         return {"embeds": embeds}
 
-    def arguments(self, texts: Texts, cuts: list[Cut]) -> dict[str, Any]:
+    def conditioning(self, texts: Texts, cuts: list[Cut]) -> dict[str, Any]:
         return {"encoder_hidden_states": texts["embeds"]}
 
 
@@ -66,7 +66,7 @@ class StableDiffusionXL:
         )
         return {"embeds": embeds, "pooled": pooled}
 
-    def arguments(self, texts: Texts, cuts: list[Cut]) -> dict[str, Any]:
+    def conditioning(self, texts: Texts, cuts: list[Cut]) -> dict[str, Any]:
         ids = [[*cut.size, *cut.corner, *cut.target] for cut in cuts]
         added = {"text_embeds": texts["pooled"], "time_ids": torch.tensor(ids).to(texts["pooled"])}
         return {"encoder_hidden_states": texts["embeds"], "added_cond_kwargs": added}
@@ -86,7 +86,7 @@ class PixArt:
         embeds, mask, _, _ = pipeline.encode_prompt(caption, device=device, do_classifier_free_guidance=False)
         return {"embeds": embeds, "mask": mask}
 
-    def arguments(self, texts: Texts, cuts: list[Cut]) -> dict[str, Any]:
+    def conditioning(self, texts: Texts, cuts: list[Cut]) -> dict[str, Any]:
         added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
         if self.sized:
             sizes = torch.tensor([cut.target for cut in cuts]).to(texts["embeds"])
@@ -98,8 +98,8 @@ class PixArt:
         }
 
 
-def kind_of(pipeline: Any, network: Any) -> Kind:
-    """The kind of a pipeline.
+def family_of(pipeline: Any, network: Any) -> Family:
+    """The family of a pipeline.
 
     Raises:
         DeltaConvError: one whose network cannot be called.

@@ -21,11 +21,11 @@ class Inputs:
 
     Args:
         timesteps: (B,)
-        arguments: by name.
+        conditioning: arguments by name.
     """
 
     timesteps: Tensor
-    arguments: dict[str, Any]
+    conditioning: dict[str, Any]
 
 
 class DiffusersNetwork:
@@ -48,16 +48,18 @@ class DiffusersNetwork:
     def __call__(self, batch: Batch) -> Tensor:
         """(B, C, H, W); where the variance is learned too, it is left out."""
         inputs: Inputs = batch.inputs
-        y: Tensor = self.model(batch.noisy, timestep=inputs.timesteps, **inputs.arguments).sample
+        y: Tensor = self.model(batch.noisy, timestep=inputs.timesteps, **inputs.conditioning).sample
         return y[:, : batch.noisy.shape[1]]
 
-    def batch(self, clean: Tensor, noise: Tensor, timesteps: Tensor, arguments: dict[str, Any]) -> Batch:
+    def batch(self, clean: Tensor, noise: Tensor, timesteps: Tensor, conditioning: dict[str, Any]) -> Batch:
         """A batch of clean latents (B, C, H, W) under noise at timesteps (B,)."""
         alphas = self.teacher.alphas.to(clean.device)[timesteps]
         signal, spread = alphas.sqrt().view(-1, 1, 1, 1), (1 - alphas).sqrt().view(-1, 1, 1, 1)
         noisy = signal * clean + spread * noise
         target = noise if self.prediction == "epsilon" else signal * noise - spread * clean
-        return Batch(noisy.to(self.model.dtype), target, alphas / (1 - alphas), Inputs(timesteps, arguments))
+        return Batch(
+            noisy.to(self.model.dtype), target, alphas / (1 - alphas), Inputs(timesteps, conditioning)
+        )
 
     @contextmanager
     def told(self) -> Iterator[None]:

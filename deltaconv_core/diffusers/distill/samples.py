@@ -178,7 +178,7 @@ def _encode_captions(
     for encoder in text_encoders(teacher.pipeline):
         encoder.to(processes.device)
     for caption, entry in progress(missing, "captions"):
-        cache.write(entry, teacher.kind.encode(teacher.pipeline, caption, processes.device))
+        cache.write(entry, teacher.family.encode(teacher.pipeline, caption, processes.device))
 
 
 def _range(vae: Any) -> tuple[float, float]:

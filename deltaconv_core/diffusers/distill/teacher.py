@@ -15,7 +15,7 @@ from ...errors import DeltaConvError
 from ..pipeline_folder import ONLY_SAFETENSORS, dtype_argument, load_pipeline, loading, read_index
 from ..sites import Sites, find_sites, network_of
 from . import single_file
-from .families import Kind, kind_of
+from .families import Family, family_of
 from .options import Options
 
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -29,7 +29,7 @@ class Teacher:
     Args:
         pipeline: in evaluation mode, on the CPU; its VAE is in float32.
         network: the U-Net or transformer.
-        kind: how it is called.
+        family: how its network is called.
         sites: its self-attentions.
         alphas: (T,) cumulated alpha of the trained timesteps, the signal's share of the variance.
         prediction: "epsilon" or "v".
@@ -37,7 +37,7 @@ class Teacher:
 
     pipeline: Any
     network: Any
-    kind: Kind
+    family: Family
     sites: Sites
     alphas: Tensor
     prediction: str
@@ -101,7 +101,7 @@ def load_teacher(options: Options, dtype: torch.dtype) -> Teacher:
         part.float()
     for part in (network, pipeline.vae, *text_encoders(pipeline)):
         part.eval().requires_grad_(False)
-    return Teacher(pipeline, network, kind_of(pipeline, network), find_sites(network), alphas, prediction)
+    return Teacher(pipeline, network, family_of(pipeline, network), find_sites(network), alphas, prediction)
 
 
 def text_encoders(pipeline: Any) -> list[nn.Module]:

@@ -487,8 +487,8 @@ def test_parts_of_a_batch_make_it_whole(models, tmp_path):
         expected, pair = whole(number), [part(number) for part in parts]
         for name in ("noisy", "target", "snr"):
             assert torch.equal(torch.cat([getattr(part, name) for part in pair]), getattr(expected, name))
-        texts = [part.inputs.arguments["encoder_hidden_states"] for part in pair]
-        assert torch.equal(torch.cat(texts), expected.inputs.arguments["encoder_hidden_states"])
+        texts = [part.inputs.conditioning["encoder_hidden_states"] for part in pair]
+        assert torch.equal(torch.cat(texts), expected.inputs.conditioning["encoder_hidden_states"])
 
 
 def test_an_epoch_sees_every_picture(models, tmp_path):
@@ -507,7 +507,7 @@ def test_dropped_captions(models, tmp_path):
     dropped = [
         torch.equal(text[None], empty)
         for number in range(100)
-        for text in batches(number).inputs.arguments["encoder_hidden_states"]
+        for text in batches(number).inputs.conditioning["encoder_hidden_states"]
     ]
     assert 30 < sum(dropped) < 70
 
