@@ -126,7 +126,9 @@ def ratio_of(inter: int, dim: int) -> float:
 
 
 def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)  # of any length
 
 
 def check_int(name: str, value: object, least: int, most: int) -> None:

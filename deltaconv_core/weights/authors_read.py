@@ -12,7 +12,6 @@ Source: the authors' repositories IrisRainbowNeko/ConvFusion and IrisRainbowNeko
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -24,10 +23,12 @@ from torch import Tensor
 from ..block.spec import BlockSpec, ratio_of
 from ..errors import CheckpointError, DeltaConvError
 from ..sites import ARCHITECTURES, authors_gate, identify, site_channels
-from ..util.text import listing
+from ..util.foreign_json import parse_json
+from ..util.text import listing, quoted
 from .manifest import SpecHints
 
 PREFIXES = ("denoiser.", "unet.", "base:", "base_ema:")
+ANY_PREFIXES = re.compile(rf"(?:{'|'.join(map(re.escape, PREFIXES))})*")
 BLOCK_KEY = re.compile(
     r"((?:.+\.)?transformer_blocks\.\d+)\.conv1\."
     r"((?:conv_up|conv_out|conv_pool|conv_spatial|conv_spatial_low|gates\.\d+\.conv_spatial)\.(?:weight|bias))"
@@ -86,9 +87,7 @@ def read_authors(
 def _without_prefixes(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name = key
-        while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
-            name = name.removeprefix(prefix)
+        name = ANY_PREFIXES.sub("", key, count=1)
         if name in named:
             raise CheckpointError(
                 f"{path} holds {name} more than once, under different prefixes ({', '.join(PREFIXES)}); "
@@ -140,17 +139,17 @@ def _add_absent_biases(path: str, blocks: Mapping[str, dict[str, Tensor]]) -> No
             )
         for site in without:
             if (weight := blocks[site].get(f"{layer}.weight")) is not None:
-                blocks[site][f"{layer}.bias"] = weight.new_zeros(weight.shape[0])
+                blocks[site][f"{layer}.bias"] = weight.new_zeros(weight.shape[:1])
 
 
 def _from_header(path: str, header: Mapping[str, str]) -> SpecHints:
     scales = None
     if "scales" in header:
         try:
-            scales = tuple(json.loads(header["scales"]))
-        except (ValueError, TypeError, RecursionError):
+            scales = tuple(parse_json(header["scales"]))
+        except (ValueError, TypeError):
             raise CheckpointError(
-                f"{path}: expected scales in its header like [1, 0.5], got {header['scales']!r:.80}"
+                f"{path}: expected scales in its header like [1, 0.5], got {quoted(header['scales'])}"
             ) from None
     return SpecHints(header.get("gate"), scales, header.get("pooling"))
 
@@ -189,8 +188,8 @@ def _read_block(
 def _spec(path: str, site: str, own: Mapping[str, Tensor], stages: int, hints: SpecHints) -> BlockSpec:
     if hints.scales is None or len(hints.scales) != stages:
         raise CheckpointError(
-            f"{path}: the block at {site} has {stages} stages and needs as many scales, got {hints.scales}; "
-            "give them (scales=..., or --scales of the convert command)"
+            f"{path}: the block at {site} has {stages} stages and needs as many scales, got "
+            f"{quoted(hints.scales)}; give them (scales=..., or --scales of the convert command)"
         )
     inter, dim = own["conv_up.weight"].shape
     kernel = next(tensor for name, tensor in own.items() if name.endswith("conv_spatial.weight"))

@@ -7,18 +7,19 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import CheckpointError
 from ..util.whole_file import replacing
+from .layout import LARGEST_HEADER, Layout
 
 Pathlike = str | os.PathLike[str]
-LARGEST_HEADER = 100_000_000  # bytes; safetensors refuses larger ones
+BEGINNING = 40  # bytes that tell what a file is
 PICKLE_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip, or a protocol number
 
 
@@ -28,8 +29,8 @@ def read_header(path: Pathlike) -> dict[str, str]:
     Raises:
         CheckpointError: no such file, not safetensors, or truncated.
     """
-    with _opened(Path(path)) as file:
-        return file.metadata() or {}
+    with _opened(Path(path)) as (_, layout):
+        return layout.texts
 
 
 def read_file(path: Pathlike, *, numbers: bool = False) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -44,10 +45,11 @@ def read_file(path: Pathlike, *, numbers: bool = False) -> tuple[dict[str, str],
             infinity, or of a dtype that weights do not have.
     """
     path = Path(path)
-    with _opened(path) as file:
-        names = file.keys()
-        tensors = {name: _checked(path, name, file.get_tensor(name), numbers) for name in names}
-        return file.metadata() or {}, tensors
+    with _opened(path) as (file, layout):
+        tensors = {name: layout.read(file, name) for name in layout.entries}
+    for name, tensor in tensors.items():
+        _check_numbers(path, name, tensor, numbers)
+    return layout.texts, tensors
 
 
 def write_file(
@@ -79,24 +81,33 @@ def write_file(
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, Layout]]:
     """A safetensors file; whatever is wrong with it is a CheckpointError."""
-    _check_start(path)
+    if not os.path.isfile(path):
+        raise CheckpointError(f"there is no file {path}{_about_link(path)}")
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, KeyError, OSError, RuntimeError, AttributeError) as error:
+        with path.open("rb") as file:
+            _check_start(path, file)
+            yield file, Layout.of(file)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:  # torch may lack memory
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({error}); download or save it again"
         ) from error
 
 
-def _check_start(path: Path) -> None:
+def _about_link(path: Path) -> str:
+    try:
+        return f", which is a link to {os.readlink(path)}"
+    except (OSError, ValueError):
+        return ""
+
+
+def _check_start(path: Path, file: BinaryIO) -> None:
     """Recognizes what is often mistaken for a safetensors file, before anything parses it."""
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}")
-    size = path.stat().st_size
-    start = _start(path)
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(BEGINNING)
     if _header_length(start) <= size - 8:
         return
     if start[:2] in PICKLE_STARTS:
@@ -112,22 +123,13 @@ def _check_start(path: Path) -> None:
 
 def begins_well(path: Path) -> bool:
     """Whether a file begins as safetensors do, whatever follows; the rest of it may be still to come."""
-    return _header_length(_start(path)) <= LARGEST_HEADER
-
-
-def _start(path: Path) -> bytes:
     with open(path, "rb") as file:
-        return file.read(40)
+        return _header_length(file.read(BEGINNING)) <= LARGEST_HEADER
 
 
 def _header_length(start: bytes) -> float:
     """Bytes of the header, which is a JSON object, as the eight bytes before it say; infinite without any."""
     return int.from_bytes(start[:8], "little") if start[8:9] == b"{" else math.inf
-
-
-def _checked(path: Path, name: str, tensor: Tensor, numbers: bool) -> Tensor:
-    _check_numbers(path, name, tensor, numbers)
-    return tensor.clone()  # the original is a view of the file, which may change under a long-lived model
 
 
 def _check_numbers(path: Path, name: str, tensor: Tensor, numbers: bool) -> None:
