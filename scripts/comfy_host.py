@@ -95,6 +95,33 @@ def prepare_torchvision() -> None:
 
 
 @functools.cache
+def prepare_torchaudio() -> None:
+    """Let `import torchaudio` succeed where its compiled library does not load, as for torchvision.
+
+    Newer versions of ComfyUI import it whatever they are started for. Only its audio files and alignment need
+    the library; without it, torchaudio says of itself that it was built without.
+    """
+    spec = importlib.util.find_spec("torchaudio")
+    if spec is None or not spec.submodule_search_locations:
+        return
+    try:
+        importlib.import_module("torchaudio")
+    except OSError:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
+            del sys.modules[name]
+        name = "torchaudio._extension.utils"
+        file = Path(spec.submodule_search_locations[0]) / "_extension" / "utils.py"
+        utils_spec = importlib.util.spec_from_file_location(name, file)
+        if utils_spec is None or utils_spec.loader is None:
+            raise
+        utils = importlib.util.module_from_spec(utils_spec)
+        utils_spec.loader.exec_module(utils)
+        utils._load_lib = lambda library: False
+        sys.modules[name] = utils
+        importlib.import_module("torchaudio")
+
+
+@functools.cache
 def import_comfy() -> Path:
     """Make `import comfy`, `nodes`, `folder_paths` … work in this process, with `ARGUMENTS`.
 
@@ -106,6 +133,7 @@ def import_comfy() -> Path:
     """
     host = find_host()
     prepare_torchvision()
+    prepare_torchaudio()
     # The repository comes last: its `nodes` and `tests` would hide ComfyUI's modules of that name.
     others = [entry for entry in sys.path if Path(entry or os.getcwd()).resolve() != REPOSITORY]
     sys.path[:] = [str(host), *others, str(REPOSITORY)]

@@ -1,8 +1,8 @@
 """Starts ComfyUI's main.py for `ComfyServer`: `python -m scripts.comfy_start <host> [ComfyUI arguments]`.
 
-Differs from starting main.py directly in three ways: torchvision may lack its compiled operators; the host's
-own extra_model_paths.yaml is left alone, because the server must not see models and nodes from elsewhere; and
-when the program that started it goes away, however it ended, the server goes too.
+Differs from starting main.py directly in three ways: torchvision and torchaudio may lack their compiled
+parts; the host's own extra_model_paths.yaml is left alone, because the server must not see models and nodes
+from elsewhere; and when the program that started it goes away, however it ended, the server goes too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import threading
 from pathlib import Path
 
-from .comfy_host import prepare_torchvision
+from .comfy_host import prepare_torchaudio, prepare_torchvision
 
 
 def die_with_parent() -> None:
@@ -43,6 +43,7 @@ if __name__ == "__main__":
     threading.Thread(target=die_with_parent, daemon=True).start()
     host = Path(sys.argv[1])
     prepare_torchvision()
+    prepare_torchaudio()
     sys.argv = [str(host / "main.py"), *sys.argv[2:]]
     sys.path[0] = str(host)
     ignore_own_model_paths(host)

