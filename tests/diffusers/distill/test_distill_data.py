@@ -532,12 +532,12 @@ def test_noise_and_target(models, tmp_path):
 def test_what_sdxl_and_pixart_are_told():
     cuts = [Cut((100, 50), (3, 0), (64, 32)), Cut((32, 64), (0, 5), (32, 64))]
     texts = {"embeds": torch.zeros(2, 5, 8), "pooled": torch.zeros(2, 4), "mask": torch.ones(2, 5)}
-    ids = StableDiffusionXL().arguments(texts, cuts)["added_cond_kwargs"]["time_ids"]
+    ids = StableDiffusionXL().conditioning(texts, cuts)["added_cond_kwargs"]["time_ids"]
     assert ids.tolist() == [[100, 50, 3, 0, 64, 32], [32, 64, 0, 5, 32, 64]]
-    added = PixArt(sized=True).arguments(texts, cuts)["added_cond_kwargs"]
+    added = PixArt(sized=True).conditioning(texts, cuts)["added_cond_kwargs"]
     assert added["resolution"].tolist() == [[64, 32], [32, 64]]
     assert added["aspect_ratio"].tolist() == [[2.0], [0.5]]
-    assert PixArt(sized=False).arguments(texts, cuts)["added_cond_kwargs"]["resolution"] is None
+    assert PixArt(sized=False).conditioning(texts, cuts)["added_cond_kwargs"]["resolution"] is None
 
 
 def test_groups_have_one_size():
