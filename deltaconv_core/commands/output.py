@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 
 from ..errors import DeltaConvError
@@ -39,7 +38,7 @@ def check_folder(path: Path, option: str) -> None:
         there = next(one for one in (whole, *whole.parents) if os.path.lexists(one))
         if not os.path.isdir(there):
             raise NotADirectoryError(f"{there} is not a folder")
-        for name in (*whole.relative_to(there).parts, secrets.token_hex(4)):
+        for name in (*whole.relative_to(there).parts, "file"):
             _try(beside(there / name))
     except (OSError, ValueError) as error:
         raise _refused(path, option, error) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import ManifestError
+from ..util.foreign_json import parse_list
+from ..util.names import is_device
+from ..util.text import quoted
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +34,6 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _HUB_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# Windows opens a device, not a file, for these names, whatever the extension.
-_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def _check_relative_file(path: str) -> None:
     parts = path.split("/")
     if not path.isprintable() or "\\" in path or ":" in path or any(p in ("", ".", "..") for p in parts):
         raise ManifestError(f"expected a relative path without '..', '\\' or ':', got {path!r}")
-    if PurePosixPath(path).suffix != SUFFIX or any(_DEVICE.fullmatch(p) for p in parts):
+    if PurePosixPath(path).suffix != SUFFIX or any(map(is_device, parts)):
         raise ManifestError(f"expected a {SUFFIX} file, got {path!r}")
 
 
@@ -126,7 +128,7 @@ class Record:
     note: str = ""
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name) or _DEVICE.fullmatch(self.name):
+        if not _NAME.fullmatch(self.name) or is_device(self.name):
             raise ManifestError(f"expected a name of letters, digits, '.', '_' and '-', got {self.name!r}")
         if self.sha256 is not None and not _SHA256.fullmatch(self.sha256):
             raise ManifestError(
@@ -213,7 +215,7 @@ def load_manifest(extra: Path | None = None) -> Manifest:
     records, problems = _read(builtin_path())
     if problems:
         raise problems[0]
-    if extra is not None and extra.is_file():
+    if extra is not None and os.path.lexists(extra):
         own, problems = _read(extra)
         for problem in problems:
             _tell(str(problem))
@@ -251,20 +253,20 @@ def _parse(path: Path, stamp: Stamp) -> tuple[dict[str, Record], list[ManifestEr
     """Reads a list; `stamp` tells one state of the file from another."""
     validator = _validator()
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        entries = parse_list(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
         return {}, [ManifestError(f"{path}: not readable as JSON: {error}")]
-    if not isinstance(entries, list):
-        return {}, [ManifestError(f"{path}: expected a list of records, got {type(entries).__name__}")]
     records: dict[str, Record] = {}
     problems: list[ManifestError] = []
     for number, entry in enumerate(entries, start=1):
         try:
+            if isinstance(entry, ValueError):
+                raise ManifestError(entry)
             _check_schema(validator, entry)
             record = Record.from_json(entry)
         except ManifestError as error:
             name = entry.get("name") if isinstance(entry, dict) else None
-            problems.append(ManifestError(f"{path}: record {number} ({name!r}): {error}"))
+            problems.append(ManifestError(f"{path}: record {number} ({quoted(name)}): {error}"))
         else:
             records[record.name] = record
     return records, problems

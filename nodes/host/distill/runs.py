@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import folder_paths
@@ -19,7 +20,8 @@ def runs_folder() -> Path:
 
 def choices() -> list[str]:
     """A new run, then the runs that can go on, the last changed first."""
-    found = {state.parent: state.stat().st_mtime_ns for state in runs_folder().rglob("state.safetensors")}
+    states = [state for state in runs_folder().rglob("state.safetensors") if os.path.isfile(state)]
+    found = {state.parent: os.path.getmtime(state) for state in states}
     names = sorted(found, key=lambda path: (-found[path], path))
     return [NEW, *(path.relative_to(runs_folder()).as_posix() for path in names)]
 

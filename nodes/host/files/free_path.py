@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ....deltaconv_core.errors import DeltaConvError
+from ....deltaconv_core.util.names import why_not
+from ....deltaconv_core.util.text import quoted
 
-FORBIDDEN = set('<>:"|?*\\\0')
+NUMBERS = range(1, 100_000)
 
 
 def free_path(folder: Path, name: str, ending: str = "") -> Path:
@@ -18,16 +21,16 @@ def free_path(folder: Path, name: str, ending: str = "") -> Path:
         ending: of a file.
 
     Raises:
-        DeltaConvError: an empty name, one that leads out of the folder, or characters that some systems
-            refuse.
+        DeltaConvError: a name that leads out of the folder or that some systems refuse, or no free number.
     """
-    parts = name.strip().split("/")
-    bad = sorted(FORBIDDEN & set(name)) or [c for c in name if ord(c) < 32]
-    if bad or any(part != part.strip(" ") or not part or part.startswith(".") for part in parts):
-        raise DeltaConvError(
-            f"expected a name such as 'mine' or 'folder/mine', got {name!r}: no part of it may be empty or "
-            f"begin with a dot, and it may not hold {' '.join(sorted(FORBIDDEN - set(chr(0))))}"
-        )
+    for part in (parts := name.strip().split("/")):
+        if reason := why_not(part):
+            raise DeltaConvError(
+                f"expected a name such as 'mine' or 'folder/mine', got {quoted(name)}: {reason}"
+            )
     target = folder.joinpath(*parts)
-    numbers = (target.with_name(f"{target.name}_{number:05}{ending}") for number in range(1, 100_000))
-    return next(path for path in numbers if not path.exists())
+    for number in NUMBERS:
+        path = target.with_name(f"{target.name}_{number:05}{ending}")
+        if not os.path.lexists(path):
+            return path
+    raise DeltaConvError(f"{folder} holds {len(NUMBERS)} of {quoted(name)} already; choose another name")

@@ -14,6 +14,7 @@ import folder_paths
 import torch
 
 from ....deltaconv_core.errors import DeltaConvError, ManifestError
+from ....deltaconv_core.util.text import listing, quoted
 from ....deltaconv_core.weights.checkpoint import Checkpoint, read_checkpoint
 from ....deltaconv_core.weights.fetch import resolve
 from ....deltaconv_core.weights.manifest import (
@@ -28,6 +29,7 @@ from .free_path import free_path
 FOLDER = "deltaconv"
 AUTO = "auto"
 MEGABYTE = 1 << 20
+SHOWN = 20  # names in a message
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +83,14 @@ class Choices:
         """
         if name not in self.names():
             raise DeltaConvError(
-                f"{name!r} is neither a file in the model folder ({', '.join(map(str, self.folders))}) nor "
-                f"published weights; known are: {', '.join(self.names()) or 'none'}"
+                f"{quoted(name)} is neither a file in the model folder ({self._where}) nor published "
+                f"weights; known are: {listing(self.names(), SHOWN)}"
+            )
+        if name in self.files and folder_paths.get_full_path(FOLDER, name) is None:
+            raise DeltaConvError(
+                f"{name} is in the model folder ({self._where}), but cannot be reached: it is a link to a "
+                "file that is not there (a disk that is not mounted?), or was taken away since the list was "
+                "made; choose another, or reload the page"
             )
 
     def load(self, name: str) -> Checkpoint:
@@ -105,13 +113,17 @@ class Choices:
         """Changes whenever a file changes that the choice may lead to; "auto" may lead to any."""
         return [name, *(_stamp(self._present(file)) for file in (self.names() if name == AUTO else [name]))]
 
+    @property
+    def _where(self) -> str:
+        return ", ".join(map(str, self.folders))
+
     def _present(self, name: str) -> Path | None:
         """The chosen file, if it is on this machine."""
         if path := folder_paths.get_full_path(FOLDER, name):
             return Path(path)
         record = self.manifest.for_file(name)
         path = record and record.local_path(self.folders[0])
-        return path if path and path.is_file() else None
+        return path if path and os.path.isfile(path) else None
 
 
 def refusal(name: str | None) -> str:
@@ -141,7 +153,10 @@ def path_to_save(name: str) -> Path:
 def _stamp(path: Path | None) -> tuple[Any, ...]:
     if path is None:
         return ()
-    stat = path.stat()
+    try:
+        stat = path.stat()
+    except OSError:  # taken away meanwhile; what reads it says so
+        return ()
     return str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 

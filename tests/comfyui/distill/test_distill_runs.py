@@ -41,6 +41,23 @@ def test_a_stopped_run_goes_on_bit_by_bit(pack, unet, output, stop_after, step):
     assert whole[2:] == resumed[2:]
 
 
+def test_runs_that_cannot_be_reached_are_not_listed(pack, output):
+    """The schema asks for the runs; an error there removes the node from ComfyUI."""
+    runs = in_pack(pack, "nodes.host.distill.runs")
+    (output / "a").mkdir(parents=True)
+    (output / "a" / "state.safetensors").symlink_to("/mnt/unplugged/state.safetensors")
+    (output / "b" / "state.safetensors").mkdir(parents=True)
+    assert runs.choices() == [runs.NEW]
+    in_pack(pack, "nodes.distill").Distill.define_schema()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "\ud800", "con", "a./b", "x.", "nul/x"])
+def test_names_of_runs_that_some_system_refuses(pack, output, name):
+    with pytest.raises(ValueError, match="expected a name such as"):
+        in_pack(pack, "nodes.host.distill.runs").open_run("new run", name)
+    assert not output.exists()
+
+
 def test_a_finished_run_can_be_made_longer(pack, unet):
     distil(pack, unet, layer_steps=2, output_steps=0)
     longer = distil(pack, unet, layer_steps=2, output_steps=3, resume="test_00001").args

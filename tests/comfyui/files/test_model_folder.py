@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -149,6 +150,61 @@ def test_a_broken_list_of_the_user_leaves_the_rest_usable(pack, folder, models):
     (models / "manifest.json").write_text("not json")
     assert "ConvFusion-sd15-mjv5.safetensors" in folder.Choices().names()
     assert folder.Choices().load("mine.safetensors").architecture == "unet-32x2-64x3"
+
+
+def test_a_deep_record_takes_no_node_away(pack, folder, models):
+    """Every schema asks for the choices; an error there removes the node from ComfyUI."""
+    path = list_weights(models, "mine")
+    (record,) = json.loads(path.read_text())
+    deep = json.loads("[" * 400 + "]" * 400)
+    path.write_text(json.dumps([record | {"name": "deep", "recommended_for": [deep, deep]}, record]))
+    assert "mine.safetensors" in folder.Choices().names()
+    in_pack(pack, "nodes.load_weights").LoadWeights.define_schema()
+    in_pack(pack, "nodes.patch_model").PatchModel.define_schema()
+
+
+def test_a_link_to_nothing_is_one_error_that_names_it(pack, folder, models):
+    """ComfyUI lists it; it is refused when the prompt is checked, and when it is loaded."""
+    (models / "mine.safetensors").symlink_to("/mnt/unplugged/mine.safetensors")
+    assert "mine.safetensors" in folder.Choices().names()
+    said = "mine.safetensors is in the model folder .* cannot be reached: it is a link to a file that"
+    assert re.search(said, folder.refusal("mine.safetensors"))
+    with pytest.raises(ValueError, match=said):
+        folder.Choices().load("mine.safetensors")
+    assert folder.Choices().fingerprint("mine.safetensors") is not None
+    assert folder.Choices().fingerprint("auto") is not None
+
+
+def test_a_file_that_is_taken_away_after_it_was_listed(pack, folder, models):
+    save(pack, models / "mine.safetensors")
+    choices = folder.Choices()
+    assert "mine.safetensors" in choices.names()
+    (models / "mine.safetensors").unlink()
+    assert choices.fingerprint("mine.safetensors")[0] == "mine.safetensors"
+    with pytest.raises(ValueError, match="mine.safetensors is in the model folder .* cannot be reached"):
+        choices.load("mine.safetensors")
+
+
+def test_a_file_that_may_not_be_read(pack, folder, models, monkeypatch):
+    """root may read all, so the system's answer is made up."""
+    save(pack, models / "mine.safetensors")
+
+    def refuse(*args, **more):
+        raise PermissionError(13, "Permission denied", str(models / "mine.safetensors"))
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    with pytest.raises(ValueError, match="mine.safetensors .*Permission denied"):
+        folder.Choices().load("mine.safetensors")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "\ud800", "a\0b", "../" * 100])
+def test_names_of_no_file_are_refused_in_a_line(folder, models, name):
+    assert (
+        "is neither a file in the model folder" in folder.refusal(name) and len(folder.refusal(name)) < 2001
+    )
+    folder.refusal(name).encode()
+    with pytest.raises(ValueError, match="is neither a file"):
+        folder.Choices().load(name)
 
 
 def test_the_users_list_tells_the_form_of_a_file(pack, folder, models):

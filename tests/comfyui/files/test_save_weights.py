@@ -74,12 +74,37 @@ def test_numbers_too_large_for_fp16(pack, models, checkpoint):
 
 
 @pytest.mark.parametrize(
-    "name", ["", " ", "../mine", "a/../../mine", "/tmp/mine", "a/", ".mine", "a\\b", "x:y"]
-)
+    "name",
+    [
+        "", " ", "../mine", "a/../../mine", "/tmp/mine", "a/", ".mine", "a\\b", "x:y",
+        "x" * 300, "a/" + "ä" * 150 + "/b", "\ud800", "con/x", "nul", "a./b", "x.", "a//b", "x\0",
+        "a\x7f", "aux.txt/x",
+    ],
+)  # fmt: skip
 def test_names_that_lead_elsewhere(pack, models, checkpoint, name):
     with pytest.raises(ValueError, match="expected a name such as"):
         save(pack, checkpoint, filename_prefix=name)
     assert list(models.iterdir()) == [] and list(models.parent.glob("mine*")) == []
+
+
+def test_the_longest_names_are_saved(pack, models, checkpoint):
+    save(pack, checkpoint, filename_prefix="ä" * 100 + "/" + "x" * 200)
+    assert [file.name for file in models.rglob("*.safetensors")] == ["x" * 200 + "_00001.safetensors"]
+
+
+def test_a_link_to_nothing_is_not_written_through(pack, models, checkpoint):
+    (models / "mine_00001.safetensors").symlink_to(models.parent / "elsewhere.safetensors")
+    save(pack, checkpoint, filename_prefix="mine")
+    assert (models / "mine_00002.safetensors").is_file()
+    assert not (models.parent / "elsewhere.safetensors").exists()
+
+
+def test_numbers_that_are_all_taken(pack, models, checkpoint, monkeypatch):
+    monkeypatch.setattr(in_pack(pack, "nodes.host.files.free_path"), "NUMBERS", range(1, 3))
+    save(pack, checkpoint, filename_prefix="mine")
+    save(pack, checkpoint, filename_prefix="mine")
+    with pytest.raises(ValueError, match="holds 2 of 'mine' already; choose another name"):
+        save(pack, checkpoint, filename_prefix="mine")
 
 
 def test_folders_inside(pack, models, checkpoint):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from deltaconv_core.errors import LONGEST, CheckpointError, DeltaConvError
-from deltaconv_core.util.foreign_json import DEEPEST, parse_json, read_json
+from deltaconv_core.util.foreign_json import DEEPEST, parse_json, parse_list, read_json
 from deltaconv_core.util.text import quoted, shortened
 
 
@@ -32,6 +32,34 @@ def test_the_deepest_that_is_taken_can_be_printed_and_compared():
     assert parse_json(text) == parse_json(text) and repr(parse_json(text)) == text == json.dumps(
         parse_json(text)
     )
+
+
+@pytest.mark.parametrize("depth", [100, 400, 900, 5000, 200_000])
+def test_one_deep_item_leaves_the_others_readable(depth):
+    deep = "[" * depth + "]" * depth
+    items = [
+        '{"a": "]["}',
+        f'{{"b": [1, {deep}, {{}}]}}',
+        r'"\\"',
+        deep,
+        deep,
+        ' [1, [2, {"c": 3}]] ',
+        r'"\""',
+    ]
+    text = f" [{','.join(items)}]\n"
+    first, second, third, *more, sixth, last = parse_list(text)
+    assert (first, third, sixth, last) == ({"a": "]["}, "\\", [1, [2, {"c": 3}]], '"')
+    assert all(isinstance(one, ValueError) and "levels deep" in str(one) for one in (second, *more))
+    assert len(more) == 2
+
+
+@pytest.mark.parametrize("text", ["{}", "1", '{"a": ' + "[" * 100_000, "[1, 2", "[" * 100_000, ""])
+def test_what_is_no_list(text):
+    try:
+        items = parse_list(text)
+    except ValueError:
+        return
+    assert all(isinstance(item, ValueError) for item in items)
 
 
 @pytest.mark.parametrize("text", ['"\\ud800"', '{"\\udfff": 1}', '[["a", {"b": "x\\ud912"}]]'])

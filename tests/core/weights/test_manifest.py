@@ -140,6 +140,26 @@ def test_a_broken_record_is_left_out_and_named(tmp_path: Path, caplog: pytest.Lo
     assert caplog.text.count("record 2") == 1
 
 
+@pytest.mark.parametrize("depth", [70, 400, 100_000])
+@pytest.mark.parametrize("field", ["recommended_for", "title", "form", "more"])
+def test_a_deep_record_is_left_out_and_no_other(tmp_path: Path, depth: int, field: str) -> None:
+    """Whatever looks at a deep value recurses: json, the schema's check of unique items, printing."""
+    deep = "[" * depth + "]" * depth
+    record = json.dumps(changed(name="deep") | {field: "HERE"}).replace('"HERE"', f"[{deep}, {deep}]")
+    path = write(tmp_path, f"[{json.dumps(changed())}, {record}, {json.dumps(changed(name='other'))}]")
+    manifest = load_manifest(path)
+    assert {"mine", "other"} <= set(manifest.names()) and "deep" not in manifest.names()
+    (problem,) = manifest.problems
+    assert "record 2" in str(problem) and "levels deep" in str(problem)
+
+
+def test_a_list_that_cannot_be_reached_is_told(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").symlink_to("/mnt/unplugged/manifest.json")
+    (problem,) = load_manifest(tmp_path / "manifest.json").problems
+    assert "manifest.json: not readable as JSON" in str(problem)
+    assert load_manifest(tmp_path / ("x" * 300)).problems == ()
+
+
 HOSTILE = {
     "name up": {"name": "../mine"},
     "name slash": {"name": "a/b"},
