@@ -41,6 +41,7 @@ from testing.comfy_architectures import (
     convolutions,
     make_inputs,
 )
+from testing.compare import largest_error
 
 from . import parity
 from .harness import circumstances
@@ -143,10 +144,10 @@ class Outputs:
 
     def rows(self, name: str, state: str, before: Outputs) -> Iterator[Row]:
         for latent, output in self.theirs.items():
-            error = parity.relative_error(output, self.host[latent])
+            error = largest_error(output, self.host[latent])
             change = max(
-                parity.relative_error(output, before.theirs[latent]),
-                parity.relative_error(self.host[latent], before.host[latent]),
+                largest_error(output, before.theirs[latent]),
+                largest_error(self.host[latent], before.host[latent]),
             )
             yield Row(name, latent, state, error, change)
 

@@ -43,6 +43,7 @@ from testing.comfy_architectures import (
     convolutions,
     make_inputs,
 )
+from testing.compare import largest_error
 
 from .harness import circumstances
 
@@ -136,8 +137,8 @@ def _compare_form(
             name,
             form.name,
             latent,
-            error=relative_error(output, expected),
-            without=relative_error(without, expected),
+            error=largest_error(output, expected),
+            without=largest_error(without, expected),
             seconds=first_seconds + seconds + more_seconds,
         )
 
@@ -202,11 +203,6 @@ def timed(function: Any, *arguments: Any) -> tuple[Any, float]:
     """The function's answer, and the seconds that it took."""
     start = time.perf_counter()
     return function(*arguments), time.perf_counter() - start
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference as a part of the largest expected value; nan where something is not finite."""
-    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 if __name__ == "__main__":

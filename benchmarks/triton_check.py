@@ -30,6 +30,7 @@ from deltaconv_core import BlockSpec, DeltaConvBlock, bench
 from deltaconv_core.block.ops import choose
 from deltaconv_core.block.ops.triton import BACKEND
 from deltaconv_core.block.reference import reference_block
+from testing.compare import relative_l2
 
 SIDES = ("triton", "torch")
 RUNS = 20
@@ -122,7 +123,7 @@ def measure(size: tuple[int, int], spec: BlockSpec, dtype: torch.dtype) -> Row:
     for side in SIDES:
         with choose.forced(side):
             found[side] = gradients(forward, block, x, upstream)
-    errors = {side: {k: relative_error(found[side][k], truth[k]) for k in truth} for side in SIDES}
+    errors = {side: {k: relative_l2(found[side][k], truth[k]) for k in truth} for side in SIDES}
     rounding = torch.finfo(dtype).eps / 2
     wrong = [k for k in truth if not errors["triton"][k] <= max(2 * errors["torch"][k], rounding)]
 
@@ -170,10 +171,6 @@ def gradients(
 def _known(gradient: Tensor | None) -> Tensor:
     assert gradient is not None
     return gradient
-
-
-def relative_error(got: Tensor, truth: Tensor) -> float:
-    return float((got.double() - truth).norm() / truth.norm().clamp(min=1e-30))
 
 
 def times(function: Callable[[], Any]) -> tuple[float, ...]:

@@ -45,10 +45,5 @@ def weights(checkpoint: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Whether two sets of weights are bit-identical."""
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def single_items():
     return latents(*[(1, 4, 16, 16)] * 3), [conditioning(i) for i in range(3)], 3

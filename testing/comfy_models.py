@@ -242,8 +242,3 @@ def sample(model: Any, size: tuple[int, int] = (16, 16), **options: Any) -> torc
 def called(node: Any, method: str, *args: Any) -> Any:
     """The first output of one of ComfyUI's nodes, whichever of its two interfaces it has."""
     return node.execute(*args)[0] if hasattr(node, "execute") else getattr(node(), method)(*args)[0]
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference as a part of the largest expected value."""
-    return float((actual - expected).abs().max() / expected.abs().max())

@@ -140,11 +140,6 @@ def grid_of(model: Any, site: str, size: tuple[int, int]) -> tuple[int, int]:
     return -(-size[0] >> level), -(-size[1] >> level)
 
 
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference as a part of the largest expected value."""
-    return float((actual - expected).abs().max() / expected.abs().max())
-
-
 def make_pipeline(folder: Path, **parts: Any) -> Any:
     """A StableDiffusionPipeline of tiny parts around the "sd" model; nothing is downloaded.
 

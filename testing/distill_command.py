@@ -23,6 +23,7 @@ from deltaconv_core.cli import main
 from scripts import comfy_host
 
 from . import diffusers_models
+from .compare import same_weights
 from .diffusers_models import make, make_pipeline, make_pixart_pipeline, make_tokenizer
 
 QUICK = {"layer_steps": 2, "output_steps": 2, "resolution": 32, "batch_size": 2, "warmup": 0}
@@ -119,8 +120,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def same(first: Path, second: Path) -> bool:
     """Whether two runs' results are bit-identical."""
-    a, b = weights(first), weights(second)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return same_weights(weights(first), weights(second))
 
 
 # ---- several processes ----

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from tiny_models import make_checkpoint, make_pipeline
 
 from deltaconv_core import DeltaConvError, save_checkpoint
 from deltaconv_core.diffusers import applied, apply, remove
+from testing.diffusers_models import make_checkpoint, make_pipeline
 
 
 def test_what_is_on_a_model(case, tmp_path):

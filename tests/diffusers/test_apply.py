@@ -12,6 +12,7 @@ import torch
 
 from deltaconv_core import Checkpoint, DeltaConvError, save_checkpoint
 from deltaconv_core.diffusers import apply, remove
+from testing.compare import largest_error
 from testing.diffusers_models import (
     by_hand,
     call,
@@ -19,7 +20,6 @@ from testing.diffusers_models import (
     make_checkpoint,
     make_pipeline,
     make_pixart_pipeline,
-    relative_error,
     run,
     sample,
 )
@@ -55,8 +55,8 @@ def test_output_is_that_of_blocks_put_in_by_hand(case, size, batch):
     plain = run(case.model, size, batch)
     apply(case.model, case.checkpoint)
     patched = run(case.model, size, batch)
-    assert relative_error(patched, run(by_hand(case.fresh(), case.checkpoint, size), size, batch)) < 1e-5
-    assert relative_error(patched, plain) > 0.01
+    assert largest_error(patched, run(by_hand(case.fresh(), case.checkpoint, size), size, batch)) < 1e-5
+    assert largest_error(patched, plain) > 0.01
 
 
 @pytest.mark.parametrize("size", [(9, 31), (17, 23), (1, 5)])
@@ -64,14 +64,14 @@ def test_output_is_that_of_blocks_put_in_by_hand(case, size, batch):
 def test_odd_sizes(kind, size):
     model, checkpoint = make(kind), make_checkpoint(make(kind))
     apply(model, checkpoint)
-    assert relative_error(run(model, size), run(by_hand(make(kind), checkpoint, size), size)) < 1e-5
+    assert largest_error(run(model, size), run(by_hand(make(kind), checkpoint, size), size)) < 1e-5
 
 
 def test_one_model_at_many_sizes(case):
     apply(case.model, case.checkpoint)
     for size in [(16, 12), (12, 16), (8, 24), (16, 12)]:
         assert (
-            relative_error(run(case.model, size), run(by_hand(case.fresh(), case.checkpoint, size), size))
+            largest_error(run(case.model, size), run(by_hand(case.fresh(), case.checkpoint, size), size))
             < 1e-5
         )
 
@@ -123,7 +123,7 @@ def test_a_selection_replaces_only_what_it_names(sd, blocks, count, changed):
     there = [name for name, m in sd.model.named_modules() if "forward" in vars(m)]
     assert len(there) == count and set(changed or there) <= set(there)
     part = Checkpoint(sd.checkpoint.architecture, {site: sd.checkpoint.blocks[site] for site in there})
-    assert relative_error(run(sd.model), run(by_hand(sd.fresh(), part, (16, 12)))) < 1e-5
+    assert largest_error(run(sd.model), run(by_hand(sd.fresh(), part, (16, 12)))) < 1e-5
 
 
 def test_nobody_warns_of_what_is_handed_down(case, caplog):
@@ -164,7 +164,7 @@ def test_applying_again_replaces(sd, caplog):
     apply(sd.model, sd.checkpoint, end_percent=0.5)
     report = apply(sd.model, other)
     assert "is replaced as a whole" in report.text
-    assert relative_error(run(sd.model), run(by_hand(sd.fresh(), other, (16, 12)))) < 1e-5
+    assert largest_error(run(sd.model), run(by_hand(sd.fresh(), other, (16, 12)))) < 1e-5
     remove(sd.model)
     assert_same(before, state(sd.model))
 
@@ -265,7 +265,7 @@ def test_smaller_dtypes(case, dtype, order):
     assert stored == {dtype}
     patched = run(case.model, (8, 6))
     assert patched.dtype == dtype
-    assert relative_error(patched.float(), run(by_hand(case.fresh(), case.checkpoint, (8, 6)), (8, 6))) < 0.06
+    assert largest_error(patched.float(), run(by_hand(case.fresh(), case.checkpoint, (8, 6)), (8, 6))) < 0.06
     remove(case.model)
     assert torch.equal(run(case.model, (8, 6)), run(case.fresh().to(dtype), (8, 6)))
 
@@ -274,7 +274,7 @@ def test_channels_last(sd):
     apply(sd.model, sd.checkpoint)
     expected = run(sd.model)
     sd.model.to(memory_format=torch.channels_last)
-    assert relative_error(run(sd.model), expected) < 1e-5
+    assert largest_error(run(sd.model), expected) < 1e-5
 
 
 def test_a_copy_of_a_patched_model_is_on_its_own(case):
@@ -296,7 +296,7 @@ def test_attention_that_only_looks_at_the_text_is_no_site():
     checkpoint = make_checkpoint(models[0])
     assert checkpoint.architecture == "unet-32x4"
     assert "4 of 4" in apply(models[0], checkpoint).text
-    assert relative_error(run(models[0]), run(by_hand(models[1], checkpoint, (16, 12)))) < 1e-5
+    assert largest_error(run(models[0]), run(by_hand(models[1], checkpoint, (16, 12)))) < 1e-5
 
 
 def test_threads_with_different_sizes_share_a_model(sd):
@@ -330,7 +330,7 @@ def test_gradients_with_and_without_checkpointing(case):
         call(case.model, x.detach().mT, torch.ones(1, 5, 16), 500)
         output.square().sum().backward()
         gradients.append(x.grad)
-    assert relative_error(*gradients) < 1e-4
+    assert largest_error(*gradients) < 1e-4
 
 
 def test_a_forward_that_was_there_before(sd):
@@ -391,7 +391,7 @@ def test_a_pipeline(sd, tmp_path):
     apply(pipe, sd.checkpoint)
     patched = sample(pipe)
     expected = sample(make_pipeline(tmp_path, unet=by_hand(make("sd"), sd.checkpoint, (12, 16))))
-    assert relative_error(patched, expected) < 1e-5 and relative_error(patched, plain) > 0.01
+    assert largest_error(patched, expected) < 1e-5 and largest_error(patched, plain) > 0.01
     remove(pipe)
     assert torch.equal(sample(pipe), plain)
 
@@ -404,6 +404,6 @@ def test_a_pixart_pipeline(pixart, tmp_path):
     patched = sample(pipe, **options)
     other = make_pixart_pipeline(tmp_path)
     by_hand(other.transformer, pixart.checkpoint, (12, 16))
-    assert relative_error(patched, sample(other, **options)) < 1e-5 < relative_error(patched, plain)
+    assert largest_error(patched, sample(other, **options)) < 1e-5 < largest_error(patched, plain)
     remove(pipe)
     assert torch.equal(sample(pipe, **options), plain)

@@ -9,7 +9,8 @@ import torch
 from deltaconv_core.diffusers import apply, remove
 from deltaconv_core.diffusers.sites import find_sites, network_of
 from deltaconv_core.errors import DeltaConvError
-from testing.diffusers_models import CONTEXT_DIM, call, make, make_checkpoint, relative_error
+from testing.compare import largest_error
+from testing.diffusers_models import CONTEXT_DIM, call, make, make_checkpoint
 
 CROSS, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 
@@ -45,7 +46,7 @@ def test_whole_range_is_one_graph(kind):
     apply(model, make_checkpoint(model))
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
     for size in ((8, 6), (6, 8)):
-        assert relative_error(run(compiled, size), run(model, size)) < 1e-5
+        assert largest_error(run(compiled, size), run(model, size)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -63,11 +64,11 @@ def test_a_model_that_was_compiled_first(compile):
     run(user)
     apply(user, checkpoint)
     patched = run(user)
-    assert relative_error(patched, plain) > 1e-3
+    assert largest_error(patched, plain) > 1e-3
     remove(user)
-    assert relative_error(run(user), plain) < 1e-5
+    assert largest_error(run(user), plain) < 1e-5
     apply(user, checkpoint, end_percent=0.5)
-    assert relative_error(run(user, timestep=800), run(model, timestep=800)) < 1e-5
+    assert largest_error(run(user, timestep=800), run(model, timestep=800)) < 1e-5
 
 
 def test_wrappers_around_the_network_and_its_parts():
@@ -88,9 +89,9 @@ def test_wrappers_around_the_network_and_its_parts():
                 setattr(model.get_submodule(parent), last, torch.compile(stack, backend="eager"))
         user = torch.compile(model, backend="eager")
         apply(user, checkpoint)
-        assert relative_error(run(user), patched) < 1e-5
+        assert largest_error(run(user), patched) < 1e-5
         remove(user)
-        assert relative_error(run(user), plain) < 1e-5
+        assert largest_error(run(user), plain) < 1e-5
 
 
 def test_a_model_for_several_processes(tmp_path):
@@ -129,7 +130,7 @@ def test_a_range_takes_one_side_or_the_other():
     for timestep in (800, 200, 700):
         timestep = torch.tensor(timestep)
         expected = run(whole if timestep > 500 else bare, timestep=timestep)
-        assert relative_error(run(compiled, timestep=timestep), expected) < 1e-5
+        assert largest_error(run(compiled, timestep=timestep), expected) < 1e-5
 
 
 def test_a_compiled_block():
@@ -140,4 +141,4 @@ def test_a_compiled_block():
     expected = [run(model, size) for size in ((8, 6), (6, 8))]
     model.transformer_blocks[1].compile(backend="eager", fullgraph=True)
     for size, output in zip(((8, 6), (6, 8)), expected, strict=True):
-        assert relative_error(run(model, size), output) < 1e-5
+        assert largest_error(run(model, size), output) < 1e-5

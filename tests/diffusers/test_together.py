@@ -10,12 +10,12 @@ import torch
 
 from deltaconv_core import DeltaConvError
 from deltaconv_core.diffusers import apply, remove
+from testing.compare import largest_error
 from testing.diffusers_models import (
     by_hand,
     make,
     make_checkpoint,
     make_pipeline,
-    relative_error,
     run,
     sample,
 )
@@ -85,17 +85,17 @@ def test_lora_acts_except_on_the_attention_that_is_replaced(pipe, checkpoint, lo
         apply(pipe, checkpoint)
         load(pipe)
     output = sample(pipe)
-    assert relative_error(output, sampled_by_hand(tmp_path, checkpoint, load)) < 1e-5
-    assert relative_error(output, sampled_by_hand(tmp_path, checkpoint)) > 1e-3
+    assert largest_error(output, sampled_by_hand(tmp_path, checkpoint, load)) < 1e-5
+    assert largest_error(output, sampled_by_hand(tmp_path, checkpoint)) > 1e-3
     (warning,) = warnings_of(caplog)
     assert "a LoRA (style) changes 14 layers of the self-attention at 7 sites" in warning
     assert (
         "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q, " in warning and "and 11 more" in warning
     )
     pipe.unload_lora_weights()
-    assert relative_error(sample(pipe), sampled_by_hand(tmp_path, checkpoint)) < 1e-5
+    assert largest_error(sample(pipe), sampled_by_hand(tmp_path, checkpoint)) < 1e-5
     remove(pipe)
-    assert relative_error(sample(pipe), sample(make_pipeline(tmp_path))) < 1e-6
+    assert largest_error(sample(pipe), sample(make_pipeline(tmp_path))) < 1e-6
 
 
 @pytest.mark.parametrize(("layer", "said"), [("attn1.to_v", True), ("attn2.to_v", False), ("proj_in", False)])
@@ -128,7 +128,7 @@ def test_base_weights_under_a_lora(pipe, checkpoint, lora, tmp_path):
     expected = sampled_by_hand(tmp_path, checkpoint, load)
     pipe.load_lora_weights(lora("conv1"))
     apply(pipe, checkpoint)
-    assert relative_error(sample(pipe), expected) < 1e-5
+    assert largest_error(sample(pipe), expected) < 1e-5
     pipe.fuse_lora()
     with pytest.raises(DeltaConvError, match=rf"a LoRA is fused into {name}.*unfuse_lora\(\) first"):
         remove(pipe)
@@ -137,7 +137,7 @@ def test_base_weights_under_a_lora(pipe, checkpoint, lora, tmp_path):
     pipe.unfuse_lora()
     remove(pipe)
     pipe.unload_lora_weights()
-    assert relative_error(sample(pipe), sample(make_pipeline(tmp_path))) < 1e-6
+    assert largest_error(sample(pipe), sample(make_pipeline(tmp_path))) < 1e-6
 
 
 def slicing(pipe):
@@ -163,7 +163,7 @@ def test_other_ways_to_compute_attention(pipe, checkpoint, tmp_path, change, ord
         change(pipe)
     apply(pipe, checkpoint)
     change(pipe)
-    assert relative_error(sample(pipe), sampled_by_hand(tmp_path, checkpoint, change)) < 1e-5
+    assert largest_error(sample(pipe), sampled_by_hand(tmp_path, checkpoint, change)) < 1e-5
     assert warnings_of(caplog) == []
     remove(pipe)
     plain = make_pipeline(tmp_path)
@@ -203,7 +203,7 @@ def test_vae_tiling_and_several_pictures(pipe, checkpoint, tmp_path):
     apply(pipe, checkpoint)
     pictures = sample(pipe, **options)
     assert pictures.shape == (4, 3, 24, 32)
-    assert relative_error(pictures, sampled_by_hand(tmp_path, checkpoint, prepare, **options)) < 1e-4
+    assert largest_error(pictures, sampled_by_hand(tmp_path, checkpoint, prepare, **options)) < 1e-4
 
 
 def test_controlnet(checkpoint, tmp_path):
@@ -218,8 +218,8 @@ def test_controlnet(checkpoint, tmp_path):
     pipe = pipeline(make("sd"))
     apply(pipe, checkpoint)
     output = sample(pipe, **options)
-    assert relative_error(output, sample(pipeline(by_hand(make("sd"), checkpoint, SIZE)), **options)) < 1e-5
-    assert relative_error(output, sample(pipe, **options, controlnet_conditioning_scale=0.0)) > 1e-3
+    assert largest_error(output, sample(pipeline(by_hand(make("sd"), checkpoint, SIZE)), **options)) < 1e-5
+    assert largest_error(output, sample(pipe, **options, controlnet_conditioning_scale=0.0)) > 1e-3
 
 
 def ip_adapter(pipe):
@@ -244,8 +244,8 @@ def test_ip_adapter(pipe, checkpoint, tmp_path, order, caplog):
     if order == "after":
         ip_adapter(pipe)
     output = sample(pipe, **options)
-    assert relative_error(output, sampled_by_hand(tmp_path, checkpoint, ip_adapter, **options)) < 1e-5
-    assert relative_error(output, sampled_by_hand(tmp_path, checkpoint)) > 1e-3
+    assert largest_error(output, sampled_by_hand(tmp_path, checkpoint, ip_adapter, **options)) < 1e-5
+    assert largest_error(output, sampled_by_hand(tmp_path, checkpoint)) > 1e-3
     assert warnings_of(caplog) == []
 
 
@@ -262,7 +262,7 @@ def test_a_model_with_motion_modules(sd):
     by_hand(models[1], sd.checkpoint, (8, 12))
     with torch.no_grad():
         outputs = [model(x, 5, context.repeat(3, 1, 1)).sample for model in models]
-    assert relative_error(*outputs) < 1e-5
+    assert largest_error(*outputs) < 1e-5
 
 
 def test_layerwise_casting(sd):

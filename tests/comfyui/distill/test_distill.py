@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from testing.comfy_distill import distil, latents, same, single_items, weights
+from testing.comfy_distill import distil, latents, single_items, weights
 from testing.comfy_models import (
     conditioning,
     in_pack,
     make_pixart,
     make_unet,
-    relative_error,
     run_patch_node,
     same_state,
     sample,
     state,
     wrapped_by_compile,
 )
+from testing.compare import largest_error, same_weights
 
 pytestmark = pytest.mark.usefixtures("output")
 
@@ -47,7 +47,7 @@ def test_a_teacher_made_in_inference_mode_learns_and_stays_as_it_was(pack, infer
     assert objects == {name: id(p) for name, p in inference_unet.model.named_parameters()}
     assert torch.equal(sample(inference_unet), picture)
     student = sample(patched)
-    assert not torch.equal(student, picture) and relative_error(student, picture) < 0.1
+    assert not torch.equal(student, picture) and largest_error(student, picture) < 0.1
     assert torch.equal(sample(inference_unet), picture)
     assert steps == 4 and len(losses["loss"]) == 4
     assert len(checkpoint.blocks) == 5
@@ -59,7 +59,7 @@ def test_a_teacher_whose_network_another_node_compiled(pack, unet):
     _, wrapped, *_ = distil(pack, wrapped_by_compile(unet)).args
     expected = weights(plain)
     for name, weight in weights(wrapped).items():
-        assert relative_error(weight, expected[name]) < 1e-3
+        assert largest_error(weight, expected[name]) < 1e-3
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("out of memory"), KeyboardInterrupt()])
@@ -105,7 +105,7 @@ def test_a_lora_is_part_of_the_teacher(pack, unet):
     merged = make_unet()
     merged.model.get_parameter(key).data += 0.5 * change
     learned = [weights(distil(pack, model).args[1]) for model in (with_lora, merged, unet)]
-    assert same(learned[0], learned[1]) and not same(learned[0], learned[2])
+    assert same_weights(learned[0], learned[1]) and not same_weights(learned[0], learned[2])
 
 
 def test_weights_that_are_loaded_layer_by_layer(pack, inference_unet, monkeypatch):
@@ -140,13 +140,13 @@ def test_attention_without_gradients_is_not_used(pack, unet):
 
     model = unet.clone()
     model.model_options["transformer_options"]["optimized_attention_override"] = quantized
-    assert same(weights(distil(pack, model).args[1]), weights(distil(pack, unet).args[1]))
+    assert same_weights(weights(distil(pack, model).args[1]), weights(distil(pack, unet).args[1]))
 
 
 def test_deltaconv_on_the_model_is_not_the_teacher(pack, unet, checkpoint):
     patched = run_patch_node(pack, unet, checkpoint).args[0]
     learned = [distil(pack, model).args for model in (patched, unet)]
-    assert same(weights(learned[0][1]), weights(learned[1][1]))
+    assert same_weights(weights(learned[0][1]), weights(learned[1][1]))
     assert torch.equal(sample(learned[0][0]), sample(learned[1][0]))
 
 
@@ -202,7 +202,7 @@ def test_blocks_start_exactly(pack, precision):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "warm_start", watched)
         distil(pack, unet, preset="custom", precision=precision, layer_steps=1, output_steps=0, blocks="mid")
-    assert relative_error(started[0], product) < 1e-4
+    assert largest_error(started[0], product) < 1e-4
 
 
 @pytest.mark.parametrize("stage", ["layer_steps", "output_steps"])
@@ -229,7 +229,7 @@ def test_every_block_learns(pack, build, stage, feature):
 
 def test_checkpointing_changes_nothing(pack, unet):
     first, second = (distil(pack, unet, checkpointing=on).args[1] for on in (True, False))
-    assert same(weights(first), weights(second))
+    assert same_weights(weights(first), weights(second))
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from testing.comfy_distill import distil, latents, same, weights
+from testing.comfy_distill import distil, latents, weights
 from testing.comfy_models import conditioning, in_pack, make_unet, sample
+from testing.compare import same_weights
 
 pytestmark = pytest.mark.usefixtures("output")
 
@@ -36,7 +37,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(pack, unet, output, stop_after, step):
     patching.undo()
     patching.setattr("folder_paths.output_directory", str(output.parent))
     resumed = distil(pack, unet, resume="stopped_00001", **job).args
-    assert same(weights(whole[1]), weights(resumed[1]))
+    assert same_weights(weights(whole[1]), weights(resumed[1]))
     assert whole[1].metadata == resumed[1].metadata
     assert whole[2:] == resumed[2:]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from testing.comfy_distill import same, weights
+from testing.comfy_distill import weights
 from testing.comfy_models import in_pack, patch, sample
+from testing.compare import same_weights
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_what_was_saved_is_loaded(pack, models, unet, checkpoint):
     folder = in_pack(pack, "nodes.host.files.model_folder")
     assert "mine_00001.safetensors" in folder.Choices().names()
     loaded = folder.Choices().load("mine_00001.safetensors")
-    assert same(weights(checkpoint), weights(loaded))
+    assert same_weights(weights(checkpoint), weights(loaded))
     assert torch.equal(sample(patch(pack, unet, checkpoint)), sample(patch(pack, unet, loaded)))
 
 

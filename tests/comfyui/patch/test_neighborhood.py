@@ -11,10 +11,10 @@ from testing.comfy_models import (
     make_pixart,
     make_unet,
     patch,
-    relative_error,
     sample,
 )
 from testing.comfy_patches import lora
+from testing.compare import largest_error
 
 
 def neighborhood(pack, model, kernel_size, blocks="all"):
@@ -56,22 +56,22 @@ def masked(module, kernel_size):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_unet_output_is_that_of_masked_attention(pack, unet, size, batch):
     cut = sample(neighborhood(pack, unet, 5).args[0], size, batch=batch)
-    assert relative_error(cut, sample(masked_by_hand(make_unet(), 5), size, batch=batch)) < 1e-5
-    assert relative_error(cut, sample(unet, size, batch=batch)) > 1e-3
+    assert largest_error(cut, sample(masked_by_hand(make_unet(), 5), size, batch=batch)) < 1e-5
+    assert largest_error(cut, sample(unet, size, batch=batch)) > 1e-3
 
 
 def test_pixart_output_is_that_of_masked_attention(pack, pixart):
     size = (64, 48)
     cut = sample(neighborhood(pack, pixart, 7).args[0], size)
-    assert relative_error(cut, sample(masked_by_hand(make_pixart(), 7), size)) < 1e-5
-    assert relative_error(cut, sample(pixart, size)) > 1e-3
+    assert largest_error(cut, sample(masked_by_hand(make_pixart(), 7), size)) < 1e-5
+    assert largest_error(cut, sample(pixart, size)) > 1e-3
 
 
 @pytest.mark.parametrize(("name", "size"), [("unet", (17, 12)), ("pixart", (48, 64))])
 def test_a_window_as_large_as_the_picture_is_attention(pack, request, name, size):
     model = request.getfixturevalue(name)
     whole = sample(neighborhood(pack, model, 63).args[0], size)
-    assert relative_error(whole, sample(model, size)) < 1e-5
+    assert largest_error(whole, sample(model, size)) < 1e-5
 
 
 def test_only_the_chosen_blocks(pack, unet):
@@ -83,15 +83,15 @@ def test_only_the_chosen_blocks(pack, unet):
     reference = masked_by_hand(
         make_unet(), 3, lambda name: not name.startswith(("middle", "output_blocks.3"))
     )
-    assert relative_error(sample(output.args[0]), sample(reference)) < 1e-5
+    assert largest_error(sample(output.args[0]), sample(reference)) < 1e-5
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_lora_on_self_attention_keeps_acting(pack, unet, order):
     cut = lambda model: neighborhood(pack, model, 5).args[0]  # noqa: E731
     model = cut(lora(unet)) if order == "before" else lora(cut(unet))
-    assert relative_error(sample(model), sample(lora(masked_by_hand(make_unet(), 5)))) < 1e-5
-    assert relative_error(sample(model), sample(cut(unet))) > 1e-3
+    assert largest_error(sample(model), sample(lora(masked_by_hand(make_unet(), 5)))) < 1e-5
+    assert largest_error(sample(model), sample(cut(unet))) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -101,9 +101,9 @@ def test_lora_on_self_attention_keeps_acting(pack, unet, order):
 )
 def test_other_dtypes(pack, base, manual_cast):
     model = make_unet(base, manual_cast)
-    own = relative_error(sample(model), sample(make_unet()))
+    own = largest_error(sample(model), sample(make_unet()))
     cut = sample(neighborhood(pack, model, 5).args[0])
-    assert relative_error(cut, sample(neighborhood(pack, make_unet(), 5).args[0])) < 2 * own
+    assert largest_error(cut, sample(neighborhood(pack, make_unet(), 5).args[0])) < 2 * own
 
 
 def test_the_model_stays_as_it_is(pack, unet):
@@ -118,7 +118,7 @@ def test_two_windows_on_one_model(pack, unet):
     """Each has its own sites; where both were put, the later one acts."""
     mixed = neighborhood(pack, neighborhood(pack, unet, 3).args[0], 7, "up").args[0]
     reference = masked_by_hand(masked_by_hand(make_unet(), 3), 7, lambda name: name.startswith("output"))
-    assert relative_error(sample(mixed), sample(reference)) < 1e-5
+    assert largest_error(sample(mixed), sample(reference)) < 1e-5
 
 
 def test_beside_deltaconv_in_a_part_of_the_sampling(pack, unet, checkpoint):
@@ -129,7 +129,7 @@ def test_beside_deltaconv_in_a_part_of_the_sampling(pack, unet, checkpoint):
     for name in ("input_blocks.1.1", "input_blocks.3.1"):
         attention = reference.model.diffusion_model.get_submodule(f"{name}.transformer_blocks.0.attn1")
         del attention.__dict__["forward"]
-    assert relative_error(sample(both), sample(reference)) < 1e-5
+    assert largest_error(sample(both), sample(reference)) < 1e-5
 
 
 def test_in_place_of_deltaconv_is_said(pack, unet, checkpoint):

@@ -18,12 +18,12 @@ from testing.comfy_models import (
     make_pixart,
     make_unet,
     patch,
-    relative_error,
     run_patch_node,
     same_state,
     sample,
     state,
 )
+from testing.compare import largest_error
 
 SIGMA = 5.0
 
@@ -47,16 +47,16 @@ def apply(model, size, batch=1, sigma=SIGMA):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_unet_output_is_that_of_blocks_put_in_by_hand(pack, unet, checkpoint, size, batch):
     patched = apply(patch(pack, unet, checkpoint), size, batch)
-    assert relative_error(patched, apply(by_hand(make_unet(), checkpoint), size, batch)) < 1e-5
-    assert relative_error(patched, apply(unet, size, batch)) > 1e-3
+    assert largest_error(patched, apply(by_hand(make_unet(), checkpoint), size, batch)) < 1e-5
+    assert largest_error(patched, apply(unet, size, batch)) > 1e-3
 
 
 @pytest.mark.parametrize("size", [(64, 48), (34, 66)])
 def test_pixart_output_is_that_of_blocks_put_in_by_hand(pack, pixart, size):
     checkpoint = make_checkpoint(pack, pixart, gate="sigmoid")
     patched = apply(patch(pack, pixart, checkpoint), size, batch=2)
-    assert relative_error(patched, apply(by_hand(make_pixart(), checkpoint), size, batch=2)) < 1e-5
-    assert relative_error(patched, apply(pixart, size, batch=2)) > 1e-3
+    assert largest_error(patched, apply(by_hand(make_pixart(), checkpoint), size, batch=2)) < 1e-5
+    assert largest_error(patched, apply(pixart, size, batch=2)) > 1e-3
 
 
 def test_area_and_unequal_conditioning(pack, unet, checkpoint):
@@ -64,7 +64,7 @@ def test_area_and_unequal_conditioning(pack, unet, checkpoint):
     area = [[conditioning(1)[0][0], {"area": (9, 16, 3, 0), "strength": 1.0}], *conditioning(4, length=8)]
     options = {"positive": area, "negative": conditioning(2, length=3), "batch": 2}
     patched = sample(patch(pack, unet, checkpoint), (19, 16), **options)
-    assert relative_error(patched, sample(by_hand(make_unet(), checkpoint), (19, 16), **options)) < 1e-5
+    assert largest_error(patched, sample(by_hand(make_unet(), checkpoint), (19, 16), **options)) < 1e-5
 
 
 @pytest.mark.parametrize("first", ["attention", "ΔConv"])
@@ -158,8 +158,8 @@ def test_blocks_take_the_dtype_that_the_model_computes_in(pack, base, manual_cas
     clone = patch(pack, model, checkpoint)
     assert {p.dtype for p in clone.model_patches_models()[0].model.parameters()} == {blocks}
     reference = sample(patch(pack, make_unet(), checkpoint))
-    error = relative_error(sample(clone), reference)
-    own = relative_error(sample(model), sample(make_unet()))
+    error = largest_error(sample(clone), reference)
+    own = largest_error(sample(model), sample(make_unet()))
     assert error < max(1e-6, 2 * own)
     model.detach()
     assert same_state(before, model)

@@ -21,7 +21,6 @@ from testing.comfy_models import (
     make_checkpoint,
     make_unet,
     patch,
-    relative_error,
     run_patch_node,
     sample,
     unet_config,
@@ -41,6 +40,7 @@ from testing.comfy_patches import (
     sag,
     v_prediction,
 )
+from testing.compare import largest_error
 
 
 def as_is(model: Model) -> Model:
@@ -159,8 +159,8 @@ def test_agrees_with_blocks_put_in_by_hand(pack, unet, checkpoint, case):
     untouched = case.run(case.after(case.before(unet)))
     patched = case.run(case.after(patch(pack, case.before(unet), checkpoint)))
     expected = case.run(case.after(case.before(by_hand(make_unet(), checkpoint))))
-    assert relative_error(patched, expected) < 1e-5
-    assert relative_error(patched, untouched) > 1e-4
+    assert largest_error(patched, expected) < 1e-5
+    assert largest_error(patched, untouched) > 1e-4
     assert torch.equal(case.run(case.after(case.before(unet))), untouched)
 
 
@@ -169,7 +169,7 @@ def test_a_range_with_torch_compile(pack, unet, checkpoint):
     part = patch(pack, unet, checkpoint, end=0.5)
     options = {"steps": 4, "size": (12, 10)}
     torch.testing.assert_close(sample(compiled(part), **options), sample(part, **options), rtol=0, atol=1e-3)
-    assert relative_error(sample(part, **options), sample(patch(pack, unet, checkpoint), **options)) > 1e-4
+    assert largest_error(sample(part, **options), sample(patch(pack, unet, checkpoint), **options)) > 1e-4
 
 
 def test_merging_takes_the_weights_and_leaves_the_blocks_behind(pack, unet, checkpoint):
@@ -278,7 +278,7 @@ def test_partial_loading(pack, unet, checkpoint, before, little_memory, monkeypa
     assert blocks.model.model_lowvram or blocks.loaded_size() == blocks.model_size()
     monkeypatch.undo()
     clone.detach()
-    assert relative_error(partial, sample(patch(pack, before(unet), checkpoint))) < 1e-5
+    assert largest_error(partial, sample(patch(pack, before(unet), checkpoint))) < 1e-5
 
 
 def test_unloading_under_pressure(pack, unet, checkpoint):

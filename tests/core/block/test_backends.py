@@ -19,6 +19,7 @@ from deltaconv_core.block import ops
 from deltaconv_core.block.ops import by_torch, choose, fastest
 from deltaconv_core.block.ops.by_reference import SlowBackend
 from deltaconv_core.block.reference import reference_block
+from testing.compare import relative_l2
 
 GRIDS = [(8, 8), (7, 5), (1, 6), (9, 1), (1, 1)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -29,10 +30,6 @@ CONVOLUTIONS = [
     for kernel_size in (3, 11, 13, 17)
     for name in by_torch.offered(torch.float32, kernel_size)
 ]
-
-
-def error(got, truth):
-    return ((got.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-30)).item()
 
 
 def stages(grid, channels, scales=(1.0, 0.5), batch=2):
@@ -52,7 +49,7 @@ def test_convolutions_with_gate(name, kernel_size, grid, kind):
         with fastest.fixed(convolution=name), torch.set_grad_enabled(grad):
             g = BACKENDS[0].depthwise_gate(*given, kind)
         assert g.shape == (2, *grid, 3) and g.stride(3) == 1
-        assert error(g, truth) < 1e-6
+        assert relative_l2(g, truth) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -68,7 +65,7 @@ def test_rounding_of_convolutions_with_gate(name, dtype):
     with fastest.fixed(convolution=name):
         g = BACKENDS[0].depthwise_gate(u, weight, None, "simple")
     assert g.dtype == (torch.float32 if dtype == torch.float16 else dtype)
-    assert error(g, truth) <= max(2 * error(naive, truth), torch.finfo(dtype).eps / 2)
+    assert relative_l2(g, truth) <= max(2 * relative_l2(naive, truth), torch.finfo(dtype).eps / 2)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -104,7 +101,7 @@ def test_rounding_of_projections(name, dtype):
     with fastest.fixed(projection=name), torch.no_grad():
         y = BACKENDS[0].project(given, weight, bias, grid, "concat")
     assert y.dtype == (torch.float32 if dtype == torch.float16 else dtype)
-    assert error(y, truth) <= 2 * error(naive, truth)
+    assert relative_l2(y, truth) <= 2 * relative_l2(naive, truth)
 
 
 @pytest.mark.parametrize("name", by_torch.PROJECTIONS)
@@ -114,7 +111,7 @@ def test_projection_of_more_than_float16_holds(name):
     truth = EXACT.project([g.double() for g in given], weight.double(), bias.double(), (4, 4), "concat")
     with fastest.fixed(projection=name), torch.no_grad():
         y = BACKENDS[0].project(given, weight, bias, (4, 4), "concat")
-    assert error(y, truth) < 1e-3
+    assert relative_l2(y, truth) < 1e-3
 
 
 @pytest.mark.parametrize("projection", by_torch.PROJECTIONS)
@@ -188,7 +185,7 @@ def test_the_reference_as_a_backend(spec, dtype):
     block, x = DeltaConvBlock(spec, dtype=dtype), torch.randn(2, 35, spec.dim).to(dtype)
     with choose.forced("reference"):
         slow = block(x, (7, 5))
-    assert error(block(x, (7, 5)), slow) < 4 * torch.finfo(dtype).eps
+    assert relative_l2(block(x, (7, 5)), slow) < 4 * torch.finfo(dtype).eps
 
 
 def on_gpu(dtype=torch.float16):
@@ -297,7 +294,7 @@ def test_autocast_ends_before_the_backend(triton, dtype, projection, grad):
         y = block(x, (7, 5))
         assert torch.is_autocast_enabled("cpu")
     assert y.dtype == torch.float32
-    assert error(y, truth) < 8 * torch.finfo(dtype).eps
+    assert relative_l2(y, truth) < 8 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("where", ["conv_up", "conv_pool"])
@@ -357,7 +354,7 @@ def test_layers_that_do_more_than_their_weights_say(where, how, dtype):
         layer.weight.data.mul_(2)
         if layer.bias is not None and how != "pre-hook":
             layer.bias.data.mul_(2)
-    assert error(block(x, (3, 4)), twin(x, (3, 4))) < 4 * torch.finfo(dtype).eps
+    assert relative_l2(block(x, (3, 4)), twin(x, (3, 4))) < 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("grad", [False, True])

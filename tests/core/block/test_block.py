@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from deltaconv_core import BlockSpec, DeltaConvBlock, DeltaConvError
 from deltaconv_core.block.reference import reference_block
+from testing.compare import relative_l2
 
 VARIANTS = {
     "release": BlockSpec(16, 5),
@@ -81,11 +82,6 @@ def functional(block):
     return lambda x, grid, parameters: torch.func.functional_call(block, parameters, (x, grid))
 
 
-def relative_error(got, truth):
-    scale = truth.double().norm().clamp(min=1e-30)
-    return ((got.double() - truth.double()).norm() / scale).item()
-
-
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("name", VARIANTS)
@@ -118,8 +114,8 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(name, grid, dtype):
     rounding = torch.finfo(dtype).eps / 2
     for what in truth:
         assert fast[what].dtype == dtype
-        allowed = 2 * relative_error(plain[what], truth[what])
-        assert relative_error(fast[what], truth[what]) <= max(allowed, rounding), what
+        allowed = 2 * relative_l2(plain[what], truth[what])
+        assert relative_l2(fast[what], truth[what]) <= max(allowed, rounding), what
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -137,7 +133,7 @@ def test_large_inputs_stay_finite(name, dtype, sign):
     assert truth.abs().max() < torch.finfo(dtype).max, "the case asks for more than the dtype holds"
     y = block(x, (7, 5))
     assert y.isfinite().all()
-    assert relative_error(y, truth) < 4 * torch.finfo(dtype).eps
+    assert relative_l2(y, truth) < 4 * torch.finfo(dtype).eps
 
 
 def test_float16_is_never_computed_on_a_cpu():

@@ -19,6 +19,7 @@ from deltaconv_core.block.ops import choose
 from deltaconv_core.block.ops.by_torch import PlainBackend
 from deltaconv_core.block.ops.triton import BACKEND
 from deltaconv_core.block.ops.triton.operators import NAMESPACE
+from testing.compare import relative_l2
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -55,10 +56,6 @@ def run(function, tensors, upstream):
     return [y.detach(), *(t.grad for t in tensors)]
 
 
-def relative_error(got, truth):
-    return ((got.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-30)).item()
-
-
 def check(fast, plain, exact, tensors, names):
     """At most twice the error of plain PyTorch in the same dtype."""
     torch.manual_seed(1)
@@ -70,7 +67,7 @@ def check(fast, plain, exact, tensors, names):
     rounding = torch.finfo(tensors[-1].dtype).eps / 2
     for name, a, b, c in zip(["result", *names], got, expected, truth, strict=True):
         assert a.shape == c.shape and a.isfinite().all(), name
-        assert relative_error(a, c) <= max(2 * relative_error(b, c), rounding), name
+        assert relative_l2(a, c) <= max(2 * relative_l2(b, c), rounding), name
 
 
 def plain_gate(kind):
@@ -241,7 +238,7 @@ def test_projection_of_stages_beyond_float16(magnitude):
     bias = torch.zeros(1, 1, 10, device=DEVICE)
     y = BACKEND.project(stages, weight, bias, ODD, "concat")
     exact = exact_project(ODD, "concat")(*(t.double() for t in (*stages, weight, bias)))
-    assert relative_error(y, exact) < 1e-3
+    assert relative_l2(y, exact) < 1e-3
 
 
 SPECS = {
@@ -304,11 +301,11 @@ def test_whole_block_under_autocast(name, dtype, grad):
         y = block(x, ODD)
     assert y.dtype == torch.float32
     tolerance = 8 * torch.finfo(dtype).eps
-    assert relative_error(y, exact[0]) < tolerance
+    assert relative_l2(y, exact[0]) < tolerance
     if grad:
         y.backward(upstream)
         for (name, w), gradient in zip(weights.items(), exact[1:], strict=True):
-            assert relative_error(w.grad, gradient) < tolerance, name
+            assert relative_l2(w.grad, gradient) < tolerance, name
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -13,6 +13,7 @@ import torch
 from deltaconv_core import BlockSpec, DeltaConvBlock
 from deltaconv_core.distill import Batch, RunFolder, Settings, distill, loop, random_start, run_folder
 from deltaconv_core.errors import CheckpointError, DeltaConvError
+from testing.compare import same_weights
 from testing.tiny_network import SETTINGS, batches, make_mixers, make_network, trained
 
 
@@ -21,8 +22,7 @@ def weights(mixers):
 
 
 def same(a, b):
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return same_weights(weights(a), weights(b))
 
 
 class Cancel(Exception):
