@@ -245,7 +245,7 @@ def run(args: argparse.Namespace) -> None:
     folder, models = Folder(args.output, settings), Models(args.teacher, students)
     classifier = load_classifier(classifier_file())
 
-    tables: dict[str, dict[str, Any]] = {name: {} for name in hashes}
+    measured: dict[str, dict[str, Any]] = {name: {} for name in hashes}
     for size, prompts in chosen:
         reference = reference_moments(classifier, prompts, size.side, args.reference, args.seed)
         teacher = None
@@ -258,12 +258,12 @@ def run(args: argparse.Namespace) -> None:
                 return sample(models[name], models.words, prompts, size, settings)
 
             pictures = folder.pictures(name, size, model_hash, make)
-            tables[name][str(size.side)] = measure(pictures, prompts, classifier, reference, teacher)
+            measured[name][str(size.side)] = measure(pictures, prompts, classifier, reference, teacher)
             teacher = pictures if name == TEACHER else teacher
             if name != DRAWN:
                 gflop = count_gflop(models[name], models.words, prompts, size)
-                tables[name][str(size.side)]["gflop"] = gflop
-    for name, table in tables.items():
+                measured[name][str(size.side)]["gflop"] = gflop
+    for name, table in measured.items():
         counted = {"weights": weights[name]} if name in weights else {}
         folder.keep(name, {"sha256": hashes[name], **counted, "sizes": table})
     tables.write_report(args.output, folder.results(list(hashes)))

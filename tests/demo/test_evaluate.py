@@ -10,6 +10,7 @@ import pytest
 
 from deltaconv_core import DeltaConvError
 from demo.files import named_file, student_file, teacher_file
+from demo.study import evaluate
 from demo.study.curves import curve, draw_curves, read_log, stage_changes
 from demo.study.evaluate import Folder, Models, Settings, Size, count_gflop, sha256
 from demo.study.metrics import held_out_prompts
@@ -146,3 +147,17 @@ def test_operations_grow_with_the_square_of_the_pixels_for_attention_only(pack):
     assert small["attention"] > small["ΔConv"]
     assert large["attention"] / small["attention"] > 4.2
     assert large["ΔConv"] / small["ΔConv"] == pytest.approx(4, rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_whole_evaluation_in_small(pack, tmp_path, capsys):
+    """Everything from the files to the tables."""
+    options = argparse.Namespace(
+        teacher=teacher_file(), student=[("ΔConv", student_file())], prompts=12, prompts_large=11, size=48,
+        steps=1, steps_large=None, cfg=3.0, seed=0, batch=3, reference=20, output=tmp_path,
+    )  # fmt: skip
+    evaluate.run(options)
+    found = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))["models"]
+    assert list(found) == ["drawn", "attention", "ΔConv"]
+    assert found["ΔConv"]["sizes"]["96"]["psnr"] > 5 and found["attention"]["sizes"]["48"]["gflop"] > 1
+    assert "11 held-out prompts, 96x96, 1 steps" in capsys.readouterr().out
