@@ -22,9 +22,9 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -176,13 +176,14 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """A layer, and how it is run."""
+    """A layer, how it is run, and the methods that it may be run with."""
 
     layer: Layer
     batch: int
     backward: bool
     device: torch.device
     dtype: torch.dtype
+    methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
 
     def tokens(self) -> Tensor:
         height, width = self.layer.grid
@@ -194,7 +195,7 @@ class Case:
 
     def runner(self, name: str, module: nn.Module, x: Tensor) -> Callable[[], None]:
         """One pass of the layer; `Failed` where PyTorch fails."""
-        context, grid = METHODS[name].context, self.layer.grid
+        context, grid = self.methods[name].context, self.layer.grid
 
         def forward() -> None:
             with torch.inference_mode(), context():
@@ -240,7 +241,7 @@ class Case:
             return f"would take {scores / 2**30:,.0f} GiB"
         few = replace(self, layer=replace(self.layer, grid=(16, 16)))
         try:
-            few.runner(name, few.module(METHODS[name]), few.tokens())()
+            few.runner(name, few.module(self.methods[name]), few.tokens())()
         except DeltaConvError as error:  # a backend of ΔConv: "... is forced, but <reason>; <advice>"
             return str(error).partition(" but ")[2].partition(";")[0]
         except Failed:  # what PyTorch says names other kernels, and not why this one is out
@@ -258,13 +259,13 @@ def measure(
     runs: dict[str, Callable[[], None]] = {}
     x = case.tokens()  # of all methods: several of them might not fit
     for name in names:
-        flops = case.flops(METHODS[name])
+        flops = case.flops(case.methods[name])
         figures[name] = {"flops": flops}
         if reason := case.refusal(name, flops / rates[1], patience):
             figures[name]["skipped"] = reason
             continue
         try:
-            module = case.module(METHODS[name])
+            module = case.module(case.methods[name])
             runs[name] = case.runner(name, module, x)
             figures[name] |= {"memory": peak(runs[name], case.device), "bytes": case.least_bytes(module)}
         except Failed as failed:

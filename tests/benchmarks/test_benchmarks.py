@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import block, harness, paper_tables, run_all
-from deltaconv_core import bench
+from benchmarks import block, harness, hybrid, paper_tables, run_all
+from deltaconv_core import BlockSpec, bench
 from deltaconv_core.bench import machine
+from deltaconv_core.mixers.hybrid.flops import hybrid_flops
 from scripts import readme_tables
 
 REPOSITORY = Path(__file__).parents[2]
@@ -72,6 +73,35 @@ def test_peak_memory():
         torch.ones(2**22)  # 16 MiB
 
     assert 14 * 2**20 < harness.peak(run, CPU) < 40 * 2**20
+
+
+# ---- hybrid ----
+
+
+def test_hybrids_beside_others(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "hybrid.json"
+    options = ["--small", "--side", "64", "128", "--channels", "128", "--repeats", "1", "--json", path]
+    run(hybrid, monkeypatch, *options)
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["grid"] for row in rows] == [[8, 8], [16, 16]]
+    for name, known in rows[1]["methods"].items():
+        assert known["flops"] > 0 and ("seconds" in known) == (name != "ΔConv, triton")
+    growing = dict(
+        line.split("|")[1:5:3] for line in capsys.readouterr().out.splitlines() if "| hybrid" in line
+    )
+    assert len(growing) == len(hybrid.SPECS)
+    monkeypatch.setattr(hybrid, "measure", None)  # whatever is in the file is not measured again
+    run(hybrid, monkeypatch, *options)
+
+
+def test_flops_of_hybrids_are_those_that_are_counted():
+    """Products alone: what the formula counts of the Cholesky solution, PyTorch's counter does not see."""
+    for fields in hybrid.SPECS.values():
+        layer = bench.Layer("", BlockSpec(128, 9), 2, (24, 40))
+        made = hybrid.Hybrid(fields, layer, torch.device("meta"), torch.float32)
+        x = torch.zeros(1, 960, 128, device="meta")
+        counted = bench.count_flops(lambda made=made, x=x, layer=layer: made(x, layer.grid))
+        assert counted == pytest.approx(hybrid_flops(made.mixer.spec, layer.grid), rel=0.2), fields
 
 
 # ---- block ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..neighborhood import TILE
 from .cells import Grid, cells_of
 from .nystrom import NEWTON_STEPS
 from .spec import HybridSpec
@@ -21,7 +22,10 @@ def hybrid_flops(spec: HybridSpec, grid: Grid) -> int:
     if spec.landmarks:
         rows, columns = cells_of(grid, spec.landmarks)
         cells = rows * columns
-        seen = cells if cells == tokens else cells + min(spec.window, grid[0]) * min(spec.window, grid[1])
+        seen = cells
+        if spec.window and cells < tokens:
+            high, wide = (min(side, TILE + spec.window - 1) for side in grid)
+            seen += high * wide  # what all queries of a tile see, behind a mask
         total += 4 * tokens * seen * inner
         if spec.nystrom != "none" and cells < tokens:
             products = 1 + 4 * NEWTON_STEPS if spec.nystrom == "newton" else 2
