@@ -65,7 +65,9 @@ def on_meta(config: dict[str, Any]) -> Any:
         operations=operations,
     )
     model = SimpleNamespace(model_config=SimpleNamespace(unet_config=config), diffusion_model=network)
-    return SimpleNamespace(model=model, get_model_object=lambda name: getattr(model, name))
+    return SimpleNamespace(
+        model=model, get_model_object=lambda name: getattr(model, name), object_patches_backup={}
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -169,7 +171,11 @@ def test_sites_are_found_while_a_patched_clone_is_loaded(pack, unet, checkpoint)
 
 def test_a_model_without_sites_is_refused(pack):
     errors = in_pack(pack, "deltaconv_core.errors")
-    network = SimpleNamespace(model=torch.nn.Identity(), get_model_object=lambda name: torch.nn.Linear(2, 2))
+    network = SimpleNamespace(
+        model=torch.nn.Identity(),
+        get_model_object=lambda name: torch.nn.Linear(2, 2),
+        object_patches_backup={},
+    )
     with pytest.raises(errors.DeltaConvError, match="Identity, Linear.*U-Nets"):
         in_pack(pack, "nodes.host.model.sites").find_sites(network)
     without = make_unet(
