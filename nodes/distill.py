@@ -9,8 +9,9 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..deltaconv_core.distill import Settings
-from ..deltaconv_core.distill.settings import DTYPES, FEATURES, OPTIMIZERS
+from ..deltaconv_core.distill.settings import FEATURES, OPTIMIZERS
 from ..deltaconv_core.errors import DeltaConvError
+from ..deltaconv_core.util.devices import SHORT_DTYPES
 from .host.distill import runs
 from .host.distill.dataset import read_dataset
 from .host.distill.presets import CUSTOM, PRESETS, Preset, settled
@@ -147,7 +148,7 @@ class Distill(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "precision",
-                    options=[AUTO, *DTYPES],
+                    options=[AUTO, *SHORT_DTYPES],
                     default=AUTO,
                     optional=True,
                     tooltip="What is computed in (preset 'custom'). auto: bf16, fp16 on cards without it, "

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DeltaConvError
+from ..util.devices import SHORT_DTYPES
 from .optimizer import Average, make_optimizer
 from .processes import Processes
 from .run_folder import Row, RunFolder, State, pack_optimizer, unpack_optimizer
-from .settings import DTYPES, LAYER_WISE, Settings
+from .settings import LAYER_WISE, Settings
 from .taps import tapped
 from .task import Batch, EndToEnd, LayerWise, Network
 
@@ -180,7 +181,7 @@ class _Trainer:
             Diverged: before anything was changed.
         """
         count = self.settings.accumulation
-        dtype = DTYPES[self.settings.precision]
+        dtype = SHORT_DTYPES[self.settings.precision]
         totals: dict[str, Tensor] = {}
         self.optimizer.zero_grad(set_to_none=True)
         for number in range(self.step * count, (self.step + 1) * count):

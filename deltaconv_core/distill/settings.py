@@ -6,12 +6,10 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
-
 from ..errors import DeltaConvError
+from ..util.devices import SHORT_DTYPES
 from .losses import BETA, GAMMA
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZERS = ("adamw", "adamw8bit")
 FEATURES = ("output", "residual")
 LAYER_WISE, END_TO_END = "layer-wise", "end to end"
@@ -80,7 +78,7 @@ class Settings:
                     raise DeltaConvError(f"expected {name} from 0 to below 1, got {value}")
         for name in ("clip", "beta", "gamma"):
             self._check(name, getattr(self, name) >= 0, 0)
-        for name, known in (("precision", DTYPES), ("optimizer", OPTIMIZERS), ("feature", FEATURES)):
+        for name, known in (("precision", SHORT_DTYPES), ("optimizer", OPTIMIZERS), ("feature", FEATURES)):
             if getattr(self, name) not in known:
                 raise DeltaConvError(
                     f"expected {name} to be one of {', '.join(known)}, got {getattr(self, name)!r}"

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ...distill import Settings
-from ...distill.settings import DTYPES, FEATURES, OPTIMIZERS
+from ...distill.settings import FEATURES, OPTIMIZERS
 from ...errors import DeltaConvError
 from ...sites.choose_specs import AUTO, FORMS, LEAN
+from ...util.devices import SHORT_DTYPES
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -245,7 +246,7 @@ class Options:
             TRAINING,
             "what is computed in. auto: what `accelerate launch --mixed_precision` says, else bf16, fp16 on "
             "GPUs without it, fp32 on a CPU. The blocks' weights are fp32 while they learn",
-            choices=(AUTO, *DTYPES),
+            choices=(AUTO, *SHORT_DTYPES),
         ),
     )
     optimizer: str = field(

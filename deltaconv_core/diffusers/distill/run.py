@@ -15,10 +15,10 @@ from ...block import DeltaConvBlock
 from ...block.spec import BlockSpec
 from ...distill import Result, RunFolder, Settings, check_same_run, distill, warm_start
 from ...distill.optimizer import make_optimizer
-from ...distill.settings import DTYPES
 from ...errors import DeltaConvError
 from ...sites import select
 from ...sites.choose_specs import AUTO, ModelShape, block_specs
+from ...util.devices import SHORT_DTYPES
 from .accelerated import Processes
 from .batches import Batches
 from .cache import Cache
@@ -52,7 +52,7 @@ def train(options: Options) -> int:
     progress = Progress(processes, settings.steps, stop, curves)
     tell = log.warning if processes.is_main else log.debug
     pictures = find_pictures(options.data, options.caption_column, tell)
-    teacher = load_teacher(options, DTYPES[settings.precision])
+    teacher = load_teacher(options, SHORT_DTYPES[settings.precision])
     specs = _specs(options, teacher)
     sizes = options.resolution or teacher.resolution, options.max_ratio
     notes = {
@@ -167,7 +167,7 @@ def _precision(wanted: str, processes: Processes) -> str:
     if wanted != AUTO:
         return wanted
     if processes.mixed_precision != "no":
-        if processes.mixed_precision not in DTYPES:
+        if processes.mixed_precision not in SHORT_DTYPES:
             raise DeltaConvError(
                 f"accelerate's mixed precision {processes.mixed_precision!r} is not known here; choose bf16 "
                 "or fp16"

@@ -18,10 +18,10 @@ import torch
 from ....deltaconv_core.block import DeltaConvBlock
 from ....deltaconv_core.block.spec import BlockSpec
 from ....deltaconv_core.distill import Result, Row, RunFolder, Settings, distill, warm_start
-from ....deltaconv_core.distill.settings import DTYPES
 from ....deltaconv_core.errors import DeltaConvError
 from ....deltaconv_core.sites import select
 from ....deltaconv_core.sites.sampling_range import SamplingRange
+from ....deltaconv_core.util.devices import SHORT_DTYPES
 from ....deltaconv_core.weights.checkpoint import Checkpoint
 from ..model.borrow import borrowed
 from ..model.sites import Sites, find_sites
@@ -106,7 +106,7 @@ class Distillation:
             folder: of the run; one with a state goes on.
             hidden: the node's hidden inputs, for the text under it.
         """
-        dtype = DTYPES[self.job.settings.precision]
+        dtype = SHORT_DTYPES[self.job.settings.precision]
         try:
             with borrowed(self.model, dtype, sum(self.memory)) as clone:
                 network = ComfyNetwork(clone, self.sites)
@@ -139,7 +139,7 @@ class Distillation:
         return mixers
 
     def _preview(self, network: ComfyNetwork, mixers: Mapping[str, DeltaConvBlock]) -> Preview | None:
-        dtype, seed = DTYPES[self.job.settings.precision], self.job.settings.seed
+        dtype, seed = SHORT_DTYPES[self.job.settings.precision], self.job.settings.seed
         if not self.job.preview_every:
             return None
         preview = Preview(network, mixers, self.dataset, seed, dtype)

@@ -117,5 +117,5 @@ def test_folders_inside(pack, models, checkpoint):
 
 
 def test_an_unknown_dtype(pack, models, checkpoint):
-    with pytest.raises(ValueError, match="dtype must be one of fp16, bf16, fp32, got 'int8'"):
+    with pytest.raises(ValueError, match="dtype must be one of fp32, bf16, fp16, got 'int8'"):
         save(pack, checkpoint, dtype="int8")
