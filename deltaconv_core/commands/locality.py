@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     spread(options.steps, options.looks)
     device = pick_device(options.device)
     # What these need is optional.
-    from ..diffusers.locality import Picture, look
+    from ..diffusers.locality import LookSettings, look
     from ..locality.figure import check_matplotlib, save
     from ..locality.table import text, write_csv
 
@@ -60,10 +60,10 @@ def run(options: argparse.Namespace) -> int:
     dtype = DTYPES[options.dtype or ("float32" if device.type == "cpu" else "float16")]
     check_folder(options.output, "--output")
     pipeline = _load(options.model, device, dtype, options.variant)
-    picture = Picture(
+    settings = LookSettings(
         options.prompt, options.width, options.height, options.steps, options.looks, options.seed
     )
-    architecture, layers = look(pipeline, picture, options.blocks)
+    architecture, layers = look(pipeline, settings, options.blocks)
     advice = recommend(layers, architecture, options.max_kernel_size)
     title = f"Self-attention of {architecture}: {printable(options.model.resolve().name)}"
     options.output.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from .sites import Sites, Stack, find_sites, network_of
 
 
 @dataclass(frozen=True)
-class Picture:
+class LookSettings:
     """What is drawn, and when the attention is looked at.
 
     Args:
@@ -43,12 +43,12 @@ class Picture:
     seed: int = 0
 
 
-def look(pipeline: Any, picture: Picture, blocks: str = "all") -> tuple[str, list[LayerLocality]]:
+def look(pipeline: Any, settings: LookSettings, blocks: str = "all") -> tuple[str, list[LayerLocality]]:
     """Draws the picture without guidance and gathers statistics of the self-attention on the way.
 
     Args:
         pipeline: a diffusers pipeline with a U-Net or PixArt.
-        picture: what is drawn.
+        settings: what is drawn.
         blocks: the sites, in the language of `deltaconv_core.sites.select`.
 
     Returns:
@@ -62,8 +62,8 @@ def look(pipeline: Any, picture: Picture, blocks: str = "all") -> tuple[str, lis
     found = find_sites(network)
     chosen = select(blocks, found.channels)
     statistics = {id: LayerStatistics(id, found.channels[id]) for id in chosen}
-    with _watched(network, found, LocalityWatch(pipeline, picture.looks, statistics)), torch.no_grad():
-        _draw(pipeline, picture)
+    with _watched(network, found, LocalityWatch(pipeline, settings.looks, statistics)), torch.no_grad():
+        _draw(pipeline, settings)
     return found.architecture, [one.result() for one in statistics.values()]
 
 
@@ -125,19 +125,19 @@ def _of_attention(watch: LocalityWatch, id: str) -> Any:
     return lambda module, args, call: watch.attention_called(id, module, args, call)
 
 
-def _draw(pipeline: Any, picture: Picture) -> None:
+def _draw(pipeline: Any, settings: LookSettings) -> None:
     known = inspect.signature(type(pipeline).__call__).parameters
     options = {
-        "num_inference_steps": picture.steps,
+        "num_inference_steps": settings.steps,
         "guidance_scale": 1.0,
-        "width": picture.width,
-        "height": picture.height,
-        "generator": torch.Generator().manual_seed(picture.seed),
+        "width": settings.width,
+        "height": settings.height,
+        "generator": torch.Generator().manual_seed(settings.seed),
         "output_type": "latent",
         "use_resolution_binning": False,  # PixArt: the size that was asked for
     }
     try:
-        pipeline(picture.prompt, **{name: value for name, value in options.items() if name in known})
+        pipeline(settings.prompt, **{name: value for name, value in options.items() if name in known})
     except DeltaConvError:
         raise
     except (ValueError, torch.cuda.OutOfMemoryError) as error:

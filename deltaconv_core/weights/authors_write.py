@@ -21,7 +21,7 @@ from .safefile import Pathlike, write_file
 
 SITE = re.compile(r"((?:.+\.)?transformer_blocks\.\d+)\.attn1")
 FIXED = {"merge": "concat", "pooling": "average", "depthwise_bias": False, "context": False}
-GATES = ("simple", "sigmoid")
+AUTHORS_GATES = ("simple", "sigmoid")
 
 
 def save_authors(checkpoint: Checkpoint, path: Pathlike) -> None:
@@ -61,8 +61,8 @@ def _common_settings(specs: dict[str, BlockSpec]) -> tuple[str, tuple[float, ...
             for name, value in FIXED.items()
             if getattr(spec, name) != value
         ]
-        if spec.gate not in GATES:
-            wrong.append(f"gate {spec.gate!r} (it has {' and '.join(map(repr, GATES))})")
+        if spec.gate not in AUTHORS_GATES:
+            wrong.append(f"gate {spec.gate!r} (it has {' and '.join(map(repr, AUTHORS_GATES))})")
         if spec.inter != spec.dim // 2:
             wrong.append(f"{spec.inter} inner channels (it has half of the {spec.dim})")
         if wrong:

@@ -17,11 +17,11 @@ LICENSES = (
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PAPER = "[Dong et al., ICCV 2025](https://arxiv.org/abs/2504.21292)"
 LIBRARY = "[ComfyUI-DeltaConv](https://github.com/ComfyUI-DeltaConv/ComfyUI-DeltaConv)"
-BLOCKS = (
+OF_BLOCKS = (
     f"ΔConv blocks ({PAPER}): multi-scale depth-wise convolutions that stand in for the self-attention of a\n"
     f"diffusion model. Made with, and for, {LIBRARY}."
 )
-HYBRIDS = f"""Hybrid mixers: a fixed number of landmarks and local kernels between the projections of the
+OF_HYBRIDS = f"""Hybrid mixers: a fixed number of landmarks and local kernels between the projections of the
 model's own self-attention, fitted to it without training. They are not the block of the ΔConv paper
 ({PAPER}), and need the model that they were fitted to, or a
 fine-tune of it. Made with, and for, {LIBRARY}."""
@@ -50,7 +50,7 @@ def model_card(checkpoint: Checkpoint, weights: str) -> str:
 
 # {_plain(title)}
 
-{HYBRIDS if hybrid else BLOCKS}
+{OF_HYBRIDS if hybrid else OF_BLOCKS}
 
 ```python
 from deltaconv_core.diffusers import apply

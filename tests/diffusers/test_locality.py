@@ -21,7 +21,7 @@ prepare_torchvision()  # diffusers imports it by way of transformers
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-from deltaconv_core.diffusers.locality import Picture, look  # noqa: E402
+from deltaconv_core.diffusers.locality import LookSettings, look  # noqa: E402
 from testing.diffusers_models import make_pixart_pipeline, make_tokenizer  # noqa: E402
 
 CONTEXT = 16
@@ -88,7 +88,7 @@ def test_statistics_are_those_of_the_attention(pipeline):
         network.get_submodule(name).register_forward_pre_hook(record(name), with_kwargs=True)
         for name in names
     ]
-    architecture, layers = look(pipeline, Picture("a cat", 32, 24, steps=3, looks=9))
+    architecture, layers = look(pipeline, LookSettings("a cat", 32, 24, steps=3, looks=9))
     for hook in hooks:
         hook.remove()
     assert sorted(layer.site for layer in layers) == sorted(names)
@@ -112,7 +112,7 @@ def test_looking_leaves_nothing_behind(pipeline):
 
     before = draw()
     part = "transformer_blocks.1" if hasattr(pipeline, "transformer") else "up"
-    _, layers = look(pipeline, Picture("a cat", 32, 24, steps=4, looks=2), blocks=part)
+    _, layers = look(pipeline, LookSettings("a cat", 32, 24, steps=4, looks=2), blocks=part)
     assert all(layer.site.startswith(part) and len(layer.by_moment) == 2 for layer in layers)
     assert torch.equal(draw(), before)
     assert not any(module._forward_pre_hooks for module in network_of(pipeline).modules())
@@ -162,7 +162,7 @@ def test_a_damaged_folder_is_one_line(tmp_path, capsys):
 
 def test_a_size_that_the_pipeline_refuses(pipeline):
     with pytest.raises(DeltaConvError, match=r"cannot draw this picture: .*divisible by .* 24 and 33"):
-        look(pipeline, Picture("a cat", 33, 24))
+        look(pipeline, LookSettings("a cat", 33, 24))
 
 
 def test_too_little_memory(pipeline, tmp_path, monkeypatch, capsys):
@@ -171,7 +171,7 @@ def test_too_little_memory(pipeline, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(network_of(pipeline), "forward", full)
     with pytest.raises(DeltaConvError, match="cannot draw this picture: out of memory"):
-        look(pipeline, Picture("a cat", 32, 24))
+        look(pipeline, LookSettings("a cat", 32, 24))
     pipeline.save_pretrained(tmp_path / "model")
     monkeypatch.setattr(diffusers.DiffusionPipeline, "to", full)
     assert main(["locality", str(tmp_path / "model"), "--device", "cpu"]) == 2
@@ -214,6 +214,6 @@ def test_other_models_are_refused():
         transformer = torch.nn.Linear(2, 2)
 
     with pytest.raises(DeltaConvError, match=r"\(Linear\) has no self-attention.*U-Nets"):
-        look(Pipeline(), Picture("a cat"))
+        look(Pipeline(), LookSettings("a cat"))
     with pytest.raises(DeltaConvError, match="a pipeline with unet or transformer; got object"):
-        look(object(), Picture("a cat"))
+        look(object(), LookSettings("a cat"))

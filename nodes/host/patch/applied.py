@@ -14,7 +14,8 @@ from ....deltaconv_core.sites.sampling_range import SamplingRange
 from ....deltaconv_core.weights.checkpoint import HYBRID
 from ..model.sites import Site
 from ..model.standing import check_reach
-from . import base_weights, site_patch
+from . import site_patch
+from .base_weights import remove_base_weights
 from .blocks import build_blocks, build_blocks_again, kind_of_patcher, network_dtype, own_patcher
 from .forwards import HybridForward, MixerForward, RangedForward
 from .site_patch import REMEDY, SitePatch, forward_key
@@ -122,5 +123,5 @@ def without_blocks(model: Any) -> Any:
     site_patch.remove(clone, KEY)
     for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH):
         clone.remove_wrappers_with_key(kind, KEY)
-    base_weights.remove(clone, patch.base_weights)
+    remove_base_weights(clone, patch.base_weights)
     return clone

@@ -43,7 +43,7 @@ class BaseWeights:
         """Patches the weights to loaded * (1 - strength) + base * strength.
 
         Returns:
-            ComfyUI's key -> what was added, for `remove`.
+            ComfyUI's key -> what was added, for `remove_base_weights`.
 
         Raises:
             DeltaConvError: the MODEL stores its own packed, and its loader has no patcher that unpacks them.
@@ -62,7 +62,7 @@ class BaseWeights:
         return values
 
 
-def remove(clone: Any, added: Mapping[str, Any]) -> None:
+def remove_base_weights(clone: Any, added: Mapping[str, Any]) -> None:
     """Takes away what `BaseWeights.add_to` added."""
     for key, value in added.items():
         rest = [patch for patch in clone.patches.pop(key, []) if patch[1] is not value]
