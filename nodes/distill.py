@@ -103,7 +103,8 @@ class Distill(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    tooltip="The part of the batches that gets 'negative' in place of its captions.",
+                    tooltip="The part of the pictures that get 'negative' in place of their captions, drawn "
+                    "picture by picture.",
                 ),
                 io.String.Input(
                     "blocks",

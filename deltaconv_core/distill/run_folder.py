@@ -1,4 +1,4 @@
-"""The folder of one distillation run: everything that going on needs, safe from a kill at any moment.
+"""The folder of one distillation run: everything that resuming needs, safe from a kill at any moment.
 
 `state.safetensors` holds the weights, their average, the optimizer's state, and in its header the step, the
 settings and the blocks' specs; it is replaced as a whole. Noise, timesteps, order of the data and dropped
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +53,15 @@ class State:
     tensors: dict[str, Tensor]
     values: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def learned(self) -> dict[str, Tensor]:
+        """Copies of the weights that are the result: their average, or the last where none is kept."""
+        return self._part("average") or self._part("weights")
+
+    def _part(self, name: str) -> dict[str, Tensor]:
+        named = {key.partition("."): tensor for key, tensor in self.tensors.items()}
+        return {rest: tensor.detach().clone() for (part, _, rest), tensor in named.items() if part == name}
+
 
 class RunFolder:
     """A run's files.
@@ -60,17 +69,21 @@ class RunFolder:
     Args:
         path: made when something is saved.
         writes: whether this process keeps the run; where several train together, the others only read it.
+        on_save: called with every state once it is saved, by the process that writes.
     """
 
-    def __init__(self, path: Pathlike, writes: bool = True) -> None:
+    def __init__(
+        self, path: Pathlike, writes: bool = True, on_save: Callable[[State], None] | None = None
+    ) -> None:
         self.path = Path(path)
         self.writes = writes
+        self.on_save = on_save
         self.state_file = self.path / "state.safetensors"
         self.log_file = self.path / "log.csv"
 
     @property
     def exists(self) -> bool:
-        """Whether there is a state to go on from."""
+        """Whether there is a state to resume from."""
         return self.state_file.is_file()
 
     def save(self, state: State, rows: list[Row]) -> None:
@@ -86,6 +99,8 @@ class RunFolder:
             _append(self.log_file, rows)
         header = {"format": FORMAT, "step": state.step, **state.values}
         write_file(self.state_file, state.tensors, {HEADER_KEY: json.dumps(header)}, numbers=True)
+        if self.on_save is not None:
+            self.on_save(state)
 
     def values(self) -> dict[str, Any]:
         """The plain values of the saved state, without its tensors.
@@ -96,7 +111,7 @@ class RunFolder:
         return self._parsed(read_header(self.state_file)).values
 
     def load(self) -> tuple[State, list[Row]]:
-        """The saved state and the log up to it, whose later rows are taken off; no log if only reading.
+        """The saved state and the log up to it, whose later rows are removed; no log if only reading.
 
         Raises:
             CheckpointError: no state there, or a damaged one.
@@ -113,10 +128,12 @@ class RunFolder:
             values = json.loads(header[HEADER_KEY])
             step, version = values.pop("step"), values.pop("format")
         except (KeyError, ValueError) as error:
-            raise CheckpointError(f"{self.state_file} is no state of a distillation run ({error})") from error
+            raise CheckpointError(
+                f"{self.state_file} is not the state of a distillation run ({error})"
+            ) from error
         if version != FORMAT:
             raise CheckpointError(
-                f"{self.state_file} has format version {version!r}, this program reads {FORMAT}; go on with "
+                f"{self.state_file} has format version {version!r}, this program reads {FORMAT}; resume with "
                 "the version of ComfyUI-DeltaConv that wrote it"
             )
         return State(step, {}, values)
@@ -141,7 +158,7 @@ class RunFolder:
             yield
         except OSError as error:
             raise DeltaConvError(
-                f"cannot write the run folder {self.path} ({error}); free some space or choose another place"
+                f"cannot write the run folder {self.path} ({error}); free some space or choose another folder"
             ) from error
 
 

@@ -29,7 +29,7 @@ class Processes:
     Attributes:
         count, number: how many there are, and which one this is.
         device: of this one.
-        mixed_precision: what `accelerate launch` was told, "no" without it.
+        mixed_precision: what `accelerate launch` was given, "no" without it.
     """
 
     def __init__(self, on_cpu: bool, timeout: float) -> None:
@@ -53,6 +53,11 @@ class Processes:
     def is_main(self) -> bool:
         """Whether this is the one that writes and prints."""
         return self.number == 0
+
+    def say(self, text: str) -> None:
+        """Prints once for all of them."""
+        if self.is_main:
+            print(text, flush=True)
 
     def part(self, size: int) -> slice:
         """This process's part of a batch of so many samples.
@@ -78,7 +83,7 @@ class Processes:
         return bool(sum(self._gather(mine)))
 
     def check_same(self, value: str) -> None:
-        """Refuses to go on unless all have the same value.
+        """Refuses to continue unless all have the same value.
 
         Raises:
             DeltaConvError: in all of them, with the first two values that differ.
@@ -129,7 +134,7 @@ class Processes:
             raise DeltaConvError(
                 f"process {self.number} of {self.count} has lost another one, which was ended or cannot be "
                 f"reached ({error}). What was trained up to the last save is kept: start all processes again "
-                "with the same options to go on"
+                "with the same options to resume"
             ) from error
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ...distill import Batch
-from ...distill.order import Order, generator
+from ...distill.order import Order
+from ...distill.session import draw
 from .accelerated import Processes
 from .cache import read
 from .network import DiffusersNetwork
@@ -23,7 +24,7 @@ class Batches:
         samples: what to learn from. Those of a batch have one size.
         batch_size: samples of all processes together.
         seed: what everything random follows from.
-        dropout: part of the captions that the empty one stands in for.
+        dropout: part of the captions that the empty one stands in for, picture by picture.
         processes: those that train together.
 
     Raises:
@@ -51,16 +52,17 @@ class Batches:
         chosen = [self.samples.samples[i] for i in self.order(number)]
         mine = chosen[self.part]
         clean = torch.cat([read(sample.latent)["latent"] for sample in mine])
-        random = generator(self.seed, "batch", number)
-        noise = torch.randn((len(chosen), *clean.shape[1:]), generator=random)[self.part]
-        steps = torch.randint(len(self.network.teacher.alphas), (len(chosen),), generator=random)[self.part]
-        dropped = (torch.rand(len(chosen), generator=random) < self.dropout)[self.part].tolist()
+        teacher = self.network.teacher
+        shape = len(chosen), *clean.shape[1:]
+        drawn = draw(self.seed, number, shape, len(teacher.alphas), self.dropout)
+        noise, steps, dropped = (part[self.part] for part in drawn)
         files = [
-            self.samples.empty if drop else sample.texts for sample, drop in zip(mine, dropped, strict=True)
+            self.samples.empty if drop else sample.texts
+            for sample, drop in zip(mine, dropped.tolist(), strict=True)
         ]
         texts = _joined([read(file) for file in files])
         texts = {name: self._ready(tensor) for name, tensor in texts.items()}
-        conditioning = self.network.teacher.family.conditioning(texts, [sample.cut for sample in mine])
+        conditioning = teacher.family.conditioning(texts, [sample.cut for sample in mine])
         device = self.device
         return self.network.batch(clean.to(device), noise.to(device), steps.to(device), conditioning)
 

@@ -1,6 +1,6 @@
 """Encoded pictures and captions on disk.
 
-An entry's name is a digest of all that it was made of, so what has changed is not found and made anew.
+An entry's name is a digest of all that it was made of, so what has changed is not found and is made again.
 Entries are written whole or not at all, so several processes and runs may share a folder.
 """
 
@@ -39,7 +39,7 @@ class Cache:
         """Writes an entry.
 
         Raises:
-            DeltaConvError: values that are no finite numbers, or a place that cannot be written.
+            DeltaConvError: values that are not finite numbers, or a folder that cannot be written.
         """
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)

@@ -147,7 +147,9 @@ class Options:
     caption_dropout: float = field(
         default=0.15,
         metadata=_about(
-            DATA, "part of the captions, from 0 to 1, that an empty one stands in for", kind=number
+            DATA,
+            "part of the captions, from 0 to 1, that an empty one stands in for, picture by picture",
+            kind=number,
         ),
     )
     cache: Path | None = field(

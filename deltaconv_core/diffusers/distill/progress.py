@@ -20,7 +20,7 @@ SAME = 2.0
 
 
 class Stopped(Exception):
-    """The user wants the run to end now and to go on some other time."""
+    """The user wants the run to end now, and perhaps to resume it later."""
 
 
 class Stop:
@@ -54,7 +54,7 @@ class Stop:
 
 
 class Progress:
-    """The bar of the training, its curves, and the question whether to go on; told about every step.
+    """The bar of the training, its curves, and the question whether to stop; called after every step.
 
     Args:
         processes: only the first one shows anything.

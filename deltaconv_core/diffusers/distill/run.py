@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...block import DeltaConvBlock
 from ...block.spec import BlockSpec
-from ...distill import Result, RunFolder, Settings, check_same_run, distill, warm_start
+from ...distill import Result, RunFolder, Settings, check_same_run, distill, session
 from ...distill.optimizer import make_optimizer
+from ...distill.run_folder import State
 from ...errors import DeltaConvError
 from ...sites import select
 from ...sites.choose_specs import AUTO, ModelShape, block_specs
@@ -24,7 +23,7 @@ from .batches import Batches
 from .cache import Cache
 from .network import DiffusersNetwork
 from .options import Options
-from .output import Output
+from .output import OPTIONS, RESULT, write_result
 from .pictures import find_pictures
 from .progress import Progress, Stop, Stopped, through
 from .samples import Samples, encode
@@ -55,100 +54,77 @@ def train(options: Options) -> int:
     teacher = load_teacher(options, SHORT_DTYPES[settings.precision])
     specs = _specs(options, teacher)
     sizes = options.resolution or teacher.resolution, options.max_ratio
-    notes = {
-        "teacher": fingerprint(teacher.network),
-        "prediction": teacher.prediction,
-        "schedule": teacher.schedule,
-        "sizes": "{} pixels squared, ratio up to {}".format(*sizes),
-        "batch_size": str(options.batch_size),
-        "caption_dropout": str(options.caption_dropout),
-        "blocks": json.dumps({site: spec.to_dict() for site, spec in specs.items()}),
-    }
+    notes = session.notes(
+        fingerprint(teacher.network),
+        specs,
+        options.batch_size,
+        options.caption_dropout,
+        prediction=teacher.prediction,
+        schedule=teacher.schedule,
+        sizes="{} pixels squared, ratio up to {}".format(*sizes),
+    )
     check_same_run(RunFolder(options.output), settings, notes)
     cache = Cache(options.cache or options.output / "cache")
     samples = encode(teacher, pictures, sizes, cache, processes, through(processes))
     notes["data"] = samples.fingerprint
-    metadata = _metadata(options, settings, samples, notes)
-    output = Output(
-        options.output, processes.is_main, teacher.sites.architecture, specs, metadata, options.to_json()
-    )
-    network = _network(teacher, specs, processes)
+    network = DiffusersNetwork(teacher, specs)
+    network.model.to(processes.device)
     batches = Batches(network, samples, options.batch_size, options.seed, options.caption_dropout, processes)
-    run = _Run(options, settings, processes, network, specs, progress)
-    with stop.listening():
-        return run(batches, output, notes)
+    metadata = _metadata(options, settings, samples, notes)
+
+    def write(state: State) -> None:
+        (options.output / OPTIONS).write_text(options.to_json(), encoding="utf-8")
+        write_result(options.output, teacher.sites.architecture, specs, metadata, state)
+
+    def attention(site: str) -> _InFloat32:
+        return _InFloat32(network.attentions[site])
+
+    folder = RunFolder(options.output, processes.is_main, write)
+    processes.say(_plan(options, settings, specs, samples, processes))
+    with stop.listening(), network.told():
+        mixers = session.start_blocks(specs, settings.seed, processes.device, attention)
+        try:
+            result = distill(network, mixers, batches, settings, folder, progress, notes, processes)
+        except Stopped:
+            result = None
+        finally:
+            progress.close()
+    if result is None:
+        processes.say(f"Stopped; the run is kept in {folder.path}. The same command resumes it.")
+        return 130
+    _check(result, options.output / RESULT)
+    processes.say(
+        f"Done: {result.step} steps. {folder.path / RESULT} is ready for ComfyUI and for diffusers."
+    )
+    return 0
 
 
-class _Run:
-    """The training itself, and what is said when it ends."""
+def _plan(
+    options: Options,
+    settings: Settings,
+    specs: Mapping[str, BlockSpec],
+    samples: Samples,
+    processes: Processes,
+) -> str:
+    """What is trained, and how."""
+    groups = [len(group) for group in samples.groups()]
+    few = sum(size for size in groups if size < options.batch_size)
+    return (
+        f"{session.summary(specs)} learn from {samples.description}: batches of {options.batch_size}, "
+        f"{settings.accumulation} to a step, {settings.precision}, processes: {processes.count} "
+        f"({processes.device})."
+        + (f" Pictures of sizes with less than a batch, seen more often: {few}." if few else "")
+    )
 
-    def __init__(
-        self,
-        options: Options,
-        settings: Settings,
-        processes: Processes,
-        network: DiffusersNetwork,
-        specs: Mapping[str, BlockSpec],
-        progress: Progress,
-    ) -> None:
-        self.options = options
-        self.settings = settings
-        self.processes = processes
-        self.network = network
-        self.specs = specs
-        self.progress = progress
 
-    def __call__(self, batches: Batches, output: Output, notes: Mapping[str, str]) -> int:
-        self.say(self._plan(batches))
-        with self.network.told():
-            mixers = self._start()
-            try:
-                result = distill(
-                    self.network, mixers, batches, self.settings, output, self.progress, notes, self.processes
-                )
-            except Stopped:
-                self.progress.close()
-                self.say(f"Stopped; the run is kept in {output.path}. The same command goes on with it.")
-                return 130
-            finally:
-                self.progress.close()
-        return self._end(result, output)
-
-    def say(self, text: str) -> None:
-        """Prints once for all processes."""
-        if self.processes.is_main:
-            print(text, flush=True)
-
-    def _plan(self, batches: Batches) -> str:
-        parameters = sum(spec.num_parameters for spec in self.specs.values()) / 1e6
-        settings, count = self.settings, self.processes.count
-        groups = [len(group) for group in batches.samples.groups()]
-        few = sum(size for size in groups if size < self.options.batch_size)
-        return (
-            f"{len(self.specs)} blocks ({parameters:.3g} M parameters) learn from "
-            f"{batches.samples.description}: batches of {self.options.batch_size}, {settings.accumulation} "
-            f"to a step, {settings.precision}, processes: {count} ({self.processes.device})."
-            + (f" Pictures of sizes with less than a batch, seen more often: {few}." if few else "")
+def _check(result: Result, file: Path) -> None:
+    """Raises an error where the training ended early."""
+    if not result.step:
+        raise DeltaConvError(f"nothing was learned: {result.stopped}")
+    if result.stopped:
+        raise DeltaConvError(
+            f"the training ended early: {result.stopped} ({file} holds what was learned before)"
         )
-
-    def _start(self) -> dict[str, DeltaConvBlock]:
-        """New blocks on the device, each set to what its attention does on average."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.settings.seed)
-            mixers = {site: DeltaConvBlock(spec, dtype=torch.float32) for site, spec in self.specs.items()}
-        for site, mixer in mixers.items():
-            warm_start(mixer.to(self.processes.device), _InFloat32(self.network.attentions[site]))
-        return mixers
-
-    def _end(self, result: Result, output: Output) -> int:
-        if not result.step:
-            raise DeltaConvError(f"nothing was learned: {result.stopped}")
-        if result.stopped:
-            raise DeltaConvError(
-                f"the training ended early: {result.stopped} ({output.result} holds what was learned before)"
-            )
-        self.say(f"Done: {result.step} steps. {output.result} is ready for ComfyUI and for diffusers.")
-        return 0
 
 
 @dataclass(frozen=True)
@@ -196,11 +172,6 @@ def _kernel_sizes(text: str) -> str:
         raise DeltaConvError(f"cannot read the kernel sizes in {text} ({error})") from error
 
 
-def _network(teacher: Teacher, specs: Mapping[str, BlockSpec], processes: Processes) -> DiffusersNetwork:
-    teacher.network.to(processes.device)
-    return DiffusersNetwork(teacher, specs)
-
-
 def _metadata(
     options: Options, settings: Settings, samples: Samples, notes: Mapping[str, str]
 ) -> dict[str, str]:
@@ -209,10 +180,6 @@ def _metadata(
         "caption_dropout": options.caption_dropout,
         "resolution": options.resolution,
     }
-    metadata = {
-        "teacher": f"{options.model.resolve().name} {notes['teacher']}",
-        "training": json.dumps(training),
-        "data": f"{samples.description}, {notes['data']}",
-        "source": "distilled with python -m deltaconv_core distill",
-    }
+    source = "distilled with python -m deltaconv_core distill"
+    metadata = session.metadata(options.model.resolve().name, training, samples.description, source, notes)
     return metadata | ({"license": options.license} if options.license else {})

@@ -1,8 +1,7 @@
-"""Pictures and captions, encoded once and kept on disk; afterwards the encoders are not needed any more."""
+"""Pictures and captions, encoded once and kept on disk; afterwards the encoders are no longer needed."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...distill import session
 from ...errors import DeltaConvError
 from .accelerated import Processes
 from .buckets import Size, corner, fit, make_buckets, nearest
@@ -59,7 +59,7 @@ class Samples:
     def fingerprint(self) -> str:
         """Differs when a picture, its place in the list, a caption, a size or an encoder does."""
         names = [(one.latent.name, one.texts.name, one.cut) for one in self.samples]
-        return hashlib.sha256(repr((names, self.empty.name)).encode()).hexdigest()[:16]
+        return session.fingerprint([repr((names, self.empty.name))])
 
     @property
     def description(self) -> str:

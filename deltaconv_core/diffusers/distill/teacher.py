@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...distill import session
 from ...errors import DeltaConvError
 from ..pipeline_folder import ONLY_SAFETENSORS, dtype_argument, load_pipeline, loading, read_index
 from ..sites import Sites, find_sites, network_of
@@ -63,7 +63,7 @@ class Teacher:
     @property
     def schedule(self) -> str:
         """Differs for other alphas."""
-        return hashlib.sha256(str(self.alphas.tolist()).encode()).hexdigest()[:16]
+        return session.fingerprint([str(self.alphas.tolist())])
 
     @property
     def levels(self) -> int:
@@ -112,12 +112,11 @@ def text_encoders(pipeline: Any) -> list[nn.Module]:
 
 def fingerprint(*modules: nn.Module) -> str:
     """Differs for other weights: a digest of the first values of each."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, weight in module.state_dict().items():
-            first = weight.flatten()[:8].float().tolist()
-            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {first}".encode())
-    return digest.hexdigest()[:16]
+    return session.fingerprint(
+        f"{name} {tuple(weight.shape)} {weight.dtype} {session.first_values(weight)}"
+        for module in modules
+        for name, weight in module.state_dict().items()
+    )
 
 
 def _check_libraries() -> None:
@@ -159,7 +158,7 @@ def _from_file(options: Options, dtype: torch.dtype) -> Any:
     width = single_file.width_of(options.model)
     if width == 1024 and options.prediction is None:
         raise DeltaConvError(
-            f"{options.model} is a Stable Diffusion 2.x model in one file, which does not tell what it "
+            f"{options.model} is a Stable Diffusion 2.x model in one file, which does not say what it "
             "predicts; name it with --prediction: v_prediction for those of 768 pixels, epsilon for 512"
         )
     single_file.check_parts(options.model, width)

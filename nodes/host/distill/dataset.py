@@ -1,7 +1,7 @@
 """Latents and captions as ComfyUI's dataset nodes hand them over, and the batches made of them.
 
 Everything random about a batch (data order, noise, noise level, dropped caption) follows from the seed and
-the batch's number (`deltaconv_core.distill.order`).
+the batch's number (`deltaconv_core.distill.order`, `.session`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ....deltaconv_core.distill import Batch
-from ....deltaconv_core.distill.order import Order, generator
+from ....deltaconv_core.distill.order import Order
+from ....deltaconv_core.distill.session import draw
 from ....deltaconv_core.errors import DeltaConvError
 from .network import ComfyNetwork
 
@@ -113,28 +114,37 @@ class Batches:
         dataset: the samples. Those of a batch have one size, and captions that fit into one call.
         batch_size: samples in each batch; the last of a size take in some from its beginning.
         seed: what everything random follows from.
-        dropout: the part of the batches whose captions are dropped, if the dataset has an empty one.
+        dropout: part of the captions that the dataset's empty one stands in for, if it has one.
+        by_batch: drop either all captions of a batch or none.
     """
 
     def __init__(
-        self, network: ComfyNetwork, dataset: Dataset, batch_size: int, seed: int, dropout: float
+        self,
+        network: ComfyNetwork,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int,
+        dropout: float,
+        *,
+        by_batch: bool = False,
     ) -> None:
         self.network = network
         self.dataset = dataset
         self.seed = seed
         self.dropout = dropout if dataset.empty is not None else 0.0
+        self.by_batch = by_batch
         self.order = Order(self._group(), batch_size, seed)
 
     def __call__(self, number: int) -> Batch:
         samples = [self.dataset.samples[i] for i in self.order(number)]
         clean = torch.cat([sample.latent for sample in samples])
-        random = generator(self.seed, "batch", number)
-        noise = torch.randn(clean.shape, generator=random)
-        levels = torch.randint(len(self.network.sigmas), (len(samples),), generator=random)
-        dropped = torch.rand((), generator=random) < self.dropout
+        count = len(self.network.sigmas)
+        noise, levels, dropped = draw(
+            self.seed, number, clean.shape, count, self.dropout, by_batch=self.by_batch
+        )
         encoded = [
-            self.network.encode(self.dataset.empty if dropped else sample.condition, sample.latent)
-            for sample in samples
+            self.network.encode(self.dataset.empty if drop else sample.condition, sample.latent)
+            for sample, drop in zip(samples, dropped.tolist(), strict=True)
         ]
         device = self.network.device
         sigma = self.network.sigmas.to(device)[levels.to(device)]

@@ -20,7 +20,7 @@ HEIGHT = 256
 
 
 class Preview:
-    """Draws the first picture of the dataset anew, in a few Euler steps.
+    """Draws the first picture of the dataset again, in a few Euler steps.
 
     Args:
         network: the teacher; with the blocks in place of attention, the student.

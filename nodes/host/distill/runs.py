@@ -19,7 +19,7 @@ def runs_folder() -> Path:
 
 
 def choices() -> list[str]:
-    """A new run, then the runs that can go on, the last changed first."""
+    """A new run, then the runs that can be resumed, the last changed first."""
     states = [state for state in runs_folder().rglob("state.safetensors") if os.path.isfile(state)]
     found = {state.parent: os.path.getmtime(state) for state in states}
     names = sorted(found, key=lambda path: (-found[path], path))
@@ -27,7 +27,7 @@ def choices() -> list[str]:
 
 
 def open_run(resume: str, name: str) -> RunFolder:
-    """The run to go on with, or the folder of a new one, made at once so that no other run takes it.
+    """The run to resume, or the folder of a new one, made at once so that no other run takes it.
 
     Raises:
         DeltaConvError: no such run, or a name that cannot be one.
@@ -53,5 +53,5 @@ def check(resume: str) -> None:
     """
     if resume not in choices():
         raise DeltaConvError(
-            f"there is no run {resume!r} to go on with in {runs_folder()}; there are: {', '.join(choices())}"
+            f"there is no run {resume!r} to resume in {runs_folder()}; there are: {', '.join(choices())}"
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import time
@@ -17,7 +15,15 @@ import torch
 
 from ....deltaconv_core.block import DeltaConvBlock
 from ....deltaconv_core.block.spec import BlockSpec
-from ....deltaconv_core.distill import Result, Row, RunFolder, Settings, distill, warm_start
+from ....deltaconv_core.distill import (
+    Result,
+    Row,
+    RunFolder,
+    Settings,
+    check_same_run,
+    distill,
+    session,
+)
 from ....deltaconv_core.errors import DeltaConvError
 from ....deltaconv_core.sites import select
 from ....deltaconv_core.sites.sampling_range import SamplingRange
@@ -40,6 +46,8 @@ log = logging.getLogger(__name__)
 EVERYWHERE = "all"
 SHOW_EVERY = 1.0
 """Seconds between updates of the text under the node."""
+DROPPED = {"captions_dropped": "one by one"}
+"""Noted with a run since captions are dropped picture by picture; before, a batch lost all of its or none."""
 
 
 @dataclass(frozen=True)
@@ -79,45 +87,43 @@ class Distillation:
         self.model = without_blocks(model)
         self.dataset = dataset
         self.job = job
+        self.settings = job.settings
         self.found: Sites = find_sites(self.model)
         chosen = select(job.blocks, self.found.sites)
         self.specs: dict[str, BlockSpec] = block_specs(self.found, chosen, job.kernel_sizes, job.form)
         self.sites = {id: self.found.sites[id] for id in self.specs}
         self.dropout = job.dropout if dataset.empty is not None else 0.0
-        self.notes = {
-            "teacher": _fingerprint(self.model),
-            "data": dataset.fingerprint,
-            "batch_size": str(job.batch_size),
-            "caption_dropout": str(self.dropout),
-            "blocks": json.dumps({id: spec.to_dict() for id, spec in self.specs.items()}),
-        }
+        self.notes = session.notes(
+            _fingerprint(self.model), self.specs, job.batch_size, self.dropout, data=dataset.fingerprint
+        )
 
     @property
     def memory(self) -> tuple[int, int]:
         """Bytes that the blocks' training and one batch need beside the MODEL, as far as arithmetic tells."""
         shape = [self.job.batch_size, *self.dataset.largest[1:]]
-        settings = self.job.settings
-        return training_bytes(self.specs, settings), activation_bytes(self.model, shape, settings)
+        return training_bytes(self.specs, self.settings), activation_bytes(self.model, shape, self.settings)
 
     def run(self, folder: RunFolder, hidden: Any) -> tuple[Checkpoint, Result]:
         """Trains; afterwards the MODEL is as it was, whatever happens.
 
         Args:
-            folder: of the run; one with a state goes on.
+            folder: of the run; one with a state is resumed.
             hidden: the node's hidden inputs, for the text under it.
         """
-        dtype = SHORT_DTYPES[self.job.settings.precision]
         try:
-            with borrowed(self.model, dtype, sum(self.memory)) as clone:
+            by_batch = folder.exists and not DROPPED.keys() <= folder.values()["notes"].keys()
+            notes = self.notes if by_batch else self.notes | DROPPED
+            check_same_run(folder, self.settings, notes)
+            with borrowed(self.model, SHORT_DTYPES[self.settings.precision], sum(self.memory)) as clone:
                 network = ComfyNetwork(clone, self.sites)
                 mixers = self._start(network)
                 progress = _Progress(self._preview(network, mixers), self.job, hidden)
-                seed = self.job.settings.seed
-                batches = Batches(network, self.dataset, self.job.batch_size, seed, self.dropout)
-                result = distill(network, mixers, batches, self.job.settings, folder, progress, self.notes)
+                size, seed = self.job.batch_size, self.settings.seed
+                batches = Batches(network, self.dataset, size, seed, self.dropout, by_batch=by_batch)
+                result = distill(network, mixers, batches, self.settings, folder, progress, notes)
                 blocks = {id: block.requires_grad_(False).cpu() for id, block in mixers.items()}
         except BaseException as error:
-            _say_how_to_go_on(folder, error, hidden)
+            _say_how_to_resume(folder, error, hidden)
             raise
         if not result.step:
             raise DeltaConvError(f"nothing was learned: {result.stopped}")
@@ -129,32 +135,27 @@ class Distillation:
         return apply_checkpoint(self.model, self.found, checkpoint, settings)
 
     def _start(self, network: ComfyNetwork) -> dict[str, DeltaConvBlock]:
-        """New blocks on the network's device, each set to what its attention does on average."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.job.settings.seed)
-            mixers = {id: DeltaConvBlock(spec, dtype=torch.float32) for id, spec in self.specs.items()}
-        for id, mixer in mixers.items():
+        """The blocks to train, on the network's device."""
+
+        def attention(id: str) -> torch.nn.Module:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            warm_start(mixer.to(network.device), network.attentions[id])  # in float32, as its layers cast
-        return mixers
+            return network.attentions[id]  # takes and gives float32, as its layers cast
+
+        return session.start_blocks(self.specs, self.settings.seed, network.device, attention)
 
     def _preview(self, network: ComfyNetwork, mixers: Mapping[str, DeltaConvBlock]) -> Preview | None:
-        dtype, seed = SHORT_DTYPES[self.job.settings.precision], self.job.settings.seed
         if not self.job.preview_every:
             return None
-        preview = Preview(network, mixers, self.dataset, seed, dtype)
+        dtype = SHORT_DTYPES[self.settings.precision]
+        preview = Preview(network, mixers, self.dataset, self.settings.seed, dtype)
         return preview if preview.possible else None
 
     def _metadata(self, result: Result) -> dict[str, str]:
-        settings = self.job.settings.to_dict()
-        settings |= {"batch_size": self.job.batch_size, "caption_dropout": self.dropout}
-        return {
-            "teacher": f"{type(self.model.model).__name__} {self.notes['teacher']}",
-            "training": json.dumps(settings),
-            "steps": str(result.step),
-            "data": f"{self.dataset.description}, {self.notes['data']}",
-            "source": "distilled with ComfyUI-DeltaConv",
-        }
+        training = self.settings.to_dict()
+        training |= {"batch_size": self.job.batch_size, "caption_dropout": self.dropout}
+        teacher, data = type(self.model.model).__name__, self.dataset.description
+        source, steps = "distilled with ComfyUI-DeltaConv", str(result.step)
+        return session.metadata(teacher, training, data, source, self.notes, steps=steps)
 
 
 def loss_map(rows: Iterable[Row]) -> dict[str, list[float]]:
@@ -175,7 +176,7 @@ def loss_map(rows: Iterable[Row]) -> dict[str, list[float]]:
 
 
 class _Progress:
-    """Told about every step: the bar, the text under the node, previews, and the user's wish to stop."""
+    """Called after every step: the bar, the text under the node, previews, and the user's wish to stop."""
 
     def __init__(self, preview: Preview | None, job: Job, hidden: Any) -> None:
         self.preview = preview
@@ -200,18 +201,19 @@ class _Progress:
         try:
             return self.preview and self.preview()
         except comfy.model_management.OOM_EXCEPTION:
-            log.warning("ΔConv distillation: too little memory for previews; it goes on without them")
+            log.warning("ΔConv distillation: too little memory for previews; it continues without them")
             self.preview = None
             comfy.model_management.soft_empty_cache()
             return None
 
 
-def _say_how_to_go_on(folder: RunFolder, error: BaseException, hidden: Any) -> None:
+def _say_how_to_resume(folder: RunFolder, error: BaseException, hidden: Any) -> None:
     name = folder.path.relative_to(runs_folder()).as_posix()
     stopped = isinstance(error, comfy.model_management.InterruptProcessingException)
     what = "ΔConv distillation was stopped" if stopped else "ΔConv distillation failed"
     if folder.exists:
-        text = f"{what}; the run is kept. To go on, choose {name!r} in `resume`, and leave the rest as it is."
+        how = f"To resume it, choose {name!r} in `resume`, and leave the rest as it is."
+        text = f"{what}; the run is kept. {how}"
     else:
         text = f"{what} before its first step; there is nothing to keep."
         if folder.path.is_dir() and not any(folder.path.iterdir()):
@@ -223,19 +225,20 @@ def _say_how_to_go_on(folder: RunFolder, error: BaseException, hidden: Any) -> N
 def _fingerprint(model: Any) -> str:
     """Differs for another base model, other patches (LoRAs) or strengths, or another kind of prediction or
     schedule: from the first values of every tensor."""
-    digest = hashlib.sha256()
-    for key, ((weight, _), *patches) in sorted(model.get_key_patches("diffusion_model.").items()):
-        digest.update(f"{key} {_first(weight)} {[(p[0], p[2], _first(p[1])) for p in patches]}".encode())
+    weights = [
+        f"{key} {_first(weight)} {[(p[0], p[2], _first(p[1])) for p in patches]}"
+        for key, ((weight, _), *patches) in sorted(model.get_key_patches("diffusion_model.").items())
+    ]
     sampling = model.get_model_object("model_sampling")
     kinds = [kind.__name__ for kind in type(sampling).__mro__]
-    digest.update(f"{kinds} {getattr(sampling, 'sigmas', torch.zeros(0)).tolist()}".encode())
-    return digest.hexdigest()[:16]
+    levels = getattr(sampling, "sigmas", torch.zeros(0)).tolist()
+    return session.fingerprint([*weights, f"{kinds} {levels}"])
 
 
 def _first(value: Any) -> Any:
     """The shape and first values of each tensor in a weight or patch; other things are passed over."""
     if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.flatten()[:8].float().tolist()
+        return tuple(value.shape), session.first_values(value)
     if isinstance(value, (list, tuple)):
         return [_first(item) for item in value]
     return _first(value.weights) if hasattr(value, "weights") else None  # an adapter, as LoRAs are

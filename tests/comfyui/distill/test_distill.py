@@ -192,7 +192,7 @@ def test_blocks_start_exactly(pack, precision):
         attention.to_out[0].bias += 100
         product = (attention.to_out[0].weight @ attention.to_v.weight).detach()
     started = []
-    module = in_pack(pack, "nodes.host.distill.session")
+    module = in_pack(pack, "deltaconv_core.distill.session")
     start = module.warm_start
 
     def watched(block, attention):

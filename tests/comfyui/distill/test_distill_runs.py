@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -57,6 +59,35 @@ def test_names_of_runs_that_some_system_refuses(pack, output, name):
     with pytest.raises(ValueError, match="expected a name such as"):
         in_pack(pack, "nodes.host.distill.runs").open_run("new run", name)
     assert not output.exists()
+
+
+def dropping(pack, unet, **changes):
+    """A run of four pictures a batch that drops half of the captions."""
+    data, positive = latents((4, 4, 8, 8)), [conditioning(i) for i in range(4)]
+    job = {"batch_size": 4, "caption_dropout": 0.5, "negative": [conditioning(9)], "output_steps": 4}
+    return weights(distil(pack, unet, data, positive, **job | changes).args[1])
+
+
+def test_a_run_of_before_drops_captions_as_it_did(pack, unet, output, stop_after, monkeypatch):
+    """That of a whole batch or none; its notes do not say that they are dropped one by one."""
+    module = in_pack(pack, "nodes.host.distill.session")
+    new = dropping(pack, unet)
+    with monkeypatch.context() as before:
+        before.setattr(module, "DROPPED", {})
+        by_batch = partial(module.Batches, by_batch=True)
+        before.setattr(module, "Batches", lambda *given, **_: by_batch(*given))
+        old = dropping(pack, unet, run_name="old")
+        patching = stop_after(3)
+        with pytest.raises(BaseException) as stopped:
+            dropping(pack, unet, run_name="stopped")
+    assert type(stopped.value).__name__ == "InterruptProcessingException"
+    patching.undo()
+    monkeypatch.setattr("folder_paths.output_directory", str(output.parent))
+    assert not same_weights(old, new)
+    assert same_weights(dropping(pack, unet, resume="stopped_00001"), old)
+    folder = in_pack(pack, "deltaconv_core.distill").RunFolder
+    saved = {name: folder(output / f"{name}_00001").values()["notes"] for name in ("test", "stopped")}
+    assert saved["test"].pop("captions_dropped") == "one by one" and saved["test"] == saved["stopped"]
 
 
 def test_a_finished_run_can_be_made_longer(pack, unet):

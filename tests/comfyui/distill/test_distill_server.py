@@ -91,7 +91,7 @@ def test_stop_in_the_middle_and_go_on(server):
 
     history = server.queue(training("stopped", output_steps=5000), stop)
     assert server.failure(history) == "interrupted"
-    assert "To go on, choose 'stopped_00001' in `resume`" in server.log
+    assert "To resume it, choose 'stopped_00001' in `resume`" in server.log
     assert pictures(server, server.run(base_prompt(seed=7)))["attention"] == before
     log = server.base / "output" / "deltaconv_runs" / "stopped_00001" / "log.csv"
     done = len(list(csv.DictReader(log.open())))
@@ -121,7 +121,7 @@ def test_a_run_that_is_not_there_does_not_start(server, resume):
     with pytest.raises(ServerError) as refusal:
         server.run(prompt)
     (error,) = refusal.value.details["node_errors"]["distil"]["errors"]
-    assert f"there is no run {resume!r} to go on with" in error["details"]
+    assert f"there is no run {resume!r} to resume" in error["details"]
 
 
 def test_one_clear_line_about_other_counts(server):

@@ -115,7 +115,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(run, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(progress.Progress, "__call__", stopping)
     assert run(output="stopped", **options) == 130
-    assert "The same command goes on with it" in capsys.readouterr().out
+    assert "The same command resumes it" in capsys.readouterr().out
     assert load_checkpoint(tmp_path / "stopped/deltaconv.safetensors").metadata["steps"] == "4"
     monkeypatch.undo()
     assert run(output="stopped", **options) == 0
