@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..deltaconv_core.util.whole_file import release
 from ..deltaconv_core.weights.checkpoint import save_checkpoint
 from .host.files import model_folder
 from .host.files.save import SHORT_DTYPES, prepared
@@ -75,7 +76,10 @@ class SaveWeights(io.ComfyNode):
         texts = {"title": title, "author": author, "license": license}
         checkpoint = prepared(deltaconv, dtype, texts, keep_base_weights)
         path = model_folder.path_to_save(filename_prefix)
-        save_checkpoint(checkpoint, path)
+        try:
+            save_checkpoint(checkpoint, path)
+        finally:
+            release(path)
         size = path.stat().st_size / (1 << 20)
         line = (
             f"Saved {len(checkpoint.blocks)} blocks for {checkpoint.architecture} to {path} ({size:.3g} MB)."

@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.utils import _python_dispatch
 
 from ...util.devices import device_name
+from ...util.lock import held
 from ...util.whole_file import write_text
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ BUDGET = 0.05  # seconds for one kind, beyond which no round starts after the fi
 LEAST_ROUNDS = 5
 ROUNDS = 9
 HOPELESS = 3.0  # times the fastest: who takes longer runs only twice
+PATIENCE = 5.0  # seconds to wait for another process that writes its choices
 MARGIN = 0.95  # the default stays unless another takes at most this share of its time
 MOST_TOKENS = {"cpu": 1024}
 MOST_TOKENS_ELSEWHERE = 16384
@@ -229,9 +231,10 @@ def _keep(kind: str, name: str) -> None:
     path = cache_file()
     if path is None:
         return
-    content = {"version": VERSION, "choices": {**_load(path), kind: name}}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(content, indent=1))
+        with held(path.with_name(f".{path.name}.lock"), PATIENCE):
+            content = {"version": VERSION, "choices": {**_load(path), kind: name}}
+            write_text(path, json.dumps(content, indent=1))
     except OSError as error:
         log.warning("ΔConv: cannot write %s (%s); what is fastest is measured again next time", path, error)

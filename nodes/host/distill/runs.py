@@ -9,6 +9,7 @@ import folder_paths
 
 from ....deltaconv_core.distill import RunFolder
 from ....deltaconv_core.errors import DeltaConvError
+from ....deltaconv_core.util.whole_file import release
 from ..files.free_path import free_path
 
 NEW = "new run"
@@ -37,11 +38,13 @@ def open_run(resume: str, name: str) -> RunFolder:
         return RunFolder(runs_folder() / resume)
     path = free_path(runs_folder(), name)
     try:
-        path.mkdir(parents=True)
+        path.mkdir()
     except OSError as error:
         raise DeltaConvError(
             f"cannot make the folder {path} of the run ({error}); free some space"
         ) from error
+    finally:
+        release(path)
     return RunFolder(path)
 
 

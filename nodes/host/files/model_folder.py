@@ -137,17 +137,8 @@ def refusal(name: str | None) -> str:
 
 
 def path_to_save(name: str) -> Path:
-    """Where new weights of this name are to be saved; the folders on the way are made.
-
-    Raises:
-        DeltaConvError: a name that leads out of the folder, or a folder that cannot be made.
-    """
-    path = free_path(Path(folder_paths.get_folder_paths(FOLDER)[0]), name, ".safetensors")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DeltaConvError(f"cannot make the folder {path.parent} ({error})") from error
-    return path
+    """Where new weights of this name are to be saved, as `free_path` gives it."""
+    return free_path(Path(folder_paths.get_folder_paths(FOLDER)[0]), name, ".safetensors")
 
 
 def _stamp(path: Path | None) -> tuple[Any, ...]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -106,6 +109,43 @@ def test_numbers_that_are_all_taken(pack, models, checkpoint, monkeypatch):
     save(pack, checkpoint, filename_prefix="mine")
     with pytest.raises(ValueError, match="holds 2 of 'mine' already; choose another name"):
         save(pack, checkpoint, filename_prefix="mine")
+
+
+def test_saves_at_one_moment_get_names_of_their_own(pack, models, checkpoint):
+    """As two servers with one model folder, or two prompts."""
+    save(pack, checkpoint)  # what is imported at the first time is imported
+    start = threading.Barrier(4)
+
+    def one(_):
+        start.wait()
+        return save(pack, checkpoint)
+
+    for _ in range(5):
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(one, range(4)))
+    names = {f"mine_{number:05}.safetensors" for number in range(1, 22)}
+    assert {file.name for file in models.iterdir()} == names
+
+
+def test_a_name_is_free_again_after_a_save_that_failed(pack, models, checkpoint, monkeypatch):
+    def fail(*args):
+        raise OSError("no space left")
+
+    node = in_pack(pack, "nodes.save_weights")
+    with monkeypatch.context() as broken:
+        broken.setattr(node, "save_checkpoint", fail)
+        with pytest.raises(OSError, match="no space"):
+            save(pack, checkpoint)
+    assert list(models.iterdir()) == []
+    assert "mine_00001.safetensors" in save(pack, checkpoint)
+
+
+def test_new_runs_at_one_moment_get_folders_of_their_own(pack, output):
+    runs = in_pack(pack, "nodes.host.distill.runs")
+    with ThreadPoolExecutor(8) as threads:
+        folders = list(threads.map(lambda _: runs.open_run(runs.NEW, "mine").path, range(24)))
+    assert len(set(folders)) == 24
+    assert {folder.name for folder in output.iterdir()} == {f"mine_{n:05}" for n in range(1, 25)}
 
 
 def test_folders_inside(pack, models, checkpoint):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -274,3 +276,14 @@ def test_bfloat16_on_a_cpu_runs_in_what_is_faster(fresh, faster, dtype):
     with torch.no_grad(), fastest.fixed(product=faster, convolution="channels_last"), Watch():
         assert block(x, (8, 8)).dtype == torch.bfloat16
     assert seen == {dtype}
+
+
+def test_choices_of_processes_at_one_moment_are_all_kept(fresh):
+    code = (
+        "import sys; from deltaconv_core.block.ops import fastest\n"
+        "for n in range(40): fastest._keep(f'{sys.argv[1]} {n}', 'a')"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", code, name]) for name in ("one", "two")]
+    assert [process.wait() for process in both] == [0, 0]
+    kept = json.loads(fresh.read_text())["choices"]
+    assert set(kept) == {f"{name} {n}" for name in ("one", "two") for n in range(40)}
