@@ -1,13 +1,10 @@
-"""Looking at the self-attention of a diffusers pipeline while it draws a picture.
-
-Forward pre-hooks see what goes into the modules and change nothing; afterwards they are gone.
-"""
+"""Looking at the self-attention of a diffusers pipeline while it draws a picture."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +16,8 @@ from ..locality.result import LayerLocality
 from ..locality.sampled_steps import spread
 from ..locality.statistics import LayerStatistics
 from ..sites import select
-from .projections import project
-from .sites import Sites, Stack, find_sites, network_of
+from .sites import Sites, find_sites, network_of
+from .watch import watched
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ def look(pipeline: Any, settings: LookSettings, blocks: str = "all") -> tuple[st
     found = find_sites(network)
     chosen = select(blocks, found.channels)
     statistics = {id: LayerStatistics(id, found.channels[id]) for id in chosen}
-    with _watched(network, found, LocalityWatch(pipeline, settings.looks, statistics)), torch.no_grad():
+    with _watching(network, found, LocalityWatch(pipeline, settings.looks, statistics)), torch.no_grad():
         _draw(pipeline, settings)
     return found.architecture, [one.result() for one in statistics.values()]
 
@@ -76,7 +73,6 @@ class LocalityWatch:
     statistics: dict[str, LayerStatistics]
     calls: int = 0
     moment: str | None = None
-    grid: tuple[int, int] = (0, 0)
 
     def network_called(self, module: nn.Module, args: tuple[Any, ...], call: dict[str, Any]) -> None:
         """One call for each of the scheduler's timesteps, as there is no guidance."""
@@ -85,44 +81,29 @@ class LocalityWatch:
         self.moment = f"{self.calls + 1}/{count}" if self.calls in at else None
         self.calls += 1
 
-    def stack_called(self, stack: Stack, args: tuple[Any, ...], call: dict[str, Any]) -> None:
-        """Transformer2DModel and PixArtTransformer2DModel take (B, C, H, W) as their first argument."""
-        states: Tensor = args[0] if args else call["hidden_states"]
-        self.grid = (states.shape[-2] // stack.patch_size, states.shape[-1] // stack.patch_size)
-
-    def attention_called(self, id: str, attention: Any, args: tuple[Any, ...], call: dict[str, Any]) -> None:
-        if self.moment is None:
-            return
-        mask = call.get("attention_mask")
+    def see(
+        self,
+        id: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: tuple[int, int],
+        mask: Tensor | None,
+    ) -> None:
+        """One call of an attention."""
         if mask is not None:
             raise DeltaConvError(f"the self-attention {id} was called with a mask, which is not looked at")
-        x: Tensor = args[0] if args else call["hidden_states"]
-        q, k, _ = project(attention, x)
-        self.statistics[id].add(q, k, self.grid, self.moment)
+        self.statistics[id].add(q, k, grid, self.moment or "")
 
 
 @contextmanager
-def _watched(network: nn.Module, found: Sites, watch: LocalityWatch) -> Iterator[None]:
-    with ExitStack() as hooks:
-
-        def put(module: nn.Module, hook: Any) -> None:
-            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-            hooks.callback(handle.remove)
-
-        put(network, watch.network_called)
-        for stack in found.stacks:
-            put(stack.module, _of_stack(watch, stack))
-        for id in watch.statistics:
-            put(found.attentions[id], _of_attention(watch, id))
-        yield
-
-
-def _of_stack(watch: LocalityWatch, stack: Stack) -> Any:
-    return lambda module, args, call: watch.stack_called(stack, args, call)
-
-
-def _of_attention(watch: LocalityWatch, id: str) -> Any:
-    return lambda module, args, call: watch.attention_called(id, module, args, call)
+def _watching(network: nn.Module, found: Sites, watch: LocalityWatch) -> Iterator[None]:
+    handle = network.register_forward_pre_hook(watch.network_called, with_kwargs=True)
+    try:
+        with watched(found, watch.statistics, watch.see, lambda: watch.moment is not None):
+            yield
+    finally:
+        handle.remove()
 
 
 def _draw(pipeline: Any, settings: LookSettings) -> None:

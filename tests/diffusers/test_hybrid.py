@@ -8,6 +8,8 @@ import torch
 from deltaconv_core import Checkpoint, DeltaConvError, load_checkpoint, save_checkpoint
 from deltaconv_core.diffusers import applied, apply, remove
 from deltaconv_core.diffusers.sites import find_sites
+from deltaconv_core.diffusers.watch import watched
+from deltaconv_core.distill.hybrid import HybridFit, Settings, fit_hybrids
 from deltaconv_core.mixers.hybrid import HybridMixer, HybridSpec
 from testing.diffusers_models import KINDS, call, make, run
 
@@ -195,3 +197,27 @@ def test_an_attention_that_does_more_is_refused():
     attention.rescale_output_factor = 2.0
     with pytest.raises(DeltaConvError, match=f"{site} has rescale_output_factor"):
         apply(model, hybrids(model, **HYBRID))
+
+
+def test_is_fitted_to_what_the_model_does_while_it_runs(tmp_path):
+    """The fit's held-out error is that of the mixers on the queries, keys and values of the held-out call."""
+    model = make("sd")
+    found = find_sites(model)
+    specs = {site: mixer.spec for site, mixer in hybrids(model, **HYBRID).blocks.items()}
+    fit = HybridFit({site: [spec] for site, spec in specs.items()}, Settings(rows=10**6, held_out=2))
+    hooks = [module._forward_pre_hooks.copy() for module in model.modules()]
+    fitted = fit_hybrids(
+        fit, lambda see: watched(found, specs, see), lambda number: run(model, timestep=300 * number), 2
+    )
+    assert hooks == [module._forward_pre_hooks for module in model.modules()]
+    calls = []
+    with watched(found, specs, lambda *call: calls.append(call)):
+        run(model, timestep=300)
+    for site, q, k, v, grid, mask in calls:
+        full = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        mixer = fitted[site][0].mixer
+        error = (mixer(q, k, v, grid, mask) - full).norm() / full.norm()
+        assert fitted[site][0].error == pytest.approx(float(error), rel=1e-3)
+    checkpoint = Checkpoint(found.architecture, {site: fitted[site][0].mixer for site in specs})
+    apply(model, checkpoint)
+    assert torch.isfinite(run(model)).all()
