@@ -27,7 +27,9 @@ from torch.nn import functional as F
 from ..errors import CheckpointError, DeltaConvError
 from ..mixers.hybrid import HybridMixer, HybridSpec
 from ..mixers.hybrid.features import count, features, unpack
+from ..mixers.hybrid.flops import hybrid_flops
 from ..weights.safefile import Pathlike, read_file, write_file
+from .budget import Decision, Option, Site
 from .order import generator
 
 See = Callable[[str, Tensor, Tensor, Tensor, tuple[int, int], Tensor | None], None]
@@ -53,7 +55,7 @@ class Settings:
         DeltaConvError: a value that makes no sense.
     """
 
-    rows: int = 256
+    rows: int = 128
     ridge: float = 1e-2
     held_out: int = 4
     seed: int = 0
@@ -238,6 +240,13 @@ class HybridFit:
                 found[site].append(Fitted(mixer, *errors))
         return found
 
+    def flops(self, site: str, spec: HybridSpec | None) -> float:
+        """Operations of a mixer, or of the attention (None), on the grid that was seen at a site."""
+        if spec is not None:
+            return hybrid_flops(spec, self.grids[site])
+        tokens, own = self.grids[site][0] * self.grids[site][1], self.candidates[site][0]
+        return 8 * tokens * own.dim * own.inner + 4 * tokens**2 * own.inner
+
     def save(self, path: Pathlike) -> None:
         """Writes the sums, so that `restore` goes on after the last picture.
 
@@ -337,10 +346,50 @@ def fit_hybrids(
     return fit.fitted()
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What becomes of a model's attentions.
+
+    Args:
+        mixers: site id -> the mixer that stands in, as `Checkpoint.blocks` takes them.
+        kept: site id -> why the attention stays, as `Checkpoint.kept` takes them.
+        decisions: site id -> all that was decided, with reasons.
+    """
+
+    mixers: dict[str, HybridMixer]
+    kept: dict[str, str]
+    decisions: dict[str, Decision]
+
+
+def choose(
+    fit: HybridFit,
+    fitted: Mapping[str, Sequence[Fitted]],
+    budget: Callable[[Mapping[str, Site]], dict[str, Decision]],
+    cost: Callable[[str, HybridSpec | None], float] | None = None,
+) -> Chosen:
+    """Decides which attentions are replaced, and by which of the mixers that were fitted to them.
+
+    Args:
+        fit: what was fitted.
+        fitted: its result.
+        budget: `budget.within_error` or `budget.within_cost` with its limit.
+        cost: (site id, mixer's spec, or None for the attention) -> cost of a call, in any unit, such as
+            measured seconds; None: operations, on the grids that the fit saw.
+    """
+    cost = cost or fit.flops
+    sites = {
+        id: Site(cost(id, None), [Option(one.error, cost(id, one.mixer.spec)) for one in some])
+        for id, some in fitted.items()
+    }
+    decisions = budget(sites)
+    mixers = {id: fitted[id][d.option].mixer for id, d in decisions.items() if d.option is not None}
+    kept = {id: d.reason for id, d in decisions.items() if d.option is None}
+    kept |= {id: "the model never called it" for id in fit.candidates if id not in fitted}
+    return Chosen(mixers, kept, decisions)
+
+
 def _add(sums: _Sums, spec: HybridSpec, x: Tensor, answers: Tensor) -> None:
     """Features (B, heads, n, F, d) and attention's answers (B, heads, n, d) of some queries."""
-    device = sums.gram.device
-    x, answers = x.to(device, torch.float64), answers.to(device, torch.float64)
     rest = answers - x[:, :, :, -1] if spec.landmarks else answers
     if spec.share == "head":
         by = x.permute(1, 0, 2, 4, 3).flatten(1, 3)
@@ -348,4 +397,4 @@ def _add(sums: _Sums, spec: HybridSpec, x: Tensor, answers: Tensor) -> None:
     else:
         by = x.permute(1, 4, 0, 2, 3).flatten(0, 1).flatten(1, 2)
         flat = [t.permute(1, 3, 0, 2).flatten(0, 1).flatten(1) for t in (rest, answers)]
-    sums.add(by, *flat)
+    sums.add(*(t.to(sums.gram.device, torch.float64) for t in (by, *flat)))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import block, harness, hybrid, paper_tables, run_all
+from benchmarks import block, harness, hybrid, hybrid_fit, paper_tables, run_all
 from deltaconv_core import BlockSpec, bench
 from deltaconv_core.bench import machine
 from deltaconv_core.mixers.hybrid.flops import hybrid_flops
@@ -92,6 +92,17 @@ def test_hybrids_beside_others(tmp_path, monkeypatch, capsys):
     assert len(growing) == len(hybrid.SPECS)
     monkeypatch.setattr(hybrid, "measure", None)  # whatever is in the file is not measured again
     run(hybrid, monkeypatch, *options)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from /proc")
+def test_what_fitting_hybrids_takes(monkeypatch, capsys):
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(sys, "argv", ["hybrid_fit.py", "--small", "--passes", "1", "--landmarks", "4"])
+    assert hybrid_fit.main() == 0
+    printed = capsys.readouterr().out
+    assert "16 sites, 8 x 8, 1 mixers at each" in printed and "its sums take 5 MiB" in printed
+    monkeypatch.setattr(hybrid_fit, "LIMIT", -(2**40))
+    assert hybrid_fit.main() == 1
 
 
 def test_flops_of_hybrids_are_those_that_are_counted():

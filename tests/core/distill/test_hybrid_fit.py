@@ -11,7 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from deltaconv_core import DeltaConvError
 from deltaconv_core.distill import hybrid
-from deltaconv_core.distill.hybrid import HybridFit, Settings, fit_hybrids, sums_bytes
+from deltaconv_core.distill.budget import within_cost, within_error
+from deltaconv_core.distill.hybrid import HybridFit, Settings, choose, fit_hybrids, sums_bytes
 from deltaconv_core.errors import CheckpointError
 from deltaconv_core.mixers.hybrid import HybridMixer, HybridSpec
 from deltaconv_core.mixers.hybrid.features import count, features, unpack
@@ -268,3 +269,41 @@ def test_sites_that_nobody_asked_for_and_that_are_never_called():
 def test_settings_refuse_nonsense(change):
     with pytest.raises(DeltaConvError, match=next(iter(change))):
         Settings(**change)
+
+
+def fitted_sites():
+    """One attention over many tokens, one over few, and one that is never called."""
+    few = replace(BOTH, landmarks=16)
+    fit = HybridFit({"large": [BOTH, few], "small": [BOTH, few], "never": [BOTH]}, Settings(held_out=2))
+    for number in range(4):
+        fit.picture(number)
+        fit.see("large", *call(number, (24, 32)), (24, 32))
+        fit.see("small", *call(number, (2, 2)), (2, 2))
+    return fit, fit.fitted()
+
+
+def test_a_budget_decides_what_is_replaced_and_says_why():
+    fit, fitted = fitted_sites()
+    chosen = choose(fit, fitted, lambda sites: within_error(sites, 2.0))
+    assert chosen.mixers == {"large": fitted["large"][0].mixer}
+    assert chosen.kept["never"] == "the model never called it"
+    assert "attention is cheap here" in chosen.kept["small"]
+    assert "of attention's cost" in chosen.decisions["large"].reason
+    assert not choose(fit, fitted, lambda sites: within_error(sites, 1e-3)).mixers
+
+
+def test_measured_times_may_decide():
+    fit, fitted = fitted_sites()
+    seconds = {("large", None): 3.0, ("small", None): 1.0, ("large", 4): 2.0, ("small", 4): 0.5}
+
+    def cost(site, spec):
+        return seconds.get((site, spec and spec.landmarks), 9.0)
+
+    chosen = choose(fit, fitted, lambda sites: within_cost(sites, 0.7), cost)
+    assert set(chosen.mixers) == {"large", "small"} and chosen.mixers["small"].spec.landmarks == 4
+
+
+def test_attention_costs_what_its_products_do():
+    fit, _ = fitted_sites()
+    tokens = 24 * 32
+    assert fit.flops("large", None) == 8 * tokens * 8**2 + 4 * tokens**2 * 8
