@@ -8,9 +8,14 @@ import pytest
 import torch
 
 from benchmarks import diffusers_features, diffusers_parity, parity
+from deltaconv_core import Checkpoint, save_checkpoint
 from deltaconv_core import diffusers as adapter
 from deltaconv_core.diffusers.hooks import TellChoice
+from deltaconv_core.diffusers.sites import find_sites
+from deltaconv_core.mixers.hybrid import HybridMixer, HybridSpec
 from deltaconv_core.sites.sampling_range import SamplingRange
+from testing.comfy_models import in_pack, patch
+from testing.compare import largest_error
 
 
 @pytest.mark.parametrize("name", diffusers_parity.ARCHITECTURES)
@@ -70,3 +75,55 @@ def test_features(name):
     assert not any(row.missed for row in rows.values())
     assert rows["ΔConv"].difference > 1e-2 and rows["its LoRA"].difference > 1e-2
     assert set(rows) == {"ΔConv", "offloaded", "compiled", "removed", "its LoRA", "LoRA"}
+
+
+@pytest.mark.parametrize("name", diffusers_parity.ARCHITECTURES)
+def test_both_hosts_agree_on_hybrid_mixers(pack, name, tmp_path):
+    """The same file of hybrid mixers in both, Nyström's correction at some sites and kernels at others."""
+    torch.manual_seed(0)
+    architecture = diffusers_parity.ARCHITECTURES[name]
+    with torch.no_grad():
+        theirs = diffusers_parity.diffusers_model(name, architecture, True)
+        host = diffusers_parity.comfyui_model(theirs, architecture, True)
+    inputs = {
+        latent: diffusers_parity.both_inputs(theirs, architecture, True, latent)
+        for latent in diffusers_parity.LATENTS[name][True]
+    }
+    found, mixers = find_sites(theirs), {}
+    for number, (site, attention) in enumerate(found.attentions.items()):
+        local = {"landmarks": 16, "nystrom": "none", "kernel_size": 5, "scales": (1.0, 0.5), "mean": True}
+        spec = HybridSpec(
+            found.channels[site],
+            attention.heads,
+            attention.to_q.out_features // attention.heads,
+            **(local if number % 2 else {"landmarks": 9}),
+        )
+        mixers[site] = HybridMixer(spec).requires_grad_(False)
+        for parameter in mixers[site].parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape) + (parameter.ndim == 1))
+    path = tmp_path / "hybrid.safetensors"
+    save_checkpoint(Checkpoint(found.architecture, mixers), path)
+    before = diffusers_parity.Outputs(host, theirs, inputs)
+    patched = patch(pack, host, in_pack(pack, "deltaconv_core").load_checkpoint(path))
+    adapter.apply(theirs, path)
+    for latent, (given, other) in inputs.items():
+        own, wanted = as_sampled(patched, given), diffusers_parity.run(theirs, other)
+        assert largest_error(own, wanted) <= parity.LIMIT
+        assert largest_error(wanted, before.theirs[latent]) > 1e-3
+    parity.unload()
+    adapter.remove(theirs)
+    rows = list(diffusers_parity.Outputs(host, theirs, inputs).rows(name, "removed", before))
+    assert not any(row.missed for row in rows), rows
+
+
+def as_sampled(model, inputs):
+    """The network's output, called the way that ComfyUI's samplers do: through the MODEL's wrappers."""
+    (wrapper,) = model.wrappers["apply_model"]["deltaconv"]
+
+    class Executor:
+        class_obj = model.model
+
+        def __call__(self, x, sigmas):
+            return parity.run_loaded(model, inputs)
+
+    return wrapper(Executor(), inputs["x"], torch.ones(len(inputs["x"])))
