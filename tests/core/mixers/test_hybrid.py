@@ -247,7 +247,7 @@ def test_a_spec_survives_json(kind):
         ({"scales": (2.0,)}, "0 < scale <= 1"),
         ({"share": "layer"}, "share to be one of head, channel"),
         ({"mean": 1}, "mean to be True or False, got 1"),
-        ({"window": 3}, "without a window, got landmarks 64, window 3"),
+        ({"window": 3}, "without a window, got landmarks 144, window 3"),
         ({"landmarks": 0, "mean": True}, "landmarks and without a window, got landmarks 0"),
         ({"landmarks": 0, "nystrom": "none", "window": 3, "mean": True}, "needs landmarks"),
         ({"gate": True, "kernel_size": 3}, "a gate weighs the local part .* nystrom 'cholesky'"),
