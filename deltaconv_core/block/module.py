@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import DeltaConvError
 from . import ops
 from .spec import BlockSpec
+from .steps import call_layer, steps_for
 
 START_STD = 0.02  # spread of a fresh block's output for inputs of unit variance
 HALF_OR_MORE = (torch.float16, torch.bfloat16, torch.float32)  # what blocks are stored in to compute with
@@ -109,75 +110,34 @@ class DeltaConvBlock(nn.Module):
         self._check(x, grid)
         if not len(x):
             return x.clone()
-        return self._mix(x.to(ops.compute_dtype(x)), (int(grid[0]), int(grid[1]))).to(x.dtype)
+        spec, dtype, grid = self.spec, x.dtype, (int(grid[0]), int(grid[1]))
+        x = x.to(ops.compute_dtype(x))
+        u = call_layer(self.conv_up, x).reshape(len(x), *grid, -1).contiguous()  # (B, H, W, inter)
+        everywhere = call_layer(self.conv_pool, _mean(x, grid)).to(u.dtype)  # (B, 1, C)
+        convolutions = [stage.conv_spatial for stage in self.stages()]
+        steps = steps_for(spec, [*convolutions, self.conv_out], u)
+        with steps.scope(u):
+            made = {}
+            for i in self._order():
+                made[i] = steps.stage(convolutions[i], u, spec.scales[i])
+            stages = [made.pop(i) for i in range(len(made))]
+            if spec.context:
+                stages = steps.with_context(stages, u)
+            del x, u  # their memory may serve the output
+            y = steps.project(self.conv_out, stages, everywhere, grid)
+        return y.to(dtype)
 
-    def _mix(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        u = ops.call_layer(self.conv_up, x).reshape(len(x), *grid, -1).contiguous()  # (B, H, W, inter)
-        # Two steps, in float32 at least: faster than one, and no less exact.
-        columns = x.reshape(len(x), *grid, -1).mean(dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
-        mean = columns.mean(dim=1, keepdim=True).to(x.dtype)
-        everywhere = ops.call_layer(self.conv_pool, mean).to(u.dtype)  # (B, 1, C)
-        if not all(map(ops.gives_weights, (self.conv_out, *(s.conv_spatial for s in self.stages())))):
-            return self._mix_by_layers(u, everywhere)
-        backend = ops.backend_for(u)
-        with ops.no_autocast(u):  # u has its dtype, and all that follows has u's
-            stages = self._all_stages(backend, u)
-            del u  # its memory may serve the output
-
-            def project(weight: Tensor, bias: Tensor | None) -> Tensor:
-                # A sum image by image would round the gradient of the bias twice.
-                if bias is None or torch.is_grad_enabled():
-                    y = backend.project(stages, weight, everywhere, grid, self.spec.merge)
-                    return y if bias is None else y + bias
-                return backend.project(stages, weight, everywhere + bias, grid, self.spec.merge)
-
-            return ops.with_weights(self.conv_out, everywhere, project)
-
-    def _all_stages(self, backend: ops.Backend, u: Tensor) -> list[Tensor]:
-        pairs = list(zip(self.stages(), self.spec.scales, strict=True))
-        order = list(range(len(pairs)))
+    def _order(self) -> list[int]:
+        """In which the stages are made. Without gradients smaller ones come first: the memory that they leave
+        behind serves the largest one."""
+        order = list(range(len(self.spec.scales)))
         if not torch.is_grad_enabled():
-            # Smaller stages first: the memory that they leave behind serves the largest one.
             order.sort(key=self.spec.scales.__getitem__)
-        made = {i: self._stage(backend, pairs[i][0], u, pairs[i][1]) for i in order}
-        stages = [made[i] for i in sorted(order)]
-        if self.spec.context:
-            context = ops.context(u.permute(0, 3, 1, 2), self.spec.gate).permute(0, 2, 3, 1)
-            if self.spec.merge == "sum" and 1 in self.spec.scales:
-                # Here, so that no backend multiplies two stages of the full size.
-                full = self.spec.scales.index(1)
-                stages[full] = stages[full] + context
-            else:
-                stages.append(context)
-        return stages
-
-    def _stage(self, backend: ops.Backend, stage: Stage, u: Tensor, scale: float) -> Tensor:
-        z = u if scale == 1 else backend.shrink(u, scale, self.spec.pooling)
-
-        def convolve(weight: Tensor, bias: Tensor | None) -> Tensor:
-            return backend.depthwise_gate(z, weight, bias, self.spec.gate)
-
-        return ops.with_weights(stage.conv_spatial, z, convolve)
-
-    def _mix_by_layers(self, u: Tensor, everywhere: Tensor) -> Tensor:
-        """The rest of the block by calling each layer, for layers that do more than their weights say."""
-        spec, grid = self.spec, (u.shape[1], u.shape[2])
-        u = u.permute(0, 3, 1, 2)  # (B, inter, H, W) over channels-last memory
-        stages = []
-        for stage, scale in zip(self.stages(), spec.scales, strict=True):
-            z = u if scale == 1 else ops.shrink(u, scale, spec.pooling)
-            g = ops.gate(ops.call_layer(stage.conv_spatial, z), spec.gate)
-            stages.append(g if scale == 1 else ops.enlarge(g, grid))
-        if spec.context:
-            stages.append(ops.context(u, spec.gate))
-        f = ops.merge(stages, spec.merge).permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, merged)
-        if u.dtype == torch.float16:
-            return ops.project_half(self.conv_out, f, everywhere)
-        return ops.call_layer(self.conv_out, f) + everywhere
+        return order
 
     def stages(self) -> Iterable[Stage]:
-        """The pyramid's stages, as their types are."""
-        return cast(Iterable[Stage], self.gates)
+        """`gates`, typed."""
+        return cast("Iterable[Stage]", self.gates)
 
     def _check(self, x: Tensor, grid: tuple[int, int]) -> None:
         height, width = grid
@@ -185,17 +145,28 @@ class DeltaConvBlock(nn.Module):
             raise DeltaConvError(f"expected a grid of at least 1 x 1, got {height} x {width}")
         if x.ndim != 3 or x.shape[2] != self.spec.dim:
             raise DeltaConvError(f"expected tokens of shape (B, H*W, {self.spec.dim}), got {tuple(x.shape)}")
-        if x.shape[1] != height * width:
-            raise DeltaConvError(
-                f"expected {height} x {width} = {height * width} tokens, got {x.shape[1]}; something before "
-                "this block merges or tiles tokens (ToMe, HyperTile), or the grid belongs to another layer"
-            )
+        check_tokens(x, grid)
         if not x.is_floating_point():
             raise DeltaConvError(f"expected floating point tokens, got {x.dtype}")
 
     def extra_repr(self) -> str:
         """The spec, for printing."""
         return str(self.spec)
+
+
+def check_tokens(x: Tensor, grid: tuple[int, int]) -> None:
+    """Refuses tokens x (B, N, C) that do not fill the grid (H, W).
+
+    Raises:
+        DeltaConvError: N is not H * W.
+    """
+    height, width = grid
+    if x.shape[1] != height * width:
+        raise DeltaConvError(
+            f"ΔConv expected {height} x {width} = {height * width} tokens, got {x.shape[1]}: something tiles "
+            "or merges tokens before the self-attention. HyperTile and Token Merging (ToMe) do; take them "
+            "off the model, or leave their sites out with `blocks`"
+        )
 
 
 def shared_copy(
@@ -220,6 +191,15 @@ def shared_copy(
         }
         block.load_state_dict(weights, assign=True)
         return block.requires_grad_(False).eval()
+
+
+def _mean(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The mean token, (B, H * W, C) -> (B, 1, C).
+
+    In two steps, in float32 at least: faster than one step, and no less exact.
+    """
+    columns = x.reshape(len(x), *grid, -1).mean(dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return columns.mean(dim=1, keepdim=True).to(x.dtype)
 
 
 def _normal(layer: nn.Linear | nn.Conv2d, std: float) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..block import ops
+from ..block.steps import call_layer
 from ..errors import DeltaConvError
 
 EPSILON = 1e-4  # of the denominator, as in the authors' code
@@ -36,9 +37,9 @@ class Shift(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm = self.norm
-        h = ops.call_layer(self.first, x).float()
+        h = call_layer(self.first, x).float()
         h = F.layer_norm(h, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
-        return x + ops.call_layer(self.last, F.leaky_relu(h).to(x.dtype))
+        return x + call_layer(self.last, F.leaky_relu(h).to(x.dtype))
 
 
 class LinearAttention(nn.Module):
@@ -114,13 +115,13 @@ class LinearAttention(nn.Module):
             )
         dtype = x.dtype
         x = x.to(ops.compute_dtype(x))
-        q = F.elu(self._heads(ops.call_layer(self.to_q, self.shift_q(x)))) + 1
-        k = F.elu(self._heads(ops.call_layer(self.to_k, self.shift_k(x)))) + 1
-        v = self._heads(ops.call_layer(self.to_v, x))
+        q = F.elu(self._heads(call_layer(self.to_q, self.shift_q(x)))) + 1
+        k = F.elu(self._heads(call_layer(self.to_k, self.shift_k(x)))) + 1
+        v = self._heads(call_layer(self.to_v, x))
         values = (k / x.shape[1]).transpose(2, 3) @ v  # (B, heads, d, d)
         scale = q @ k.mean(dim=2).unsqueeze(3) + EPSILON  # (B, heads, N, 1)
         y = (q @ values / scale).transpose(1, 2).flatten(2)
-        return ops.call_layer(self.to_out, y.to(x.dtype)).to(dtype)
+        return call_layer(self.to_out, y.to(x.dtype)).to(dtype)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, N, inner) -> (B, heads, N, d) in float32."""

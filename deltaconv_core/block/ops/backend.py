@@ -7,7 +7,7 @@ are views of one another. All functions are differentiable in every tensor argum
 float16: the product of the gate leaves float16's range, so `depthwise_gate` forms it in float32. What it
 returns there is float32, or anything else that represents the product without overflow and without rounding
 it more coarsely than float16 does: only the `project` of the same backend ever reads it, and `project` owes
-the same freedom from overflow. See `half.py` for the way of the PyTorch backend. On a CPU the block
+the same freedom from overflow. `float16.py` says how the PyTorch backend does it. On a CPU the block
 calls with float16 under autocast only.
 """
 

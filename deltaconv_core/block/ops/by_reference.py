@@ -11,8 +11,8 @@ from .. import reference
 from .backend import Size
 
 
-class SlowBackend:
-    """See `backends.Backend`."""
+class ReferenceBackend:
+    """See `backend.Backend`."""
 
     name = "reference"
 

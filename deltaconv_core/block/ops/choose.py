@@ -1,4 +1,4 @@
-"""Which backend computes a block.
+"""Which dtype and which backend compute a block.
 
 Triton where it can, plain PyTorch otherwise. DELTACONV_BACKEND=torch|triton|reference forces one. Why Triton
 does not run on a GPU is logged once for each dtype.
@@ -17,20 +17,37 @@ from torch import Tensor
 
 from ...errors import DeltaConvError
 from ...util.compiling import constant_result
+from ...util.once import Once
+from . import fastest
 from .backend import Backend
-from .by_reference import SlowBackend
-from .by_torch import PlainBackend
+from .by_reference import ReferenceBackend
+from .by_torch import TorchBackend
 
 log = logging.getLogger(__name__)
 
 VARIABLE = "DELTACONV_BACKEND"
 NAMES = ("torch", "triton", "reference")
+TRIAL_TOKENS = 256
 
-_forced = os.environ.get(VARIABLE, "")
-_plain: Backend = PlainBackend()
-_loaded: dict[str, Backend] = {"torch": _plain, "reference": SlowBackend()}
-_failures: list[str] = []
-_told: set[str] = set()
+TORCH, REFERENCE = TorchBackend(), ReferenceBackend()
+
+
+class Choice:
+    """What this process knows about its backends."""
+
+    def __init__(self) -> None:
+        self.say = Once(log.info)
+        self.reset()
+
+    def reset(self) -> None:
+        """As in a new process: Triton is loaded again, and why it does not run is said again."""
+        self.forced: str | None = None
+        self.triton: Backend | None = None
+        self.why_no_triton = ""
+        self.say.reset()
+
+
+choice = Choice()
 
 
 def backend_for(x: Tensor) -> Backend:
@@ -39,52 +56,83 @@ def backend_for(x: Tensor) -> Backend:
     Raises:
         DeltaConvError: DELTACONV_BACKEND names one that does not exist or cannot run on x.
     """
-    if _forced:
-        return _forced_backend(x)
+    name = _from_environment() if choice.forced is None else choice.forced
+    if name:
+        return _forced_backend(name, x)
     if x.device.type != "cuda":
-        return _plain
-    reason = _why_no_triton() or _loaded["triton"].why_not(x)
-    if not reason:
-        return _loaded["triton"]
-    _tell(f"{x.device.type}, {x.dtype}: plain PyTorch, because {reason}")
-    return _plain
+        return TORCH
+    triton = _triton(x)
+    if not isinstance(triton, str):
+        return triton
+    if not torch.compiler.is_compiling():
+        choice.say(f"ΔConv on {x.device.type}, {x.dtype}: plain PyTorch, because {triton}")
+    return TORCH
 
 
 @contextmanager
 def forced(name: str) -> Iterator[None]:
     """Takes this backend, whatever the environment says: for tests and benchmarks."""
-    global _forced
-    before, _forced = _forced, name
+    before, choice.forced = choice.forced, name
     try:
         yield
     finally:
-        _forced = before
+        choice.forced = before
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """In which dtype to mix the tokens x (B, N, C): x's own, except on a CPU.
+
+    There it is float32 for float16, whose kernels are 60 to 240 times slower, and for bfloat16 where a matrix
+    product is faster in float32: without instructions for bfloat16 it is about ten times as fast.
+    """
+    if x.device.type != "cpu" or x.dtype not in (torch.float16, torch.bfloat16):
+        return x.dtype
+    if x.dtype == torch.float16:
+        return torch.float32
+    part = x[0, :TRIAL_TOKENS]
+    return fastest.fastest(
+        "product",
+        {"as it is": torch.bfloat16, "in float32": torch.float32},
+        default="as it is",
+        like=x,
+        details=("channels", x.shape[2]),
+        tokens=len(part),
+        trial=lambda dtype: part.to(dtype) @ part.to(dtype).T,
+    )
 
 
 @constant_result
-def _why_no_triton() -> str:
-    """Imports the Triton backend on the first call; the reason why there is none, or nothing."""
-    if "triton" not in _loaded and not _failures:
-        try:
-            _loaded["triton"] = importlib.import_module(".triton", __package__).BACKEND
-        except Exception as error:  # whatever a broken installation raises is no reason to stop
-            _failures.append(f"Triton cannot be used here ({type(error).__name__}: {error})")
-    return "".join(_failures)
+def _from_environment() -> str:
+    return os.environ.get(VARIABLE, "")
 
 
-def _forced_backend(x: Tensor) -> Backend:
-    if _forced not in NAMES:
-        raise DeltaConvError(f"expected {VARIABLE} to be one of {', '.join(NAMES)}, got {_forced!r}")
-    reason: str | None = _why_no_triton() if _forced == "triton" else ""
-    reason = reason or _loaded[_forced].why_not(x)
-    if reason:
+def _forced_backend(name: str, x: Tensor) -> Backend:
+    if name not in NAMES:
+        raise DeltaConvError(f"expected {VARIABLE} to be one of {', '.join(NAMES)}, got {name!r}")
+    if name != "triton":
+        return TORCH if name == "torch" else REFERENCE
+    triton = _triton(x)
+    if isinstance(triton, str):
         raise DeltaConvError(
-            f"{VARIABLE} is {_forced}, but {reason}; unset it, or set it to torch, which always works"
+            f"{VARIABLE} is triton, but {triton}; unset it, or set it to torch, which always works"
         )
-    return _loaded[_forced]
+    return triton
 
 
-def _tell(sentence: str) -> None:
-    if sentence not in _told and not torch.compiler.is_compiling():
-        _told.add(sentence)
-        log.info("ΔConv on %s", sentence)
+def _triton(x: Tensor) -> Backend | str:
+    """The Triton backend, or the reason why it cannot run on tensors like x, as a clause."""
+    if reason := _load_triton():
+        return reason
+    assert choice.triton is not None
+    return choice.triton.why_not(x) or choice.triton
+
+
+@constant_result
+def _load_triton() -> str:
+    """Imports the Triton backend on the first call; the reason why there is none, or nothing."""
+    if choice.triton is None and not choice.why_no_triton:
+        try:
+            choice.triton = importlib.import_module(".triton", __package__).BACKEND
+        except Exception as error:  # whatever a broken installation raises is no reason to stop
+            choice.why_no_triton = f"Triton cannot be used here ({type(error).__name__}: {error})"
+    return choice.why_no_triton

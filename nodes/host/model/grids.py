@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ....deltaconv_core.block.module import check_tokens
 from ....deltaconv_core.errors import DeltaConvError
 
 
@@ -32,10 +33,5 @@ def of_patches(patch_size: int) -> Callable[[torch.Tensor, dict[str, Any]], tupl
 
 
 def _checked(x: torch.Tensor, height: int, width: int) -> tuple[int, int]:
-    if x.shape[1] != height * width:
-        raise DeltaConvError(
-            f"ΔConv expected {height} x {width} = {height * width} tokens, got {x.shape[1]}: something tiles "
-            "or merges tokens before the self-attention. HyperTile and Token Merging (ToMe) do; take them "
-            "off this MODEL, or leave their sites out with the input `blocks`"
-        )
+    check_tokens(x, (height, width))
     return height, width

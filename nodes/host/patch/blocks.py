@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import comfy.model_patcher
-import comfy.ops
 import torch
 
 from ....deltaconv_core.block.module import HALF_OR_MORE, shared_copy
 from ....deltaconv_core.mixers.hybrid.module import shared_hybrid
 from ....deltaconv_core.weights.checkpoint import HYBRID
-
-# Newer versions of ComfyUI want to know when cast weights are no longer used.
-TAKES_WEIGHTS_BACK = "offloadable" in inspect.signature(comfy.ops.cast_bias_weight).parameters
+from .forwards import Layers
 
 
 class DeltaConvBlocks(torch.nn.Module):
@@ -24,32 +20,6 @@ class DeltaConvBlocks(torch.nn.Module):
     def __init__(self, blocks: Mapping[str, torch.nn.Module]) -> None:
         super().__init__()
         self.blocks = torch.nn.ModuleList(blocks.values())
-
-
-class GivesWeights:
-    """A castable layer that lends its weights as its own forward would use them: moved, cast, and patched."""
-
-    def with_weights(self, x: torch.Tensor, function: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """function(weight, bias) for an input like x; ComfyUI may take the weights back afterwards."""
-        if hasattr(comfy.ops, "run_every_op"):
-            comfy.ops.run_every_op()  # where the user's interruption is noticed
-        if not TAKES_WEIGHTS_BACK:
-            return function(*comfy.ops.cast_bias_weight(self, x))
-        weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
-        try:
-            return function(weight, bias)
-        finally:
-            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
-
-
-class Layers:
-    """The `operations` of a block in ComfyUI."""
-
-    class Linear(GivesWeights, comfy.ops.manual_cast.Linear):
-        pass
-
-    class Conv2d(GivesWeights, comfy.ops.manual_cast.Conv2d):
-        pass
 
 
 def build_blocks(trained: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, torch.nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from importlib import import_module
 
 import pytest
@@ -11,8 +12,8 @@ from testing.compare import relative_l2
 
 
 @pytest.fixture
-def blocks(pack):
-    return import_module(".nodes.host.patch.blocks", pack.__name__)
+def forwards(pack):
+    return import_module(".nodes.host.patch.forwards", pack.__name__)
 
 
 @pytest.fixture
@@ -21,19 +22,20 @@ def core(pack):
 
 
 @pytest.fixture(params=["Linear", "Conv2d"])
-def layer(blocks, request):
+def layer(forwards, request):
     torch.manual_seed(0)
     if request.param == "Linear":
-        made = blocks.Layers.Linear(6, 4, dtype=torch.bfloat16)
+        made = forwards.Layers.Linear(6, 4, dtype=torch.bfloat16)
     else:
-        made = blocks.Layers.Conv2d(4, 4, 3, groups=4, bias=False, dtype=torch.bfloat16)
+        made = forwards.Layers.Conv2d(4, 4, 3, groups=4, bias=False, dtype=torch.bfloat16)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter)
     return made
 
 
 def lent(layer, x):
-    return layer.with_weights(x, lambda weight, bias: (weight, bias))
+    with layer.lend_weights(x) as (weight, bias):
+        return weight, bias
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -52,32 +54,25 @@ def test_with_the_patches_that_are_applied_at_each_call(layer):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_weights_are_given_back(blocks, layer, monkeypatch, fails):
+def test_weights_are_given_back(forwards, layer, monkeypatch, fails):
     import comfy.ops
 
-    if not blocks.TAKES_WEIGHTS_BACK:
+    if not forwards.TAKES_WEIGHTS_BACK:
         pytest.skip("this ComfyUI does not ask for them")
     returned = []
     monkeypatch.setattr(comfy.ops, "uncast_bias_weight", lambda *given: returned.append(given))
-
-    def use(weight, bias):
+    raised = pytest.raises(MemoryError) if fails else contextlib.nullcontext()
+    with raised, layer.lend_weights(torch.zeros(1)):
         assert not returned
         if fails:
             raise MemoryError
-        return weight
-
-    if fails:
-        with pytest.raises(MemoryError):
-            layer.with_weights(torch.zeros(1), use)
-    else:
-        layer.with_weights(torch.zeros(1), use)
     assert len(returned) == 1 and returned[0][0] is layer
 
 
-def test_the_signature_of_older_versions(blocks, layer, monkeypatch):
+def test_the_signature_of_older_versions(forwards, layer, monkeypatch):
     import comfy.ops
 
-    monkeypatch.setattr(blocks, "TAKES_WEIGHTS_BACK", False)
+    monkeypatch.setattr(forwards, "TAKES_WEIGHTS_BACK", False)
     monkeypatch.setattr(comfy.ops, "cast_bias_weight", lambda layer, x: (layer.weight.to(x), None))
     monkeypatch.delattr(comfy.ops, "uncast_bias_weight", raising=False)
     monkeypatch.delattr(comfy.ops, "run_every_op", raising=False)
@@ -92,10 +87,10 @@ def test_interruption_is_noticed(layer):
         lent(layer, torch.zeros(1))
 
 
-def test_gradients_reach_weights_and_tokens(core, blocks):
+def test_gradients_reach_weights_and_tokens(core, forwards):
     torch.manual_seed(0)
     plain = core.DeltaConvBlock(core.BlockSpec(16, 5))
-    hosted = core.DeltaConvBlock(plain.spec, operations=blocks.Layers)
+    hosted = core.DeltaConvBlock(plain.spec, operations=forwards.Layers)
     hosted.load_state_dict(plain.state_dict())
     x = torch.randn(2, 35, 16, requires_grad=True)
     grads = []
@@ -106,14 +101,14 @@ def test_gradients_reach_weights_and_tokens(core, blocks):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_castable_layers_that_lend_nothing_are_called(core, blocks, dtype):
+def test_castable_layers_that_lend_nothing_are_called(core, forwards, dtype):
     import comfy.ops
 
     torch.manual_seed(0)
     plain = core.DeltaConvBlock(core.BlockSpec(16, 5), dtype=dtype)
     x = torch.randn(2, 35, 16).to(dtype)
     results = []
-    for layers in (blocks.Layers, comfy.ops.manual_cast):
+    for layers in (forwards.Layers, comfy.ops.manual_cast):
         hosted = core.DeltaConvBlock(plain.spec, operations=layers)
         hosted.load_state_dict(plain.state_dict())
         with torch.no_grad():
@@ -122,11 +117,11 @@ def test_castable_layers_that_lend_nothing_are_called(core, blocks, dtype):
     assert difference < 2 * torch.finfo(dtype).eps
 
 
-def test_one_graph_with_torch_compile(core, blocks):
+def test_one_graph_with_torch_compile(core, forwards):
     torch._dynamo.reset()
     torch.manual_seed(0)
     plain = core.DeltaConvBlock(core.BlockSpec(16, 5))
-    hosted = core.DeltaConvBlock(plain.spec, operations=blocks.Layers)
+    hosted = core.DeltaConvBlock(plain.spec, operations=forwards.Layers)
     hosted.load_state_dict(plain.state_dict())
     compiled = torch.compile(hosted, backend="eager")
     x = torch.randn(2, 35, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -15,16 +16,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from deltaconv_core import BlockSpec, DeltaConvBlock, DeltaConvError
-from deltaconv_core.block import ops
+from deltaconv_core.block import ops, steps
 from deltaconv_core.block.ops import by_torch, choose, fastest
-from deltaconv_core.block.ops.by_reference import SlowBackend
+from deltaconv_core.block.ops.by_reference import ReferenceBackend
 from deltaconv_core.block.reference import reference_block
 from testing.compare import relative_l2
 
 GRIDS = [(8, 8), (7, 5), (1, 6), (9, 1), (1, 1)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BACKENDS = [by_torch.PlainBackend(), SlowBackend()]
-EXACT = SlowBackend()
+BACKENDS = [by_torch.TorchBackend(), ReferenceBackend()]
+EXACT = ReferenceBackend()
 CONVOLUTIONS = [
     (name, kernel_size)
     for kernel_size in (3, 11, 13, 17)
@@ -146,9 +147,7 @@ def test_shrinking(scale, grid, pooling):
 @pytest.fixture
 def triton(monkeypatch):
     """Puts a module, or what importing it raises, where the Triton backend is."""
-    monkeypatch.setattr(choose, "_loaded", {k: v for k, v in choose._loaded.items() if k != "triton"})
-    monkeypatch.setattr(choose, "_failures", [])
-    monkeypatch.setattr(choose, "_told", set())
+    choose.choice.reset()
 
     def put(module):
         def import_module(name, package):
@@ -159,10 +158,11 @@ def triton(monkeypatch):
 
         monkeypatch.setattr(choose, "importlib", SimpleNamespace(import_module=import_module))
 
-    return put
+    yield put
+    choose.choice.reset()
 
 
-class Other(SlowBackend):
+class Other(ReferenceBackend):
     """Stands for a backend that can run, or cannot because of `reason`."""
 
     name = "triton"
@@ -245,7 +245,7 @@ def test_a_forced_backend_runs_wherever_it_can(triton):
         assert ops.backend_for(on_gpu()).name == "torch"
 
 
-class Watching(by_torch.PlainBackend):
+class Watching(by_torch.TorchBackend):
     """Stands for a backend of kernels, which take one dtype and know nothing of autocast."""
 
     def depthwise_gate(self, u, weight, bias, kind):
@@ -312,16 +312,19 @@ def test_autocast_beside_layers_that_have_to_be_called(triton, where):
 class Lending(nn.Linear):
     """A host's layer whose forward must not be needed."""
 
-    def with_weights(self, x, function):
-        y = function(self.weight.to(x.dtype) * 2, None)
+    returned = False
+
+    @contextlib.contextmanager
+    def lend_weights(self, x):
+        yield self.weight.to(x.dtype) * 2, None
         self.returned = True
-        return y
 
 
 def test_layers_that_lend_their_weights():
     layer = Lending(3, 2, dtype=torch.bfloat16)
-    assert ops.gives_weights(layer)
-    weight, bias = ops.with_weights(layer, torch.zeros(1), lambda weight, bias: (weight, bias))
+    assert steps.lends_weights(layer)
+    with steps.borrowed(layer, torch.zeros(1)) as (weight, bias):
+        assert not layer.returned
     assert torch.equal(weight, layer.weight.float() * 2) and bias is None and layer.returned
 
 

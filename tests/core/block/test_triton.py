@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltaconv_core.block.ops.by_reference import SlowBackend
+from deltaconv_core.block.ops.by_reference import ReferenceBackend
 from deltaconv_core.block.ops.triton import BACKEND, by_triton
 
 HERE = Path(__file__).parent
@@ -118,9 +118,9 @@ def tuning(monkeypatch):
     pytest.importorskip("triton")
     tuning = importlib.import_module("deltaconv_core.block.ops.triton.tuning")
     monkeypatch.setattr(tuning, "INTERPRETED", False)
-    monkeypatch.setattr(tuning, "_tell", functools.cache(tuning._tell.__wrapped__))
-    options = {"do_bench": tuning._options()["do_bench"]}  # and nothing on disk
-    monkeypatch.setattr(tuning, "_options", lambda: options)
+    tuning.say.reset()
+    options = {"do_bench": tuning.autotuner_options()["do_bench"]}  # and nothing on disk
+    monkeypatch.setattr(tuning, "autotuner_options", lambda: options)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(tuning.triton.testing, "do_bench", lambda launch, **_: [next(tuning.times)] * 3)
     tuning.times = iter((2.0, 1.0, 3.0))
@@ -165,7 +165,7 @@ def test_where_nothing_can_be_measured_the_first_tile_size_is_taken(tuning, monk
 
 def test_the_largest_kernels_are_pytorchs():
     u, weight = torch.randn(1, 3, 4, 2), torch.randn(2, 1, 33, 33)
-    expected = SlowBackend().depthwise_gate(u, weight, None, "simple")
+    expected = ReferenceBackend().depthwise_gate(u, weight, None, "simple")
     torch.testing.assert_close(BACKEND.depthwise_gate(u, weight, None, "simple"), expected)
 
 
@@ -194,13 +194,13 @@ def test_a_triton_that_does_not_work_is_a_reason(source, reason, tmp_path, monke
     (tmp_path / "triton" / "__init__.py").write_text(source, encoding="utf-8")
     forget_triton(monkeypatch)
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert re.search(reason, by_triton._tried.__wrapped__("cuda", 0))
+    assert re.search(reason, by_triton.try_triton("cuda", 0))
 
 
 def test_no_triton_is_a_reason(monkeypatch):
     forget_triton(monkeypatch)
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert by_triton._tried.__wrapped__("cuda", 0) == "triton is not installed"
+    assert by_triton.try_triton("cuda", 0) == "triton is not installed"
 
 
 def forget_triton(monkeypatch):

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deltaconv_core import BlockSpec, DeltaConvBlock
 from deltaconv_core.block import reference as slow
 from deltaconv_core.block.ops import choose
-from deltaconv_core.block.ops.by_torch import PlainBackend
+from deltaconv_core.block.ops.by_torch import TorchBackend
 from deltaconv_core.block.ops.triton import BACKEND
 from deltaconv_core.block.ops.triton.operators import NAMESPACE
 from testing.compare import relative_l2
@@ -149,7 +149,7 @@ def test_pooling_in_every_dtype(dtype):
 
 def check_pooling(pooling, size, scale, dtype):
     def plain(u):
-        return PlainBackend().shrink(u, scale, pooling)
+        return TorchBackend().shrink(u, scale, pooling)
 
     x = torch.randn(2, *size, 3).to(dtype)
     check(

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ....util.compiling import constant_result
-from .. import pyramid
-from ..by_torch import PlainBackend
-from ..pyramid import Size
+from ..backend import Size
+from ..by_torch import TorchBackend, shrink, stage_size
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST_TRITON = 3
@@ -22,7 +21,7 @@ LARGEST_KERNEL = 31  # all taps of a row are unrolled
 
 
 class TritonBackend:
-    """See `ops.backends.Backend`. float32 inside, forward and backward, on any size."""
+    """See `ops.backend.Backend`. float32 inside, forward and backward, on any size."""
 
     name = "triton"
 
@@ -38,13 +37,13 @@ class TritonBackend:
         if pooling == "average":
             from .pool import average
 
-            return average(u, pyramid.stage_size((u.shape[1], u.shape[2]), scale))
-        return pyramid.shrink(u.permute(0, 3, 1, 2), scale, pooling).permute(0, 2, 3, 1).contiguous()
+            return average(u, stage_size((u.shape[1], u.shape[2]), scale))
+        return shrink(u.permute(0, 3, 1, 2), scale, pooling).permute(0, 2, 3, 1).contiguous()
 
     def depthwise_gate(self, u: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
         """(B, H, W, c) -> (B, H, W, c / 2); float32 for float16. Kernels above 31 x 31 are PyTorch's."""
         if weight.shape[3] > LARGEST_KERNEL:
-            return PlainBackend().depthwise_gate(u, weight, bias, kind)
+            return TorchBackend().depthwise_gate(u, weight, bias, kind)
         from . import depthwise_gate as kernels
 
         return kernels.depthwise_gate(u, weight, bias, kind)
@@ -65,8 +64,7 @@ def _why_not_on(kind: str, index: int | None) -> str | None:
     return _tried(kind, index)
 
 
-@functools.cache
-def _tried(kind: str, index: int | None) -> str | None:
+def try_triton(kind: str, index: int | None) -> str | None:
     """Imports the kernels and launches one that does nothing: half an installation shows only then."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -90,6 +88,9 @@ def _tried(kind: str, index: int | None) -> str | None:
     except Exception as error:  # a broken installation raises anything
         return f"triton does not work here ({type(error).__name__}: {_first_line(error)})"
     return None
+
+
+_tried = functools.cache(try_triton)
 
 
 def _first_line(error: Exception) -> str:

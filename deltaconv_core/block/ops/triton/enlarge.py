@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..pyramid import Size
+from ..backend import Size
 from .operators import on_device, operator
 from .tuning import RESAMPLE, bucket, tuned
 

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..pyramid import Size, enlarge
+from ..backend import Size
+from ..by_torch import enlarge
 from .enlarge import enlarge_adjoint, taps
 from .operators import on_device, operator
 from .tuning import INTERPRETED, PROJECT, bucket, tuned

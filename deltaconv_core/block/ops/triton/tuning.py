@@ -19,7 +19,10 @@ import torch
 import triton
 import triton.testing
 
+from ....util.once import Once
+
 log = logging.getLogger(__name__)
+say = Once(log.info)
 
 Config = tuple[dict[str, int], int]  # tile sizes, and the number of warps (32 threads each)
 
@@ -83,7 +86,7 @@ def tuned(configs: Sequence[Config], interpreted: dict[str, int], key: Sequence[
         if INTERPRETED:
             return _Fixed(kernel, interpreted)
         choices = [triton.Config(tiles, num_warps=warps) for tiles, warps in configs]
-        return _Chosen(triton.autotune(choices, list(key), **_options())(kernel))
+        return _Chosen(triton.autotune(choices, list(key), **autotuner_options())(kernel))
 
     return decorate
 
@@ -123,7 +126,7 @@ class _Fixed:
         return functools.partial(self.kernel[grid(self.tiles)], **self.tiles)
 
 
-def _options() -> dict[str, Any]:
+def autotuner_options() -> dict[str, Any]:
     """What this version of triton's autotuner takes."""
     known = inspect.signature(triton.autotune).parameters
     options: dict[str, Any] = {}
@@ -139,13 +142,8 @@ def _options() -> dict[str, Any]:
 def _measured(launch: Callable[[], Any], quantiles: Sequence[float]) -> Any:
     if torch.cuda.is_current_stream_capturing():
         raise NotMeasured
-    _tell()
+    say("ΔConv: Triton compiles kernels and times their tile sizes; another time it will know them")
     try:
         return triton.testing.do_bench(launch, quantiles=quantiles, **QUICK)
     except torch.cuda.OutOfMemoryError as error:
         raise NotMeasured from error
-
-
-@functools.cache
-def _tell() -> None:
-    log.info("ΔConv: Triton compiles kernels and times their tile sizes; another time it will know them")
