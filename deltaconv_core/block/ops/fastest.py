@@ -29,7 +29,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -47,15 +46,30 @@ T = TypeVar("T")
 BUDGET = 0.05  # seconds for one kind, beyond which no round starts after the first LEAST_ROUNDS
 LEAST_ROUNDS = 5
 ROUNDS = 9
-HOPELESS = 3.0  # times the fastest: who takes longer runs only twice
+HOPELESS = 3.0  # times the fastest: a candidate slower than this is dropped after two runs
 PATIENCE = 5.0  # seconds to wait for another process that writes its choices
 MARGIN = 0.95  # the default stays unless another takes at most this share of its time
 MOST_TOKENS = {"cpu": 1024}
 MOST_TOKENS_ELSEWHERE = 16384
 VERSION = 1  # of the file
 
-_choices: dict[tuple[object, ...], str] = {}
-_fixed: dict[str, str] = {}
+
+class Known:
+    """What this process need not measure."""
+
+    def __init__(self) -> None:
+        self.fastest: dict[tuple[object, ...], str] = {}
+        """Kind -> name of the candidate that was found to be the fastest."""
+        self.fixed: dict[str, str] = {}
+        """Operator -> name of the candidate that is taken whatever is fastest."""
+
+    def reset(self) -> None:
+        """As in a new process, whose file may still know."""
+        self.fastest.clear()
+        self.fixed.clear()
+
+
+known = Known()
 
 
 def fastest(
@@ -79,19 +93,19 @@ def fastest(
         trial: runs a candidate on tensors like the call's, cut off at `trial_rows`. A candidate that raises
             is out.
     """
-    if operator in _fixed:
-        return candidates[_fixed[operator]]
+    if operator in known.fixed:
+        return candidates[known.fixed[operator]]
     if not _may_choose(like):
         return candidates[default]
     rounded = 2 ** round(math.log2(min(tokens, _most_tokens(like.device))))
     kind = (operator, details, rounded, like.dtype, like.device, torch.get_num_threads())
-    name = _choices.get(kind)
+    name = known.fastest.get(kind)
     if name is None and like.is_cuda and torch.cuda.is_current_stream_capturing():
         return candidates[default]
     if name is None:
         sentence = _in_words(*kind)
-        name = _remembered(sentence, candidates) or _measured(sentence, candidates, default, like, trial)
-        _choices[kind] = name
+        name = _from_file(sentence, candidates) or _measured(sentence, candidates, default, like, trial)
+        known.fastest[kind] = name
     return candidates[name]
 
 
@@ -103,13 +117,11 @@ def trial_rows(device: torch.device, grid: tuple[int, int]) -> int:
 @contextmanager
 def fixed(**choices: str) -> Iterator[None]:
     """Takes these candidates, operator=name, whatever is fastest: for tests and benchmarks."""
-    before = dict(_fixed)
-    _fixed.update(choices)
+    before, known.fixed = known.fixed, known.fixed | choices
     try:
         yield
     finally:
-        _fixed.clear()
-        _fixed.update(before)
+        known.fixed = before
 
 
 def synchronize(device: torch.device) -> None:
@@ -158,19 +170,16 @@ def _in_words(
     threads: int,
 ) -> str:
     """The kind as the file names it."""
-    where = f"{_device_name(device, threads)}, torch {torch.__version__}"
+    if device.type == "cpu":
+        machine = f"{device_name(device)} {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
+    else:
+        machine = f"{device.type} {device_name(device)}"
+    where = f"{machine}, torch {torch.__version__}"
     what = " ".join(map(str, details))
     return f"{where}, {operator}, {str(dtype).removeprefix('torch.')}, {what}, {tokens} tokens"
 
 
-@cache
-def _device_name(device: torch.device, threads: int) -> str:
-    if device.type != "cpu":
-        return f"{device.type} {device_name(device)}"
-    return f"{device_name(device)} {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
-
-
-def _remembered(kind: str, candidates: Mapping[str, T]) -> str | None:
+def _from_file(kind: str, candidates: Mapping[str, T]) -> str | None:
     path = cache_file()
     name = None if path is None else _load(path).get(kind)
     return name if name in candidates else None
@@ -179,7 +188,7 @@ def _remembered(kind: str, candidates: Mapping[str, T]) -> str | None:
 def _measured(
     kind: str, candidates: Mapping[str, T], default: str, like: Tensor, trial: Callable[[T], object]
 ) -> str:
-    times = _time(candidates, like.device, trial)
+    times = shortest_runs(candidates, like.device, trial)
     best = min(times, key=times.__getitem__, default=default)
     if default in times and times[best] > MARGIN * times[default]:
         best = default
@@ -188,7 +197,7 @@ def _measured(
     return best
 
 
-def _time(
+def shortest_runs(
     candidates: Mapping[str, T], device: torch.device, trial: Callable[[T], object]
 ) -> dict[str, float]:
     """Name -> shortest run in seconds, by turns; without those that failed."""
@@ -222,7 +231,7 @@ def _load(path: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("ΔConv: %s cannot be used (%s), so it is measured anew what is fastest", path, error)
+        log.warning("ΔConv: %s cannot be used (%s), so what is fastest is measured again", path, error)
         return {}
 
 

@@ -20,14 +20,10 @@ def fresh(monkeypatch, tmp_path):
     path = tmp_path / "cache" / "fastest.json"
     monkeypatch.setenv("DELTACONV_TUNE", "1")
     monkeypatch.setenv("DELTACONV_TUNE_CACHE", str(path))
-    monkeypatch.setattr(fastest, "_choices", {})
     monkeypatch.setattr(fastest, "time", SimpleNamespace(perf_counter=lambda: Trials.now))
-    return path
-
-
-def forget(monkeypatch):
-    """A new process with the same file."""
-    monkeypatch.setattr(fastest, "_choices", {})
+    fastest.known.reset()
+    yield path
+    fastest.known.reset()
 
 
 class Trials:
@@ -62,7 +58,7 @@ def test_takes_the_fastest_and_remembers_it(fresh, monkeypatch):
     assert trials.runs["broken"] == 1
     before = trials.total
     assert trials.choose() == "fast" and trials.total == before
-    forget(monkeypatch)
+    fastest.known.reset()  # a new process with the same file
     assert trials.choose() == "fast" and trials.total == before
     (kind,) = json.loads(fresh.read_text())["choices"]
     assert (
@@ -84,7 +80,7 @@ def test_waits_for_the_device_that_is_measured(fresh, monkeypatch):
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     second = torch.device("cuda", 1)
-    fastest._time({"a": 1}, second, lambda candidate: None)
+    fastest.shortest_runs({"a": 1}, second, lambda candidate: None)
     assert waited and set(waited) == {second}
 
 
@@ -99,7 +95,7 @@ def test_waits_for_the_device_that_is_measured(fresh, monkeypatch):
     ids=["hardly faster", "faster", "the default cannot run", "none can run"],
 )
 def test_the_default_stays_unless_another_is_clearly_faster(fresh, monkeypatch, times, choice):
-    monkeypatch.setattr(fastest, "_time", lambda candidates, device, trial: times)
+    monkeypatch.setattr(fastest, "shortest_runs", lambda candidates, device, trial: times)
     assert Trials(slow=0.0, fast=0.0).choose() == choice
 
 
@@ -133,7 +129,7 @@ def test_threads_and_version_make_a_kind(fresh, monkeypatch):
         trials.choose()
         before = trials.total
         monkeypatch.setattr(torch, name, value)
-        forget(monkeypatch)
+        fastest.known.reset()
         trials.choose()
         assert trials.total > before
 
@@ -181,7 +177,7 @@ def test_nothing_is_measured_while_a_graph_is_captured(fresh, monkeypatch):
     class OnGpu:
         device, dtype, is_cuda = torch.device("cuda"), torch.float16, True
 
-    monkeypatch.setattr(fastest, "_device_name", lambda device, threads: "a GPU")
+    monkeypatch.setattr(fastest, "device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     trials = Trials(slow=0.0, fast=0.0)
     assert trials.choose(like=OnGpu()) == "slow" and trials.total == 0
@@ -196,7 +192,7 @@ def test_a_corrupt_file_is_said_and_replaced(fresh, content, caplog):
     fresh.parent.mkdir()
     fresh.write_bytes(content.encode("utf-8", "surrogateescape"))
     assert Trials(slow=0.004, fast=0.0).choose() == "fast"
-    assert str(fresh) in caplog.text and "measured anew" in caplog.text
+    assert str(fresh) in caplog.text and "measured again" in caplog.text
     assert list(json.loads(fresh.read_text())["choices"].values()) == ["fast"]
 
 
@@ -206,7 +202,7 @@ def test_choices_of_another_version_of_the_file_and_unknown_ones_do_not_count(fr
     text = fresh.read_text()
     for old, new in (('"version": 1', '"version": 2'), ('"fast"', '"gone"')):
         fresh.write_text(text.replace(old, new))
-        forget(monkeypatch)
+        fastest.known.reset()
         before = trials.total
         assert trials.choose() == "fast" and trials.total > before
     assert not caplog.records
