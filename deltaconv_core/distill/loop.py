@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import DeltaConvError
 from ..util.devices import SHORT_DTYPES
+from ..util.text import quoted
 from .optimizer import Average, make_optimizer
 from .processes import Processes
 from .run_folder import Row, RunFolder, State, pack_optimizer, unpack_optimizer
@@ -124,9 +125,14 @@ def check_same_run(folder: RunFolder, settings: Settings, notes: Mapping[str, st
         return
     saved = folder.values()
     free = {name: getattr(settings, name) for name in MAY_CHANGE}
-    then = replace(Settings.from_dict(saved["settings"]), **free).to_dict() | saved["notes"]
+    with folder.reading():
+        then = replace(Settings.from_dict(saved["settings"]), **free).to_dict() | saved["notes"]
     now = settings.to_dict() | dict(notes)
-    other = [f"{name} {then.get(name)!r}, now {now[name]!r}" for name in now if then.get(name) != now[name]]
+    other = [
+        f"{name} {quoted(then.get(name))}, now {quoted(now[name])}"
+        for name in now
+        if then.get(name) != now[name]
+    ]
     if other:
         raise DeltaConvError(
             f"the run in {folder.path} was started with {'; '.join(other)}: resume with the same, or start a "
@@ -256,6 +262,13 @@ class _Trainer:
         """
         check_same_run(folder, self.settings, self.notes)
         state, rows = folder.load()
+        with folder.reading():
+            self._take(folder, state)
+        self.step = self.saved = state.step
+        self.rows = rows
+
+    def _take(self, folder: RunFolder, state: State) -> None:
+        """Takes over weights, average, optimizer and scaler."""
         parts: dict[str, dict[str, Tensor]] = {"weights": {}, "average": {}, "optimizer": {}}
         for name, tensor in state.tensors.items():
             part, _, rest = name.partition(".")
@@ -276,5 +289,3 @@ class _Trainer:
             value.copy_(parts["average"][name])
         unpack_optimizer(self.optimizer, parts["optimizer"], state.values["optimizer"])
         self.scaler.load_state_dict(state.values["scaler"])
-        self.step = self.saved = state.step
-        self.rows = rows

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,12 +23,16 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, DeltaConvError
+from ..util.foreign_json import parse_json
+from ..util.text import quoted
 from ..util.whole_file import replacing
 from ..weights.safefile import Pathlike, read_file, read_header, write_file
 
 COLUMNS = ("step", "stage", "learning_rate", "feature", "teacher", "noise", "gradient_norm")
 HEADER_KEY = "deltaconv_run"
 FORMAT = 1
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -125,32 +131,58 @@ class RunFolder:
     def _parsed(self, header: Mapping[str, str]) -> State:
         """A state without its tensors."""
         try:
-            values = json.loads(header[HEADER_KEY])
+            values = parse_json(header[HEADER_KEY])
             step, version = values.pop("step"), values.pop("format")
-        except (KeyError, ValueError) as error:
+            if type(step) is not int or step < 0:
+                raise ValueError(f"its step is {quoted(step)}")
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{self.state_file} is not the state of a distillation run ({error})"
             ) from error
         if version != FORMAT:
             raise CheckpointError(
-                f"{self.state_file} has format version {version!r}, this program reads {FORMAT}; resume with "
-                "the version of ComfyUI-DeltaConv that wrote it"
+                f"{self.state_file} has format version {quoted(version)}, this program reads {FORMAT}; "
+                "resume with the version of ComfyUI-DeltaConv that wrote it"
             )
         return State(step, {}, values)
 
     def read_log(self) -> list[Row]:
-        """The log's whole rows, the last of each step: a save that failed may have left some behind."""
-        if not self.log_file.is_file():
+        """The log's whole rows, the last of each step: a save that failed may have left some behind.
+
+        The log is for plots, and the state alone decides how a run resumes. So rows that cannot be read are
+        left out, such as those of a spreadsheet that saved the file in its own way; how many is logged.
+        """
+        try:
+            text = self.log_file.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
             return []
-        with self.log_file.open(newline="") as file:
-            rows = [_read_row(row) for row in csv.DictReader(file) if row["gradient_norm"]]
-        return list({row.step: row for row in rows}.values())
+        except OSError as error:
+            log.warning("%s cannot be read (%s); the run resumes without it", self.log_file, error)
+            return []
+        lines = [line for line in text.splitlines() if line]
+        rows = [_read_row(line) for line in lines if line != ",".join(COLUMNS)]
+        if lost := rows.count(None):
+            log.warning("%d of %d rows of %s cannot be read and are left out", lost, len(rows), self.log_file)
+        return list({row.step: row for row in rows if row is not None}.values())
 
     def _cut_log(self, step: int) -> list[Row]:
         rows = [row for row in self.read_log() if row.step <= step]
         with self._writing(), replacing(self.log_file) as part:
             _append(part, rows)
         return rows
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Whatever is wrong with the values of a state that was read is one error that names its file."""
+        try:
+            yield
+        except (DeltaConvError, torch.cuda.OutOfMemoryError):
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{self.state_file} is not a whole state of a distillation run ({type(error).__name__}: "
+                f"{error}); start a new run, or put back a copy of it"
+            ) from error
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -163,20 +195,39 @@ class RunFolder:
 
 
 def _append(path: Path, rows: list[Row]) -> None:
-    new = not path.is_file()
-    with path.open("a", newline="") as file:
+    last = _last_byte(path)
+    with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        if new:
+        if last not in b"\n":  # a row that a full disk has torn
+            file.write("\r\n")
+        if not last:
             writer.writerow(COLUMNS)
         for row in rows:
             losses = [row.losses.get(name, "") for name in ("feature", "teacher", "noise")]
             writer.writerow([row.step, row.phase, row.learning_rate, *losses, row.gradient_norm])
 
 
-def _read_row(row: Mapping[str, str]) -> Row:
-    losses = {name: float(row[name]) for name in ("feature", "teacher", "noise") if row[name]}
-    rate, norm = float(row["learning_rate"]), float(row["gradient_norm"])
-    return Row(int(row["step"]), row["stage"], rate, losses, norm)
+def _last_byte(path: Path) -> bytes:
+    """Empty if there is none."""
+    if not path.is_file() or not path.stat().st_size:
+        return b""
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read()
+
+
+def _read_row(line: str) -> Row | None:
+    """One line of the log; None: it cannot be read."""
+    try:
+        line.encode("ascii")  # no letter of a row is any other
+        (cells,) = csv.reader([line])
+        row = dict(zip(COLUMNS, cells, strict=True))
+        losses = {name: float(row[name]) for name in ("feature", "teacher", "noise") if row[name]}
+        rate, norm = float(row["learning_rate"]), float(row["gradient_norm"])
+        read = Row(int(row["step"]), row["stage"], rate, losses, norm)
+        return read if {"feature", "teacher"} & losses.keys() else None
+    except (ValueError, KeyError, csv.Error):
+        return None
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
