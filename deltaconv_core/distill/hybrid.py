@@ -28,6 +28,7 @@ from ..errors import CheckpointError, DeltaConvError
 from ..mixers.hybrid import HybridMixer, HybridSpec
 from ..mixers.hybrid.features import count, features, unpack
 from ..mixers.hybrid.flops import hybrid_flops
+from ..util.foreign_json import parse_json
 from ..weights.safefile import Pathlike, read_file, write_file
 from .budget import Decision, Option, Site
 from .order import generator
@@ -271,9 +272,9 @@ class HybridFit:
         """
         header, tensors = read_file(path)
         try:
-            saved = json.loads(header[HEADER_KEY])
+            saved = parse_json(header[HEADER_KEY])
             number, grids = saved.pop("picture"), saved.pop("grids")
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is not the state of a fit ({error})") from error
         own = json.loads(json.dumps(self._described()))
         del own["grids"]

@@ -14,6 +14,8 @@ from typing import Any
 
 from ..block.spec import BlockSpec
 from ..errors import DeltaConvError
+from ..util.foreign_json import parse_json
+from ..util.text import quoted
 from .result import LayerLocality
 
 KIND = "deltaconv-recommendation"
@@ -57,9 +59,9 @@ class Recommendation:
             DeltaConvError: text that is not a recommendation, with what is wrong.
         """
         try:
-            values = json.loads(text)
+            values = parse_json(text)
         except ValueError as error:
-            raise DeltaConvError(f"expected a recommendation as JSON, got {text[:60]!r}: {error}") from None
+            raise DeltaConvError(f"expected a recommendation as JSON, got {quoted(text)}: {error}") from None
         _check(values)
         return cls(values["architecture"], values["kernel_sizes"], tuple(values["skip"]))
 
@@ -107,15 +109,16 @@ def _check(values: Any) -> None:
     expected = {"kind", "version", "architecture", "kernel_sizes", "skip"}
     if not isinstance(values, dict) or values.get("kind") != KIND or set(values) != expected:
         raise DeltaConvError(
-            f"expected a recommendation of the kind {KIND!r} with {sorted(expected)}, got {str(values)[:200]}"
+            f"expected a recommendation of the kind {KIND!r} with {sorted(expected)}, got "
+            f"{quoted(values, 200)}"
         )
     if values["version"] != VERSION:
         raise DeltaConvError(
-            f"this recommendation has version {values['version']!r}, known is {VERSION}; make it anew"
+            f"this recommendation has version {quoted(values['version'])}, known is {VERSION}; make it anew"
         )
     kernel_sizes, skip = values["kernel_sizes"], values["skip"]
     if not isinstance(values["architecture"], str):
-        raise DeltaConvError(f"expected the architecture to be a name, got {values['architecture']!r}")
+        raise DeltaConvError(f"expected the architecture to be a name, got {quoted(values['architecture'])}")
     if (
         not isinstance(kernel_sizes, dict)
         or not isinstance(skip, list)

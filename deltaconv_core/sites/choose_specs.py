@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 from ..block.spec import BlockSpec
 from ..errors import DeltaConvError
 from ..locality.recommend import Recommendation
+from ..util.foreign_json import parse_json
+from ..util.text import quoted
 from .architectures import ARCHITECTURES, authors_gate, authors_specs, is_transformer, level_of, part_of
 from .selection import select
 
@@ -96,8 +97,8 @@ def _wanted(kernel_sizes: str) -> Mapping[str, Any]:
     if kernel_sizes.strip() == AUTO:
         return {}
     try:
-        wanted = json.loads(kernel_sizes)
-    except (ValueError, RecursionError):
+        wanted = parse_json(kernel_sizes)
+    except ValueError:
         wanted = None
     if type(wanted) is int:
         wanted = {"all": wanted}
@@ -106,7 +107,7 @@ def _wanted(kernel_sizes: str) -> Mapping[str, Any]:
     if not isinstance(wanted, dict) or not all(type(size) is int for size in wanted.values()):
         raise DeltaConvError(
             f"expected kernel_sizes to be 'auto', an odd number such as 9, JSON such as "
-            f'{{"down": 7, "mid_block": 5}}, or the JSON of a recommendation, got {kernel_sizes[:200]!r}'
+            f'{{"down": 7, "mid_block": 5}}, or the JSON of a recommendation, got {quoted(kernel_sizes, 200)}'
         )
     return wanted
 

@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.utils import _python_dispatch
 
 from ...util.devices import device_name
+from ...util.foreign_json import read_json
 from ...util.lock import held
 from ...util.whole_file import write_text
 
@@ -224,7 +225,7 @@ def shortest_runs(
 
 def _load(path: Path) -> dict[str, str]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content["version"] != VERSION:
             return {}
         return {str(kind): str(name) for kind, name in content["choices"].items()}

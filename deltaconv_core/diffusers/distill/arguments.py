@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DeltaConvError
+from ...util.foreign_json import parse_json
+from ...util.text import quoted
 from .options import EXPECTED, Options, number, pair, switch
+
+MOST_YAML = 10_000  # characters
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +62,7 @@ def read_options(given: Mapping[str, Any], file: Path | None) -> Options:
             )
         for name, value in stated.items():
             if value is not None:
-                values[name] = _read(known[name], value if isinstance(value, str) else json.dumps(value))
+                values[name] = _read(known[name], value if isinstance(value, str) else _as_text(value))
     values |= given
     missing = [f"--{name}" for name, one in known.items() if one.default is MISSING and name not in values]
     if missing:
@@ -79,8 +83,8 @@ def _read_file(file: Path) -> dict[Any, Any]:
 
 def _parse_json(file: Path, text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise DeltaConvError(f"{file} is no JSON ({error})") from error
 
 
@@ -92,9 +96,21 @@ def _parse_yaml(file: Path, text: str) -> Any:
             f"reading {file} needs PyYAML ({error}): pip install pyyaml, or write the options as .json"
         ) from error
     try:
+        if len(text) > MOST_YAML:  # nested brackets take quadratic time
+            raise ValueError(f"it has {len(text)} characters, at most {MOST_YAML} are read")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("it has aliases, by which few lines make very long values")
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise DeltaConvError(f"{file} is no YAML ({error})") from error
+
+
+def _as_text(value: Any) -> str:
+    """A value of a file as JSON; dates and other things that only YAML has as their texts."""
+    try:
+        return json.dumps(value, default=str)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DeltaConvError(f"expected a number, a text or a list, got {quoted(value)} ({error})") from error
 
 
 def _read(one: Field[Any], text: str) -> Any:
@@ -102,9 +118,9 @@ def _read(one: Field[Any], text: str) -> Any:
     try:
         value = kind(text)
     except (ValueError, KeyError):
-        raise DeltaConvError(f"expected {one.name} to be {EXPECTED[kind]}, got {text!r}") from None
+        raise DeltaConvError(f"expected {one.name} to be {EXPECTED[kind]}, got {quoted(text)}") from None
     if choices and value not in choices:
-        raise DeltaConvError(f"expected {one.name} to be one of {', '.join(choices)}, got {text!r}")
+        raise DeltaConvError(f"expected {one.name} to be one of {', '.join(choices)}, got {quoted(text)}")
     return value
 
 
