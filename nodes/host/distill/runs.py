@@ -9,8 +9,8 @@ import folder_paths
 
 from ....deltaconv_core.distill import RunFolder
 from ....deltaconv_core.errors import DeltaConvError
+from ....deltaconv_core.util.free_path import free_path
 from ....deltaconv_core.util.whole_file import release
-from ..files.free_path import free_path
 
 NEW = "new run"
 

@@ -14,6 +14,7 @@ import folder_paths
 import torch
 
 from ....deltaconv_core.errors import DeltaConvError, ManifestError
+from ....deltaconv_core.util.free_path import free_path
 from ....deltaconv_core.util.text import listing, quoted
 from ....deltaconv_core.weights.checkpoint import Checkpoint, read_checkpoint
 from ....deltaconv_core.weights.fetch import resolve
@@ -24,7 +25,6 @@ from ....deltaconv_core.weights.manifest import (
     SpecHints,
     load_manifest,
 )
-from .free_path import free_path
 
 FOLDER = "deltaconv"
 AUTO = "auto"

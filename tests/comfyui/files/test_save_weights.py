@@ -106,7 +106,7 @@ def test_a_link_to_nothing_is_not_written_through(pack, models, checkpoint):
 
 
 def test_numbers_that_are_all_taken(pack, models, checkpoint, monkeypatch):
-    monkeypatch.setattr(in_pack(pack, "nodes.host.files.free_path"), "NUMBERS", range(1, 3))
+    monkeypatch.setattr(in_pack(pack, "deltaconv_core.util.free_path"), "NUMBERS", range(1, 3))
     save(pack, checkpoint, filename_prefix="mine")
     save(pack, checkpoint, filename_prefix="mine")
     with pytest.raises(ValueError, match="holds 2 of 'mine' already; choose another name"):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ....deltaconv_core.errors import DeltaConvError
-from ....deltaconv_core.util.names import why_not
-from ....deltaconv_core.util.text import quoted
-from ....deltaconv_core.util.whole_file import reserve
+from ..errors import DeltaConvError
+from .names import why_not
+from .text import quoted
+from .whole_file import reserve
 
 NUMBERS = range(1, 100_000)
 
