@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,9 +21,11 @@ from urllib.parse import urlsplit
 from ..errors import ManifestError
 from ..util.foreign_json import parse_list
 from ..util.names import is_device
+from ..util.once import Once
 from ..util.text import quoted
 
 log = logging.getLogger(__name__)
+say = Once(log.warning)
 
 PACKAGE = Path(__file__).resolve().parents[1]
 REPOSITORY = PACKAGE.parent
@@ -218,15 +220,9 @@ def load_manifest(extra: Path | None = None) -> Manifest:
     if extra is not None and os.path.lexists(extra):
         own, problems = _read(extra)
         for problem in problems:
-            _tell(str(problem))
+            say(f"left out of the list of weights: {problem}")
         records = {name: record for name, record in records.items() if name not in own} | own
     return Manifest(records, tuple(problems))
-
-
-@cache
-def _tell(problem: str) -> None:
-    """Log a problem once, however often the list is read."""
-    log.warning("left out of the list of weights: %s", problem)
 
 
 def builtin_path() -> Path:
@@ -235,22 +231,39 @@ def builtin_path() -> Path:
     return installed if installed.is_file() else REPOSITORY / "weights_manifest.json"
 
 
-Stamp = tuple[int, ...]
+Lists = tuple[dict[str, Record], list[ManifestError]]
 
 
-def _read(path: Path) -> tuple[dict[str, Record], list[ManifestError]]:
+class Known:
+    """The lists as they were last read, by path; a file that has changed since is read again."""
+
+    def __init__(self) -> None:
+        self.lists: dict[Path, tuple[tuple[int, ...], Lists]] = {}
+
+    def reset(self) -> None:
+        """As in a new process."""
+        self.lists.clear()
+
+
+known = Known()
+
+
+def _read(path: Path) -> Lists:
     """The records of a list, and what is wrong with others. An unchanged file is not read again."""
     try:
         stat = path.stat()
     except OSError as error:
         return {}, [ManifestError(f"{path}: not readable as JSON: {error}")]
-    records, problems = _parse(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    before, lists = known.lists.get(path, (None, ({}, [])))
+    if before != stamp:
+        lists = _parse(path)
+        known.lists[path] = stamp, lists
+    records, problems = lists
     return dict(records), list(problems)
 
 
-@lru_cache(maxsize=8)
-def _parse(path: Path, stamp: Stamp) -> tuple[dict[str, Record], list[ManifestError]]:
-    """Reads a list; `stamp` tells one state of the file from another."""
+def _parse(path: Path) -> Lists:
     validator = _validator()
     try:
         entries = parse_list(path.read_text(encoding="utf-8-sig"))

@@ -27,7 +27,20 @@ from ..safefile import read_header
 log = logging.getLogger(__name__)
 
 BLOCK = 1 << 20  # bytes read at once
-_known: dict[tuple[int, ...], str] = {}
+
+
+class Known:
+    """The hashes of files that this process has read: (device, inode, size, times) -> 64 hex digits."""
+
+    def __init__(self) -> None:
+        self.hashes: dict[tuple[int, ...], str] = {}
+
+    def reset(self) -> None:
+        """As in a new process: every file is read again."""
+        self.hashes.clear()
+
+
+known = Known()
 
 
 def verify(
@@ -108,13 +121,13 @@ def sha256_of(path: Path, check: Callable[[], None] = lambda: None) -> str:
     """Hash of the whole file, as 64 hex digits."""
     stat = path.stat()
     identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-    if identity in _known:
-        return _known[identity]
+    if identity in known.hashes:
+        return known.hashes[identity]
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while block := file.read(BLOCK):
             digest.update(block)
             check()
     if time.time() - max(stat.st_mtime, stat.st_ctime) > 2:
-        _known[identity] = digest.hexdigest()
+        known.hashes[identity] = digest.hexdigest()
     return digest.hexdigest()

@@ -241,7 +241,7 @@ def test_a_prompt_reads_each_list_once_and_again_when_it_has_changed(pack, model
     lists = {manifest.builtin_path(), list_weights(models, "One")}
     for name, kernel_size in (("One", 3), ("Another", 5)):
         save(pack, models / f"{name}.safetensors", kernel_size)
-    manifest._parse.cache_clear()
+    manifest.known.reset()
     reads, read_text = Counter(), Path.read_text
 
     def run() -> int:
