@@ -254,7 +254,7 @@ def test_from_a_file(sd, tmp_path):
     expected = run(sd.model)
     for path in (tmp_path / "weights.safetensors", str(tmp_path / "weights.safetensors")):
         apply(sd.model, path)
-        assert torch.equal(run(sd.model), expected)
+        assert largest_error(run(sd.model), expected) < ROUNDING
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -11,8 +11,6 @@ import torch
 
 from deltaconv_core.distill import Batch, RunFolder, Settings, distill
 from deltaconv_core.errors import DeltaConvError
-from deltaconv_core.sites import authors_specs, site_channels
-from deltaconv_core.sites.choose_specs import ModelShape, automatic, block_specs
 from testing.tiny_network import batches, make_mixers, make_network
 
 SETTINGS = Settings(layer_steps=3, output_steps=3, learning_rate=1e-2, warmup=2, accumulation=2, ema=0.9)
@@ -139,22 +137,3 @@ def test_a_bad_number_in_one_stops_all():
 def test_those_that_do_not_train_the_same():
     with pytest.raises(DeltaConvError, match="not the same"):
         run_together((SETTINGS, replace(SETTINGS, learning_rate=1e-3)))
-
-
-# ---- the blocks that are trained ----
-
-
-def test_released_blocks_are_the_authors():
-    for name in ("sd15", "sdxl", "pixart_sigma"):
-        shape = ModelShape(name, site_channels(name))
-        assert automatic(shape) == authors_specs(name)
-        assert block_specs(shape, shape.channels, "auto", "released") == authors_specs(name)
-
-
-def test_kernels_are_smaller_where_the_grid_is_coarser():
-    parts = "down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1", "up_blocks.2"
-    channels = {f"{part}.attentions.0.transformer_blocks.0.attn1": 32 for part in parts}
-    specs = automatic(ModelShape("unet-32x6", channels, levels=4))
-    assert [spec.kernel_size for spec in specs.values()] == [11, 9, 5, 5, 9, 11]
-    specs = automatic(ModelShape("dit-32x1", {"transformer_blocks.0.attn1": 32}))
-    assert [(spec.kernel_size, spec.gate) for spec in specs.values()] == [(13, "sigmoid")]
