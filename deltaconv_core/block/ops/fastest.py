@@ -134,8 +134,14 @@ def synchronize(device: torch.device) -> None:
 
 
 def cache_file() -> Path | None:
-    """Where choices are kept between processes; None: nowhere."""
-    stated = os.environ.get("DELTACONV_TUNE_CACHE")
+    """Where choices are kept between processes; None: nowhere, as for users without a home folder."""
+    try:
+        return _cache_file(os.environ.get("DELTACONV_TUNE_CACHE"))
+    except RuntimeError:  # of Path.home and expanduser
+        return None
+
+
+def _cache_file(stated: str | None) -> Path | None:
     if stated is not None:
         return Path(stated).expanduser() if stated else None
     if sys.platform == "win32":

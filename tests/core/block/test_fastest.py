@@ -283,3 +283,17 @@ def test_choices_of_processes_at_one_moment_are_all_kept(fresh):
     assert [process.wait() for process in both] == [0, 0]
     kept = json.loads(fresh.read_text())["choices"]
     assert set(kept) == {f"{name} {n}" for name in ("one", "two") for n in range(40)}
+
+
+@pytest.mark.parametrize("stated", [None, "~nobody-has-this-name/fastest.json"])
+def test_users_without_a_home_folder_keep_nothing(monkeypatch, stated):
+    def home(*args):
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA", "DELTACONV_TUNE_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    if stated is not None:
+        monkeypatch.setenv("DELTACONV_TUNE_CACHE", stated)
+    monkeypatch.setattr("pathlib.Path.home", home)
+    assert fastest.cache_file() is None
+    fastest._keep("kind", "name")
