@@ -61,10 +61,10 @@ def check_address(url: str, *, proxied: bool = False) -> None:
     """Raise FetchError for anything but https to a public address."""
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname, parts.port or 443
+        host, port = (parts.hostname or "").rstrip("."), parts.port or 443
     except ValueError as error:
         raise FetchError(f"refused {url}: {error}") from error
-    if not host:
+    if not host or "%" in host:
         raise FetchError(f"refused {url}: it names no machine")
     testing = os.environ.get(ALLOW_LOOPBACK) == "1"
     if parts.scheme != "https" and not (testing and parts.scheme == "http"):
@@ -102,7 +102,7 @@ def _inner(address: Address) -> ipaddress.IPv4Address | None:
 
 
 def _addresses(host: str, port: int, proxied: bool) -> list[Address]:
-    flags = socket.AI_NUMERICHOST if proxied and host != "localhost" else 0
+    flags = socket.AI_NUMERICHOST if proxied and not f".{host}".endswith(".localhost") else 0
     try:
         entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
     except (OSError, UnicodeError) as error:

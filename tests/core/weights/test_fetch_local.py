@@ -237,6 +237,11 @@ REFUSED = [
     "https://[::ffff:127.0.0.1]/a",
     "https://[::ffff:10.0.0.1]/a",
     "https://192.88.99.1/a",
+    "https://localhost./a",
+    "https://127.0.0.1./a",
+    "https://10.0.0.1../a",
+    "https://%31%32%37.0.0.1/a",
+    "https://[fe80::1%25lo]/a",
     "https://[::127.0.0.1]/a",  # IPv4-compatible
     "https://[::93.184.216.34]/a",
     "https://[::ffff:0:127.0.0.1]/a",  # translated
