@@ -89,7 +89,9 @@ class DemoConfig(comfy.supported_models_base.BASE):
     def __init__(self) -> None:
         super().__init__({key: list(v) if isinstance(v, list) else v for key, v in UNET_CONFIG.items()})
 
-    def get_model(self, state_dict: dict, prefix: str = "", device: Any = None) -> comfy.model_base.BaseModel:
+    def get_model(
+        self, state_dict: dict[str, Any], prefix: str = "", device: Any = None
+    ) -> comfy.model_base.BaseModel:
         model = comfy.model_base.BaseModel(self, device=device, unet_model=PatchedUNet)
         model.model_sampling = PixelSampling(self)
         return model.eval()

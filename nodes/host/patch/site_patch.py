@@ -59,7 +59,7 @@ class SitePatch:
     def to(self, device_or_dtype: Any) -> SitePatch:
         return self
 
-    def __deepcopy__(self, memo: dict) -> SitePatch:
+    def __deepcopy__(self, memo: dict[int, Any]) -> SitePatch:
         # Up to ComfyUI 0.12, cloning a MODEL deep-copies its options; what a clone needs of its own is made
         # in `for_clone`.
         return self
