@@ -264,12 +264,18 @@ class Distill(io.ComfyNode):
         )
         dataset = read_dataset(teacher, latents, positive, negative)
         distillation = Distillation(teacher, dataset, job)
-        folder = runs.open_run(values["resume"], values["run_name"])
+        name, resume = values["run_name"], values["resume"]
+        known = runs.finished(name, settings, distillation.new_notes) if resume == runs.NEW else None
+        folder = runs.open_run(resume, name)
+        if known:
+            folder.take_over(known)
         plan = _plan(distillation, values["preset"])
         tell(Report([plan]), cls.hidden)
         checkpoint, result = distillation.run(folder, cls.hidden)
         patched, report = distillation.patched(checkpoint)
         done = f"{result.step} of {settings.steps} steps of {folder.path.name}. {plan}"
+        if known:
+            done += f" {known.path.name} was finished with the same settings and data, and is taken over."
         early = [f"training ended early: {result.stopped}"] if result.stopped else []
         text = tell(Report([done, *report.lines], [*report.warnings, *early]), cls.hidden)
         return io.NodeOutput(patched, checkpoint, loss_map(result.rows), result.step, ui=ui.PreviewText(text))

@@ -1,6 +1,6 @@
 """Distillation of self-attention into token mixers, whatever the host."""
 
-from .loop import Result, check_same_run, distill
+from .loop import Result, check_same_run, distill, is_finished
 from .losses import min_snr_weight, output_losses
 from .processes import Processes
 from .run_folder import Row, RunFolder
@@ -23,6 +23,7 @@ __all__ = [
     "Taps",
     "check_same_run",
     "distill",
+    "is_finished",
     "min_snr_weight",
     "output_losses",
     "random_start",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -82,10 +83,11 @@ def distill(
         processes: those that train together, if there are several.
 
     Raises:
-        DeltaConvError: a saved run with other settings, notes or mixers, or processes that do not train the
-            same.
+        DeltaConvError: a saved run with other settings, notes or mixers, one that another process trains, or
+            processes that do not train the same.
     """
-    with tapped(network.attentions, mixers, network.grids) as taps:
+    in_use = nullcontext() if folder is None else folder.in_use()
+    with in_use, tapped(network.attentions, mixers, network.grids) as taps:
         tasks = LayerWise(network, taps), EndToEnd(network, taps, settings)
         trainer = _Trainer(mixers, settings, dict(notes or {}), processes)
         if folder is not None and folder.exists:
@@ -138,6 +140,18 @@ def check_same_run(folder: RunFolder, settings: Settings, notes: Mapping[str, st
             f"the run in {folder.path} was started with {'; '.join(other)}: resume with the same, or start a "
             "new run"
         )
+
+
+def is_finished(folder: RunFolder, settings: Settings, notes: Mapping[str, str]) -> bool:
+    """Whether a run was trained to its end with just these settings and notes; a damaged one was not."""
+    try:
+        check_same_run(folder, settings, notes)
+        state = folder.summary()
+        with folder.reading():
+            phases = tuple(state.values["settings"][name] for name in ("layer_steps", "output_steps"))
+    except DeltaConvError:
+        return False
+    return phases == (settings.layer_steps, settings.output_steps) and state.step == settings.steps
 
 
 class _Trainer:
@@ -283,9 +297,12 @@ class _Trainer:
                 f"the run in {folder.path} has other blocks, first {other[0]}: {saved.get(other[0])}, now "
                 f"{shapes.get(other[0])}; choose the same kernel sizes and sites, or start a new run"
             )
+        scaler = state.values["scaler"]
+        if any(not isinstance(value, (int, float)) for value in scaler.values()):
+            raise ValueError(f"loss scaling of {scaler!r}")
+        unpack_optimizer(self.optimizer, parts["optimizer"], state.values["optimizer"])
         for name, weight in self.weights.items():
             weight.copy_(parts["weights"][name])
         for name, value in self.average.values.items():
             value.copy_(parts["average"][name])
-        unpack_optimizer(self.optimizer, parts["optimizer"], state.values["optimizer"])
-        self.scaler.load_state_dict(state.values["scaler"])
+        self.scaler.load_state_dict(scaler)

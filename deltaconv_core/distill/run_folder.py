@@ -13,8 +13,9 @@ import csv
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, DeltaConvError
 from ..util.foreign_json import parse_json
+from ..util.lock import held, holder
 from ..util.text import quoted
 from ..util.whole_file import replacing
 from ..weights.safefile import Pathlike, read_file, read_header, write_file
@@ -91,6 +93,57 @@ class RunFolder:
     def exists(self) -> bool:
         """Whether there is a state to resume from."""
         return self.state_file.is_file()
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Inside, no other process trains this run; one that only reads takes no part in this.
+
+        Raises:
+            DeltaConvError: one does, or the folder cannot be made.
+        """
+        if not self.writes:
+            yield
+            return
+        new = not self.path.exists()
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+        lock = self.path / ".lock"
+        try:
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(held(lock, 0))
+                except TimeoutError:
+                    raise DeltaConvError(
+                        f"the run in {self.path} is being trained by {holder(lock) or 'another process'}; "
+                        "wait until it ends, or start a new run"
+                    ) from None
+                except OSError as error:
+                    log.debug("ΔConv: no lock for %s (%s)", self.path, error)
+                yield
+        finally:
+            if new:
+                with suppress(OSError):
+                    self.path.rmdir()  # nothing was saved
+
+    def take_over(self, other: RunFolder) -> None:
+        """Copies another run's state and log.
+
+        Raises:
+            DeltaConvError: they cannot be copied.
+        """
+        with self._writing():
+            for own, theirs in ((self.log_file, other.log_file), (self.state_file, other.state_file)):
+                if theirs.is_file():
+                    with replacing(own, durable=True) as part:
+                        shutil.copyfile(theirs, part)
+
+    def summary(self) -> State:
+        """The saved state without its tensors.
+
+        Raises:
+            CheckpointError: no state there, or a damaged one.
+        """
+        return self._parsed(read_header(self.state_file))
 
     def save(self, state: State, rows: list[Row]) -> None:
         """Writes the state, and adds the rows to the log.
@@ -247,9 +300,28 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 def unpack_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
 ) -> None:
-    """Gives an optimizer the state that `pack_optimizer` took."""
+    """Gives an optimizer the state that `pack_optimizer` took.
+
+    Raises:
+        ValueError: it is not of these parameters; nothing was changed.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **values}.items():
+    for key, value in {**values, **tensors}.items():
         number, _, name = key.partition(".")
         state.setdefault(int(number), {})[name] = value
+    for index, own in state.items():
+        if not 0 <= index < len(parameters):
+            raise ValueError(f"a state of parameter {index}, of {len(parameters)} in the optimizer")
+        if isinstance(optimizer, torch.optim.AdamW):
+            _check_moments(index, own, parameters[index])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _check_moments(index: int, state: Mapping[str, Any], parameter: Tensor) -> None:
+    """AdamW's: the number of steps, and two tensors like the parameter."""
+    for name, shape in (("step", ()), ("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape)):
+        value = state.get(name)
+        if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
+            what = tuple(value.shape) if isinstance(value, Tensor) else value
+            raise ValueError(f"the optimizer's {name} of parameter {index} is {what}")

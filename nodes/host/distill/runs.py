@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import folder_paths
 
-from ....deltaconv_core.distill import RunFolder
+from ....deltaconv_core.distill import RunFolder, Settings, is_finished
 from ....deltaconv_core.errors import DeltaConvError
 from ....deltaconv_core.util.free_path import free_path
 from ....deltaconv_core.util.whole_file import release
@@ -46,6 +48,18 @@ def open_run(resume: str, name: str) -> RunFolder:
     finally:
         release(path)
     return RunFolder(path)
+
+
+def finished(name: str, settings: Settings, notes: Mapping[str, str]) -> RunFolder | None:
+    """The last run of this name that was trained to its end with these settings and notes.
+
+    ComfyUI drops results from its cache when memory is short; the next prompt would train from the start.
+    """
+    for found in choices()[1:]:
+        folder = RunFolder(runs_folder() / found)
+        if re.fullmatch(re.escape(name.strip()) + r"_\d{5}", found) and is_finished(folder, settings, notes):
+            return folder
+    return None
 
 
 def check(resume: str) -> None:

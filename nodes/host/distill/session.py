@@ -98,6 +98,11 @@ class Distillation:
         )
 
     @property
+    def new_notes(self) -> dict[str, str]:
+        """Those of a run that starts now."""
+        return self.notes | DROPPED
+
+    @property
     def memory(self) -> tuple[int, int]:
         """Bytes that the blocks' training and one batch need beside the MODEL, as far as arithmetic tells."""
         shape = [self.job.batch_size, *self.dataset.largest[1:]]
@@ -112,7 +117,7 @@ class Distillation:
         """
         try:
             by_batch = folder.exists and not DROPPED.keys() <= folder.values()["notes"].keys()
-            notes = self.notes if by_batch else self.notes | DROPPED
+            notes = self.notes if by_batch else self.new_notes
             check_same_run(folder, self.settings, notes)
             with borrowed(self.model, SHORT_DTYPES[self.settings.precision], sum(self.memory)) as clone:
                 network = ComfyNetwork(clone, self.sites)

@@ -192,3 +192,19 @@ def test_a_run_that_diverges_keeps_the_last_good_weights(pack, unet, monkeypatch
     text = output.ui.as_dict()["text"][0]
     assert "2 of 7 steps" in text and "training ended early: step 3 (layer-wise)" in text
     assert sample(output.args[0]).isfinite().all()
+
+
+def test_a_finished_run_is_taken_from_its_folder(pack, unet, output, monkeypatch):
+    """As when ComfyUI has dropped the result from its cache; with other settings it is another run."""
+    first = distil(pack, unet, run_name="mine")
+    progress = in_pack(pack, "nodes.host.distill.session")._Progress
+    with monkeypatch.context() as untrained:
+        untrained.setattr(progress, "__call__", lambda self, row: pytest.fail("trained again"))
+        again = distil(pack, unet, run_name="mine")
+    assert "mine_00001 was finished with the same" in again.ui.as_dict()["text"][0]
+    assert same_weights(weights(first.args[1]), weights(again.args[1]))
+    assert first.args[2:] == again.args[2:]
+    states = [(folder / "state.safetensors").read_bytes() for folder in sorted(output.iterdir())]
+    assert len(states) == 2 and states[0] == states[1]
+    other = distil(pack, unet, run_name="mine", training_seed=5)
+    assert not same_weights(weights(first.args[1]), weights(other.args[1]))
