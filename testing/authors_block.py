@@ -22,14 +22,14 @@ def release(weights: Weights) -> Weights:
     return {name: w[:, 0].permute(1, 2, 0).contiguous() if w.ndim == 4 else w for name, w in weights.items()}
 
 
-def twin(weights: Weights) -> Weights:
+def conv2d(weights: Weights) -> Weights:
     """The plain-PyTorch twin: projections as 1x1 convolutions, kernels [channels, 1, K, K]."""
     return {name: w[:, :, None, None] if w.ndim == 2 else w for name, w in weights.items()}
 
 
 def earlier(weights: Weights) -> Weights:
     """The earlier block: two stages, named each for itself, and convolutions throughout."""
-    named = ((name.rsplit(".", 1), w) for name, w in twin(weights).items())
+    named = ((name.rsplit(".", 1), w) for name, w in conv2d(weights).items())
     return {f"{EARLIER_NAMES.get(layer, layer)}.{kind}": w for (layer, kind), w in named}
 
 
@@ -87,7 +87,7 @@ def scaled_noise(shape: tuple[int, ...] | torch.Size) -> Tensor:
 def block(w: Weights, x: Tensor, form: Form) -> Tensor:
     """(B, H, W, C) -> (B, H, W, C), the input being normalized already."""
     height, width = x.shape[1:3]
-    z = F.linear(x, w["conv_up.weight"], w["conv_up.bias"]).permute(0, 3, 1, 2)
+    z = F.linear(x, w["conv_up.weight"], w.get("conv_up.bias")).permute(0, 3, 1, 2)
     half = z.shape[1] // 2
     stages = []
     for i, scale in enumerate(form.scales):
@@ -99,8 +99,8 @@ def block(w: Weights, x: Tensor, form: Form) -> Tensor:
         f = a * b * half**0.5 if form.gate == "simple" else a * torch.sigmoid(b)
         stages.append(f if scale == 1 else enlarge(f, height, width))
     joined = torch.cat(stages, dim=1).permute(0, 2, 3, 1)
-    mean = F.linear(x.mean(dim=(1, 2), keepdim=True), w["conv_pool.weight"], w["conv_pool.bias"])
-    return F.linear(joined, w["conv_out.weight"], w["conv_out.bias"]) + mean
+    mean = F.linear(x.mean(dim=(1, 2), keepdim=True), w["conv_pool.weight"], w.get("conv_pool.bias"))
+    return F.linear(joined, w["conv_out.weight"], w.get("conv_out.bias")) + mean
 
 
 def shrink(z: Tensor, scale: float, pooling: str) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .authors_block import Form, earlier, release, scaled_noise, twin
+from .authors_block import Form, conv2d, earlier, release, scaled_noise
 
 UNET = {
     "image_size": 32,
@@ -29,12 +29,12 @@ UNET = {
 }
 UNET_FORMS = (
     Form("release", release, "simple", prefix="denoiser."),
-    Form("Conv2d twin", twin, "simple", prefix="unet.", spatial_bias=True),
+    Form("Conv2d twin", conv2d, "simple", prefix="unet.", spatial_bias=True),
     Form("earlier block", earlier, "sigmoid", prefix="base_ema:", pooling="bilinear", spatial_bias=True),
 )
 PIXART_FORMS = (
     Form("release", release, "sigmoid"),
-    Form("Conv2d twin", twin, "sigmoid", prefix="base_ema:", spatial_bias=True),
+    Form("Conv2d twin", conv2d, "sigmoid", prefix="base_ema:", spatial_bias=True),
     Form("earlier block", earlier, "sigmoid", prefix="base:", pooling="bilinear", spatial_bias=True),
     Form("three stages", release, "sigmoid", prefix="denoiser.", scales=(1.0, 0.5, 1 / 3)),
 )

@@ -24,8 +24,8 @@ def largest_error(actual: Tensor, expected: Tensor) -> float:
 
 def relative_l2(actual: Tensor, expected: Tensor) -> float:
     """The length of the difference as a part of the expected length, both in float64."""
-    expected = expected.double()
-    return float((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30))
+    expected = expected.detach().double()
+    return float((actual.detach().double() - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 def same_weights(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

@@ -1,6 +1,6 @@
 """The Triton kernels against the reference: forward and every gradient. `test_triton.py` runs this file.
 
-By hand: `TRITON_INTERPRET=1 pytest tests/core/triton_cases.py` on any machine, without the variable on a GPU.
+By hand: `pytest tests/core/block/triton_cases.py` on a GPU, with TRITON_INTERPRET=1 on any machine.
 """
 
 from __future__ import annotations

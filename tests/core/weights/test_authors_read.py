@@ -19,17 +19,8 @@ from deltaconv_core import (
 )
 from deltaconv_core.cli import main
 from deltaconv_core.sites import ARCHITECTURES, Level, UNet, authors_specs
-from testing.authors_twin import (
-    DOWN,
-    MID,
-    RESNET,
-    Twin,
-    assert_same_outputs,
-    conv2d,
-    earlier,
-    release,
-    write,
-)
+from testing.authors_block import conv2d, earlier, release
+from testing.authors_twin import DOWN, MID, RESNET, Twin, assert_same_outputs, write
 
 
 @pytest.fixture

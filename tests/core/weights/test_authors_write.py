@@ -9,7 +9,8 @@ from safetensors import safe_open
 from deltaconv_core import BlockSpec, Checkpoint, CheckpointError, DeltaConvBlock, load_checkpoint
 from deltaconv_core.cli import main
 from deltaconv_core.weights.authors_write import save_authors
-from testing.authors_twin import DOWN, MID, RESNET, Twin, assert_same_outputs, conv2d, release, write
+from testing.authors_block import conv2d, release
+from testing.authors_twin import DOWN, MID, RESNET, Twin, assert_same_outputs, write
 
 
 def checkpoint_of(architecture="unet-8x1-16x1", **changes):
