@@ -22,3 +22,10 @@ def test_rooms_of_the_tests_are_rooms():
     for mirror, folder in (("core", "deltaconv_core"), ("comfyui", "nodes/host")):
         rooms = {path.name for path in (REPOSITORY / "tests" / mirror).iterdir() if path.is_dir()}
         assert rooms - {"__pycache__"} <= {path.name for path in (REPOSITORY / folder).iterdir()}
+
+
+def test_no_test_module_imports_another_or_changes_the_path():
+    wrong = re.compile(r"^\s*(?:(?:from|import) (?:tests\b|test_)|sys\.path(?:\.|\[))", re.M)
+    rooms = [REPOSITORY / name for name in ("tests", "testing", "benchmarks")]
+    files = [file for room in rooms for file in room.rglob("*.py")]
+    assert [str(file) for file in files if wrong.search(file.read_text(encoding="utf-8"))] == []
