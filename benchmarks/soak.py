@@ -229,8 +229,16 @@ class Soak:
         """At the process, after ComfyUI freed what it can."""
         self.server.post("/history", {"clear": True})
         self.server.post("/free", FREED)
-        time.sleep(1.0)  # it frees when its queue is next looked at
-        self.looks.append((self.prompts, self.server.get("/soak")))
+        for _ in range(10):
+            time.sleep(0.5)  # it frees when its queue is next looked at
+            seen = self.server.get("/soak")
+            if not seen["ModelPatcher"]:
+                break
+        else:
+            self.unexpected.append(
+                f"after {self.prompts} prompts: {seen['ModelPatcher']} ModelPatchers live on"
+            )
+        self.looks.append((self.prompts, seen))
 
 
 def slope(points: Iterable[tuple[float, float]]) -> tuple[float, float]:
