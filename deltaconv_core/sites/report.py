@@ -35,10 +35,13 @@ def of_blocks(architecture: str, sites: int, blocks: Iterable[torch.nn.Module]) 
     blocks = list(blocks)
     weights = [weight for block in blocks for weight in block.parameters()]
     dtypes = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights}))
-    what = "A hybrid mixer" if any(block.kind == "hybrid" for block in blocks) else "ΔConv"
+    count = sum(weight.numel() for weight in weights)
+    hybrid = any(block.kind == "hybrid" for block in blocks)
+    what = "A hybrid mixer" if hybrid else "ΔConv"
+    amount = f"{count:,}" if hybrid else f"{count / 1e6:.3g} M"
     return (
         f"{what} stands in for {len(blocks)} of {sites} self-attentions of {architecture} "
-        f"({sum(weight.numel() for weight in weights) / 1e6:.3g} M parameters, {dtypes})."
+        f"({amount} parameters, {dtypes})."
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import FunctionType
+
 import pytest
 import torch
 
@@ -11,7 +14,7 @@ from deltaconv_core.diffusers.sites import find_sites
 from deltaconv_core.diffusers.watch import watched
 from deltaconv_core.distill.hybrid import HybridFit, Settings, fit_hybrids
 from deltaconv_core.mixers.hybrid import HybridMixer, HybridSpec
-from testing.diffusers_models import KINDS, call, make, run
+from testing.diffusers_models import KINDS, call, make, make_pixart_pipeline, run
 
 EXACT = {"landmarks": 2**14, "nystrom": "none"}
 HYBRID = {"landmarks": 9, "nystrom": "none", "kernel_size": 3, "mean": True}
@@ -221,3 +224,20 @@ def test_is_fitted_to_what_the_model_does_while_it_runs(tmp_path):
     checkpoint = Checkpoint(found.architecture, {site: fitted[site][0].mixer for site in specs})
     apply(model, checkpoint)
     assert torch.isfinite(run(model)).all()
+
+
+def test_the_documented_script(tmp_path, monkeypatch):
+    """docs/hybrid.md as it stands, but for the size of its pictures."""
+    text = (Path(__file__).parents[2] / "docs" / "hybrid.md").read_text(encoding="utf-8")
+    script = text.partition("```python\n")[2].partition("```")[0]
+    assert "num_inference_steps=8" in script
+    size = 'num_inference_steps=2, width=64, height=48, use_resolution_binning=False, output_type="latent"'
+    torch.manual_seed(0)
+    pipeline = make_pixart_pipeline(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    monkeypatch.chdir(tmp_path)
+    program = compile(script.replace("num_inference_steps=8", size), "docs/hybrid.md", "exec")
+    names = {"pipeline": pipeline}
+    FunctionType(program, names)()
+    loaded = load_checkpoint(tmp_path / "hybrid.safetensors")
+    assert loaded.blocks.keys() | loaded.kept.keys() == names["candidates"].keys() and loaded.blocks
