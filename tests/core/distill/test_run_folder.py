@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import deltaconv_core
 from deltaconv_core.distill import RunFolder, Settings, distill, is_finished
 from deltaconv_core.distill.run_folder import HEADER_KEY, Row, State
 from deltaconv_core.errors import DeltaConvError
@@ -198,24 +201,26 @@ def test_bytes_changed_at_random(run, tmp_path):
 # ---- one at a time ----
 
 
-def hold(folder, held, end):
-    with RunFolder(folder).in_use():
-        held.set()
-        end.wait(60)
+HOLDS = """
+import sys
+from deltaconv_core.distill import RunFolder
+with RunFolder(sys.argv[1]).in_use():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_two_processes_do_not_train_one_run(folder):
-    spawn = multiprocessing.get_context("spawn")
-    held, end = spawn.Event(), spawn.Event()
-    process = spawn.Process(target=hold, args=(str(folder), held, end))
-    process.start()
-    try:
-        assert held.wait(60)
-        with pytest.raises(DeltaConvError, match=rf"is being trained by process {process.pid} on .* since"):
+    root = Path(deltaconv_core.__file__).parents[1]
+    command = [sys.executable, "-c", HOLDS, str(folder)]
+    with subprocess.Popen(
+        command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(DeltaConvError, match=rf"is being trained by process {holder.pid} on .* since"):
             train(folder, 6)
-    finally:
-        end.set()
-        process.join()
+        holder.communicate()
+    assert holder.returncode == 0
     assert train(folder, 6)[0].step == 6
     assert {path.name for path in folder.iterdir()} == {"state.safetensors", "log.csv"}
 
