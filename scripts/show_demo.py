@@ -24,7 +24,7 @@ from . import workflow
 from .comfy_host import REPOSITORY, HostNotFound
 from .comfy_server import ComfyServer, ServerError
 
-WORKFLOW = REPOSITORY / "workflows" / "attention_and_deltaconv.json"
+WORKFLOW = workflow.FOLDER / "1_start_here.json"
 
 #: The demo model was trained on none of these combinations of words (`is_held_out` in demo.study.drawings).
 PROMPTS = (

@@ -2,8 +2,8 @@
 
     python -m scripts.thumbnails [--output FOLDER]
 
-Small drawings of what a workflow does; they need matplotlib. Those of attention_and_deltaconv and
-distill_demo are none of them: they show what those workflows gave.
+Small drawings of what a workflow does; they need matplotlib. Those of 1_start_here and
+2_distill_demo are none of them: they show what those workflows gave.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from deltaconv_core.sites import ARCHITECTURES, Level, Transformer
 
-from .comfy_host import REPOSITORY
+from .workflow import FOLDER
 
 WIDTH, HEIGHT = 640, 480
 PAPER, INK, QUIET = "#f4f4f4", "#222222", "#bdbdbd"
@@ -122,19 +122,19 @@ def distillation() -> Drawing:
 
 
 DRAWINGS: dict[str, Callable[[], Drawing]] = {
-    "text_to_image_sd15": lambda: network("sd15", "SD 1.5", 512),
-    "text_to_image_sdxl": lambda: network("sdxl", "SDXL", 1024),
-    "text_to_image_pixart_sigma": lambda: network("pixart_sigma", "PixArt-Σ", 1024),
-    "hires_fix_2048_sd15": second_pass,
-    "attention_first_sd15": attention_first,
-    "two_weights_sd15": two_weights,
-    "distill_sd15": distillation,
+    "sd15_text_to_image": lambda: network("sd15", "SD 1.5", 512),
+    "sdxl_text_to_image": lambda: network("sdxl", "SDXL", 1024),
+    "pixart_sigma_text_to_image": lambda: network("pixart_sigma", "PixArt-Σ", 1024),
+    "sd15_hires_fix_2048": second_pass,
+    "sd15_attention_first": attention_first,
+    "sd15_two_weights": two_weights,
+    "sd15_distill": distillation,
 }
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    options.add_argument("--output", type=Path, default=REPOSITORY / "workflows", help="where they go")
+    options.add_argument("--output", type=Path, default=FOLDER, help="where they go")
     output = options.parse_args().output
     for name, draw in DRAWINGS.items():
         draw().save(output / f"{name}.jpg")

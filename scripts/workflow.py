@@ -10,7 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .comfy_host import REPOSITORY
+
 Json = dict[str, Any]
+
+FOLDER = REPOSITORY / "example_workflows"
 
 NOTES = {"Note", "MarkdownNote"}
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}

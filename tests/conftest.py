@@ -44,7 +44,7 @@ def comfy_server() -> Iterator[ComfyServer]:
 def server_with_models(comfy_server: ComfyServer) -> ComfyServer:
     """The same server with an empty file for each model, and an empty folder for each one of pictures, that a
     workflow asks for, so that it lists them."""
-    for file in (host_finder.REPOSITORY / "workflows").glob("*.json"):
+    for file in workflow.FOLDER.glob("*.json"):
         saved = workflow.load(file)
         for folder in workflow.input_folders(saved):
             (comfy_server.base / "input" / folder).mkdir(exist_ok=True)

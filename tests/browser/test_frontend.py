@@ -16,7 +16,7 @@ from scripts.comfy_server import ComfyServer
 
 pytestmark = pytest.mark.browser
 
-FILES = sorted((REPOSITORY / "workflows").glob("*.json"))
+FILES = sorted(workflow.FOLDER.glob("*.json"))
 # Chromium starts as root only without its sandbox; the rest keeps it from calling home.
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 FLAGS += " --disable-component-update --disable-sync"
@@ -147,7 +147,7 @@ def test_the_template_list_shows_the_workflows(page):
 @pytest.mark.slow
 def test_runs_from_the_browser(page):
     """The Run button's command; both Save Image nodes show their pictures."""
-    page.open(workflow.load(REPOSITORY / "workflows" / "attention_and_deltaconv.json"))
+    page.open(workflow.load(workflow.FOLDER / "1_start_here.json"))
     page.page.evaluate("window.app.queuePrompt(0)")
     page.page.wait_for_function(
         "window.app.graph._nodes.filter(node => node.type === 'SaveImage')"

@@ -19,7 +19,6 @@ from PIL import Image
 
 from deltaconv_core.weights.manifest import builtin_path
 from scripts import workflow
-from scripts.comfy_host import REPOSITORY
 from scripts.comfy_server import ComfyServer
 from testing.comfy_servers import server_with
 
@@ -39,15 +38,15 @@ BLOCKS = {
 # Sites of the small model; what the size is divided by (ComfyUI's PixArt needs latents of more than 32);
 # sides of the pictures, by the last part of SaveImage's prefix.
 EXPECTED = {
-    "text_to_image_sd15": (16, 4, {"sd15": 128}),
-    "text_to_image_sdxl": (70, 8, {"sdxl": 128}),
-    "text_to_image_pixart_sigma": (4, 2, {"pixart_sigma": 512}),
-    "hires_fix_2048_sd15": (16, 8, {"hires": 256}),
-    "attention_first_sd15": (16, 4, {"every_step": 128, "attention_first": 128}),
-    "two_weights_sd15": (16, 4, {"mjv5": 128, "laion": 128}),
+    "sd15_text_to_image": (16, 4, {"sd15": 128}),
+    "sdxl_text_to_image": (70, 8, {"sdxl": 128}),
+    "pixart_sigma_text_to_image": (4, 2, {"pixart_sigma": 512}),
+    "sd15_hires_fix_2048": (16, 8, {"hires": 256}),
+    "sd15_attention_first": (16, 4, {"every_step": 128, "attention_first": 128}),
+    "sd15_two_weights": (16, 4, {"mjv5": 128, "laion": 128}),
 }
 # Workflows that distil; sites, and the side of the pictures that they learn from.
-DISTILLING = [("distill_demo", 9, 48), ("distill_sd15", 16, 128)]
+DISTILLING = [("2_distill_demo", 9, 48), ("sd15_distill", 16, 128)]
 STEPS = 2
 
 
@@ -75,7 +74,7 @@ def write_models(folder: Path) -> None:
 
 def prompt_of(server: ComfyServer, name: str) -> dict[str, Any]:
     """The workflow's prompt, shortened."""
-    saved = workflow.load(REPOSITORY / "workflows" / f"{name}.json")
+    saved = workflow.load(workflow.FOLDER / f"{name}.json")
     prompt = workflow.to_prompt(saved, server.object_info())
     for inputs in inputs_of(prompt, "KSampler"):
         inputs["steps"] = STEPS
@@ -102,8 +101,8 @@ def pictures(server: ComfyServer, prompt: dict[str, Any], outputs: dict[str, Any
 
 def test_all_are_here():
     """The demo model's own workflows run elsewhere, with the model that comes along."""
-    files = {file.stem for file in (REPOSITORY / "workflows").glob("*.json")}
-    elsewhere = {"attention_and_deltaconv", "attention_locality"}
+    files = {file.stem for file in workflow.FOLDER.glob("*.json")}
+    elsewhere = {"1_start_here", "3_attention_locality"}
     assert files == {*EXPECTED, *(name for name, *_ in DISTILLING), *elsewhere}
 
 
@@ -124,7 +123,7 @@ def test_runs(server, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "setting"), [("attention_first_sd15", "start_percent"), ("two_weights_sd15", "weights")]
+    ("name", "setting"), [("sd15_attention_first", "start_percent"), ("sd15_two_weights", "weights")]
 )
 def test_compares_one_thing(server, name, setting):
     """The two pictures differ, and are the same once that one setting is the same."""
@@ -142,7 +141,7 @@ def test_compares_one_thing(server, name, setting):
 @pytest.mark.parametrize(("name", "sites", "side"), DISTILLING)
 def test_distills(server, name, sites, side):
     """Pictures from a folder, one step of each stage, and all that comes after."""
-    saved = workflow.load(REPOSITORY / "workflows" / f"{name}.json")
+    saved = workflow.load(workflow.FOLDER / f"{name}.json")
     (folder,) = workflow.input_folders(saved)
     (server.base / "input" / folder).mkdir()
     for number in range(2):

@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from scripts import workflow
-from scripts.comfy_host import REPOSITORY
 
 pytest.importorskip("matplotlib")
 
@@ -18,7 +17,7 @@ def test_draws_the_workflows_that_need_models(tmp_path, monkeypatch):
     """The others show what they gave."""
     monkeypatch.setattr(sys, "argv", ["thumbnails.py", "--output", str(tmp_path)])
     thumbnails.main()
-    files = (REPOSITORY / "workflows").glob("*.json")
+    files = workflow.FOLDER.glob("*.json")
     assert {file.stem for file in tmp_path.iterdir()} == {
         file.stem for file in files if workflow.model_files(workflow.load(file))
     }

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from scripts import workflow
-from scripts.comfy_host import PACK_NAME, REPOSITORY
+from scripts.comfy_host import PACK_NAME
 from scripts.comfy_server import ComfyServer
 
-FILES = sorted((REPOSITORY / "workflows").glob("*.json"))
+FILES = sorted(workflow.FOLDER.glob("*.json"))
 
 
 @pytest.fixture(params=FILES, ids=lambda file: file.stem)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from scripts.comfy_host import REPOSITORY
+from scripts import workflow
 from testing.comfy_models import in_pack
 
 SOCKETS = ("MODEL", "LATENT", "CONDITIONING")
@@ -62,8 +62,8 @@ def test_its_inputs_stay_as_they_are(pack, output):
 def test_workflows_of_before_set_the_widgets_they_meant(pack):
     """By the very positions that the two templates were saved with."""
     widgets = [id for kind, id, _, _ in INPUTS if kind not in SOCKETS]
-    for file in ("distill_demo", "distill_sd15"):
-        saved = json.loads((REPOSITORY / "workflows" / f"{file}.json").read_text(encoding="utf-8"))
+    for file in ("2_distill_demo", "sd15_distill"):
+        saved = workflow.load(workflow.FOLDER / f"{file}.json")
         (node,) = (one for one in saved["nodes"] if one["type"] == "DeltaConvDistill")
         values = dict(zip(widgets, node["widgets_values"], strict=True))
         for kind, id, _, widget in INPUTS:

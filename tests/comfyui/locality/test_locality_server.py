@@ -11,12 +11,11 @@ from PIL import Image
 
 from deltaconv_core.locality import Recommendation
 from scripts import workflow
-from scripts.comfy_host import REPOSITORY
 
 
 @pytest.fixture
 def prompt(comfy_server):
-    saved = workflow.load(REPOSITORY / "workflows" / "attention_locality.json")
+    saved = workflow.load(workflow.FOLDER / "3_attention_locality.json")
     prompt = workflow.to_prompt(saved, comfy_server.object_info())
     for inputs in (node["inputs"] for node in prompt.values() if "steps" in node["inputs"]):
         inputs["steps"] = 4
