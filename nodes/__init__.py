@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .benchmark import Benchmark
+from .compare import Compare
 from .demo_model import DemoLatent, DemoModel
 from .demo_prompt import DemoPrompt
 from .distill import Distill
@@ -30,6 +31,7 @@ class DeltaConvExtension(ComfyExtension):
             AttentionLocality,
             NeighborhoodAttention,
             Benchmark,
+            Compare,
             DemoModel,
             DemoPrompt,
             DemoLatent,

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from deltaconv_core.util.lettering import write
 from demo.study.detector import read_picture
 from demo.study.drawings import as_seen
 from demo.words import ANY, parse_prompt
@@ -214,25 +215,6 @@ def sheet(names: list[str], pairs: dict[str, list[Drawn]]) -> Image.Image:
             write(draw, x, bottom + 8, [(word, FAINT if right else WRONG) for word, right in one.words], 13)
         write(draw, left, bottom + 34, [(text, INK)], 17)
     return page
-
-
-def write(draw: ImageDraw.ImageDraw, x: float, y: float, parts: list[tuple[str, str]], size: int) -> None:
-    """Write texts in their colours, the first with its upper left corner at ``x``, ``y``.
-
-    Pillow's own font has no Δ, so that one is drawn.
-    """
-    font = ImageFont.load_default(size)
-    _, top, _, bottom = font.getbbox("H")
-    for text, color in parts:
-        for index, part in enumerate(text.split("Δ")):
-            if index:
-                tall, foot = bottom - top, y + bottom - 1
-                corners = [(x + 1, foot), (x + 1 + tall / 2, y + top), (x + 1 + tall, foot)]
-                draw.polygon(corners, outline=color, width=max(1, size // 10))
-                x += tall + 3
-            draw.text((x, y), part, color, font)
-            x += font.getlength(part)
-        x += font.getlength(" ")
 
 
 if __name__ == "__main__":
