@@ -18,7 +18,7 @@ from deltaconv_core import BlockSpec, Checkpoint, DeltaConvBlock, load_checkpoin
 from deltaconv_core.block.ops import fastest
 from deltaconv_core.commands import inspect
 from deltaconv_core.commands.output import check_file, check_folder
-from deltaconv_core.diffusers.distill.arguments import read_options
+from deltaconv_core.diffusers.distill.parse import read_options
 from deltaconv_core.diffusers.distill.pictures import find_pictures, open_picture
 from deltaconv_core.distill import RunFolder
 from deltaconv_core.distill.run_folder import COLUMNS, HEADER_KEY

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..diffusers.distill.arguments import add_options, read_options
+from ..diffusers.distill.parse import add_options, read_options
 from .output import check_folder
 
 
@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds all options."""
     parser.epilog = (
         "On several GPUs: accelerate launch --num_processes N -m deltaconv_core distill ... Ctrl+C saves; "
-        "the same command goes on."
+        "the same command resumes."
     )
     add_options(parser)
 

@@ -3,90 +3,169 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import DeltaConvError
 from ..util.devices import SHORT_DTYPES
+from .fields import RUN, TRAINING, about, by_name, check
 from .losses import BETA, GAMMA
 
 OPTIMIZERS = ("adamw", "adamw8bit")
 FEATURES = ("output", "residual")
 LAYER_WISE, END_TO_END = "layer-wise", "end to end"
+"""The two phases of the training."""
+STEPS = (0, 1_000_000)
 
 
 @dataclass(frozen=True)
 class Settings:
     """How to distil (defaults follow the authors' configurations where they have one).
 
-    Args:
-        layer_steps: optimizer steps in which every block learns its own attention's output.
-        output_steps: optimizer steps after those, in which the blocks learn end to end.
-        learning_rate: peak of AdamW's, in both phases.
-        warmup: steps at the start of each phase in which the rate rises to its peak.
-        decay: the last part of each phase in which it falls to a twentieth along a cosine; 0 keeps it.
-        betas, weight_decay: of AdamW.
-        clip: largest norm of the gradient of all blocks; 0 does not clip.
-        accumulation: batches whose gradients make one step.
-        ema: decay per step of the average of the weights that is the result; 0 takes the last weights.
-        precision: "fp32", "bf16" or "fp16" (autocast); the blocks' weights are float32 in any case.
-        optimizer: "adamw" | "adamw8bit", which needs bitsandbytes.
-        beta: weight of the feature loss beside the output losses, end to end.
-        gamma: of Min-SNR.
-        feature: the feature loss compares the blocks' "output" with attention's (paper), or the "residual"
-            stream that it is added to (authors' code).
-        checkpointing: end to end, keep only the inputs of the network's segments and run them twice.
-        save_every: steps between saved states.
-        seed: of the blocks; noise, timesteps and the order of the data are made from it too.
+    Each field says what it does; the command's options and the node's widgets say it in the same words.
 
     Raises:
         DeltaConvError: a value that makes no sense, named.
     """
 
-    layer_steps: int = 500
-    output_steps: int = 500
-    learning_rate: float = 3e-4
-    warmup: int = 50
-    decay: float = 0.5
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    accumulation: int = 1
-    ema: float = 0.995
-    precision: str = "fp32"
-    optimizer: str = "adamw"
-    beta: float = BETA
-    gamma: float = GAMMA
-    feature: str = "output"
-    checkpointing: bool = True
-    save_every: int = 100
-    seed: int = 0
+    layer_steps: int = field(
+        default=500,
+        metadata=about(
+            TRAINING,
+            "steps of the first phase, in which every block learns its own attention's output; quick and "
+            "light",
+            least=0,
+            offered=STEPS,
+        ),
+    )
+    output_steps: int = field(
+        default=500,
+        metadata=about(
+            TRAINING,
+            "steps of the second phase, in which the blocks learn end to end to keep the model's output as "
+            "it was",
+            least=0,
+            offered=STEPS,
+        ),
+    )
+    learning_rate: float = field(
+        default=3e-4,
+        metadata=about(
+            TRAINING,
+            "peak of AdamW's, in both phases; it rises at the start of a phase and falls at its end",
+            above=0,
+            offered=(1e-7, 1.0),
+            step=1e-7,
+        ),
+    )
+    warmup: int = field(
+        default=50,
+        metadata=about(
+            TRAINING, "steps at the start of each phase in which the learning rate rises to its peak", least=0
+        ),
+    )
+    decay: float = field(
+        default=0.5,
+        metadata=about(
+            TRAINING,
+            "the last part of each phase, from 0 to 1, in which the learning rate falls to a twentieth "
+            "along a cosine; 0 keeps it",
+            least=0,
+            most=1,
+        ),
+    )
+    betas: tuple[float, float] = field(
+        default=(0.9, 0.99), metadata=about(TRAINING, "decay rates of AdamW's two moments", least=0, below=1)
+    )
+    weight_decay: float = field(
+        default=0.01, metadata=about(TRAINING, "weight decay of AdamW, from 0 to 1", least=0, most=1)
+    )
+    clip: float = field(
+        default=1.0,
+        metadata=about(TRAINING, "largest norm of the gradient of all blocks; 0 does not clip", least=0),
+    )
+    accumulation: int = field(
+        default=1,
+        metadata=about(TRAINING, "batches whose gradients make one step", least=1, offered=(1, 1024)),
+    )
+    ema: float = field(
+        default=0.995,
+        metadata=about(
+            TRAINING,
+            "the result is a moving average of the weights, of which this part, from 0 to below 1, stays "
+            "at each step; 0 takes the last weights and saves a copy of the blocks",
+            least=0,
+            below=1,
+            offered=(0, 0.99999),
+            step=0.00001,
+        ),
+    )
+    precision: str = field(
+        default="fp32",
+        metadata=about(
+            TRAINING,
+            "what is computed in (autocast); the blocks' weights are fp32 while they learn",
+            choices=tuple(SHORT_DTYPES),
+        ),
+    )
+    optimizer: str = field(
+        default="adamw",
+        metadata=about(
+            TRAINING,
+            "AdamW as it is, or adamw8bit, which needs the package bitsandbytes and a GPU",
+            choices=OPTIMIZERS,
+        ),
+    )
+    beta: float = field(
+        default=BETA,
+        metadata=about(
+            TRAINING, "weight of the feature loss beside the output losses, in the second phase", least=0
+        ),
+    )
+    gamma: float = field(
+        default=GAMMA,
+        metadata=about(
+            TRAINING,
+            "gamma of Min-SNR: the signal-to-noise ratio above which a loss weighs less, in the second phase",
+            least=0,
+        ),
+    )
+    feature: str = field(
+        default="output",
+        metadata=about(
+            TRAINING,
+            "what the feature loss of the second phase compares: the blocks' output with attention's (the "
+            "paper), or the residual stream that it is added to (the authors' code)",
+            choices=FEATURES,
+        ),
+    )
+    checkpointing: bool = field(
+        default=True,
+        metadata=about(TRAINING, "in the second phase, run the model's parts twice to need far less memory"),
+    )
+    save_every: int = field(
+        default=100,
+        metadata=about(
+            RUN,
+            "steps between saved states; at most this many steps can be lost",
+            least=1,
+            offered=(1, 1_000_000),
+        ),
+    )
+    seed: int = field(
+        default=0,
+        metadata=about(
+            TRAINING,
+            "what the blocks' start, the noise and the order of the data follow from",
+            offered=(0, 0xFFFFFFFF),
+        ),
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
-        for name, least in (("layer_steps", 0), ("output_steps", 0), ("warmup", 0), ("accumulation", 1)):
-            self._check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= least, least)
-        self._check("save_every", self.save_every >= 1, 1)
+        check(self)
         if self.steps < 1:
             raise DeltaConvError("expected layer_steps + output_steps to be at least 1, got 0")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise DeltaConvError(f"expected a learning_rate above 0, got {self.learning_rate}")
-        for name in ("decay", "ema", "weight_decay", *(("betas",) * 2)):
-            values = getattr(self, name)
-            for value in values if isinstance(values, tuple) else (values,):
-                if not 0 <= value <= 1 or (name in ("ema", "betas") and value == 1):
-                    raise DeltaConvError(f"expected {name} from 0 to below 1, got {value}")
-        for name in ("clip", "beta", "gamma"):
-            self._check(name, getattr(self, name) >= 0, 0)
-        for name, known in (("precision", SHORT_DTYPES), ("optimizer", OPTIMIZERS), ("feature", FEATURES)):
-            if getattr(self, name) not in known:
-                raise DeltaConvError(
-                    f"expected {name} to be one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
-
-    def _check(self, name: str, good: bool, least: int) -> None:
-        if not good:
-            raise DeltaConvError(f"expected {name} to be at least {least}, got {getattr(self, name)!r}")
 
     @property
     def steps(self) -> int:
@@ -120,7 +199,7 @@ class Settings:
         Raises:
             DeltaConvError: unknown names, or values that the settings refuse.
         """
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        unknown = sorted(values.keys() - by_name(cls).keys())
         if unknown:
             raise DeltaConvError(f"unknown settings {unknown} of a distillation")
         return cls(**values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,14 +12,15 @@ import torch
 
 from ....deltaconv_core.block.spec import BlockSpec
 from ....deltaconv_core.distill import Settings
+from ....deltaconv_core.distill.job import Job
+from ....deltaconv_core.sites.choose_specs import AUTO
 
 CUSTOM = "custom"
-AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What has to do with memory.
+    """The settings that decide memory use.
 
     Args:
         batch_size: samples that run at once.
@@ -42,6 +43,12 @@ PRESETS = {
     "16 GB": Preset(2, 2, AUTO, "adamw", 0.995),
     "24 GB": Preset(4, 1, AUTO, "adamw", 0.995),
 }
+
+
+def chosen(job: Job, preset: str, device: torch.device) -> Preset:
+    """The preset of a name, or the job's own values, with "auto" decided for this machine."""
+    own = Preset(**{one.name: getattr(job, one.name) for one in fields(Preset)})
+    return settled(PRESETS.get(preset, own), device)
 
 
 def settled(preset: Preset, device: torch.device) -> Preset:
@@ -74,7 +81,7 @@ def activation_bytes(model: Any, shape: list[int], settings: Settings) -> int:
     Args:
         model: ModelPatcher.
         shape: of a batch of latents.
-        settings: without an end-to-end stage no gradient goes through the model; with checkpointing a part of
+        settings: without an end-to-end phase no gradient goes through the model; with checkpointing a part of
             the model at a time.
     """
     times = 1 if not settings.output_steps else 2 if settings.checkpointing else 6

@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
@@ -15,15 +14,7 @@ import torch
 
 from ....deltaconv_core.block import DeltaConvBlock
 from ....deltaconv_core.block.spec import BlockSpec
-from ....deltaconv_core.distill import (
-    Result,
-    Row,
-    RunFolder,
-    Settings,
-    check_same_run,
-    distill,
-    session,
-)
+from ....deltaconv_core.distill import Result, Row, RunFolder, check_same_run, distill, session
 from ....deltaconv_core.errors import DeltaConvError
 from ....deltaconv_core.sites import select
 from ....deltaconv_core.sites.sampling_range import SamplingRange
@@ -31,7 +22,7 @@ from ....deltaconv_core.util.devices import SHORT_DTYPES
 from ....deltaconv_core.weights.checkpoint import Checkpoint
 from ..model.borrow import borrowed
 from ..model.sites import Sites, find_sites
-from ..model.specs import LEAN, block_specs
+from ..model.specs import block_specs
 from ..patch.applied import without_blocks
 from ..patch.apply import PatchSettings, apply_checkpoint
 from ..report import Report, show
@@ -40,35 +31,14 @@ from .network import ComfyNetwork
 from .presets import activation_bytes, training_bytes
 from .preview import Preview
 from .runs import runs_folder
+from .widgets import Widgets
 
 log = logging.getLogger(__name__)
 
-EVERYWHERE = "all"
 SHOW_EVERY = 1.0
 """Seconds between updates of the text under the node."""
 DROPPED = {"captions_dropped": "one by one"}
 """Noted with a run since captions are dropped picture by picture; before, a batch lost all of its or none."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the user chose.
-
-    Args:
-        settings: of the training.
-        blocks: the sites, in the language of `deltaconv_core.sites.select`.
-        kernel_sizes, form: as `kernels.block_specs` reads them.
-        batch_size, dropout: as `dataset.Batches` takes them.
-        preview_every: steps between previews; 0: none.
-    """
-
-    settings: Settings
-    blocks: str = EVERYWHERE
-    kernel_sizes: str = "auto"
-    form: str = LEAN
-    batch_size: int = 1
-    dropout: float = 0.0
-    preview_every: int = 0
 
 
 class Distillation:
@@ -77,22 +47,22 @@ class Distillation:
     Args:
         model: ModelPatcher, the teacher; ΔConv that may be on it is left out.
         dataset: what to learn from.
-        job: what the user chose.
+        job: what the user chose, with the preset and the precision decided.
 
     Raises:
         DeltaConvError: they do not go together.
     """
 
-    def __init__(self, model: Any, dataset: Dataset, job: Job) -> None:
+    def __init__(self, model: Any, dataset: Dataset, job: Widgets) -> None:
         self.model = without_blocks(model)
         self.dataset = dataset
         self.job = job
-        self.settings = job.settings
+        self.settings = job.settings(job.precision)
         self.found: Sites = find_sites(self.model)
         chosen = select(job.blocks, self.found.sites)
         self.specs: dict[str, BlockSpec] = block_specs(self.found, chosen, job.kernel_sizes, job.form)
         self.sites = {id: self.found.sites[id] for id in self.specs}
-        self.dropout = job.dropout if dataset.empty is not None else 0.0
+        self.dropout = job.caption_dropout if dataset.empty is not None else 0.0
         self.notes = session.notes(
             _fingerprint(self.model), self.specs, job.batch_size, self.dropout, data=dataset.fingerprint
         )
@@ -183,15 +153,15 @@ def loss_map(rows: Iterable[Row]) -> dict[str, list[float]]:
 class _Progress:
     """Called after every step: the bar, the text under the node, previews, and the user's wish to stop."""
 
-    def __init__(self, preview: Preview | None, job: Job, hidden: Any) -> None:
+    def __init__(self, preview: Preview | None, job: Widgets, hidden: Any) -> None:
         self.preview = preview
         self.job = job
         self.hidden = hidden
-        self.bar = comfy.utils.ProgressBar(job.settings.steps)
+        self.bar = comfy.utils.ProgressBar(job.steps)
         self.shown = 0.0
 
     def __call__(self, row: Row) -> None:
-        steps = self.job.settings.steps
+        steps = self.job.steps
         due = row.step % (self.job.preview_every or steps) == 0 or row.step == steps
         picture = self._draw() if due else None
         self.bar.update_absolute(row.step, steps, picture and ("JPEG", picture, 1024))

@@ -205,13 +205,13 @@ def test_blocks_start_exactly(pack, precision):
     assert largest_error(started[0], product) < 1e-4
 
 
-@pytest.mark.parametrize("stage", ["layer_steps", "output_steps"])
+@pytest.mark.parametrize("phase", ["layer_steps", "output_steps"])
 @pytest.mark.parametrize("feature", ["output", "residual"])
 @pytest.mark.parametrize("build", [make_unet, make_pixart])
-def test_every_block_learns(pack, build, stage, feature):
+def test_every_block_learns(pack, build, phase, feature):
     """By gradients alone; end to end, by those that come from the model's output."""
     module, runs = in_pack(pack, "nodes.host.distill.session"), in_pack(pack, "nodes.host.distill.runs")
-    settings = in_pack(pack, "deltaconv_core.distill").Settings
+    widgets = in_pack(pack, "nodes.host.distill.widgets").Widgets
     size = (48, 48) if build is make_pixart else (16, 16)
     model = build()
     data = in_pack(pack, "nodes.host.distill.dataset").read_dataset(
@@ -219,8 +219,8 @@ def test_every_block_learns(pack, build, stage, feature):
     )
     learned = []
     for steps in (1, 4):
-        counts = {"layer_steps": 0, "output_steps": 0, stage: steps}
-        job = module.Job(settings(**counts, weight_decay=0.0, beta=0.0, ema=0.0, feature=feature))
+        counts = {"layer_steps": 0, "output_steps": 0, phase: steps, "preview_every": 0}
+        job = widgets(**counts, weight_decay=0.0, beta=0.0, ema=0.0, feature=feature, precision="fp32")
         checkpoint, _ = module.Distillation(model, data, job).run(runs.open_run("new run", "x"), None)
         learned.append(weights(checkpoint))
     one, four = learned
@@ -333,7 +333,7 @@ def test_the_loss_map_can_be_plotted(pack, unet):
     assert len(drawn["images"]) == 1
 
 
-def test_each_stage_of_the_loss_map_starts_at_one(pack):
+def test_each_phase_of_the_loss_map_starts_at_one(pack):
     row = in_pack(pack, "deltaconv_core.distill").Row
     rows = [
         row(1, "layer-wise", 1e-3, {"feature": 8.0}, 1.0),

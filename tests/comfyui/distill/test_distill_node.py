@@ -73,3 +73,47 @@ def test_workflows_of_before_set_the_widgets_they_meant(pack):
                 assert widget["min"] <= values[id] <= widget["max"]
             elif kind == "BOOLEAN":
                 assert isinstance(values[id], bool)
+
+
+def test_its_help_names_every_input_and_default(pack):
+    widgets = in_pack(pack, "nodes.host.distill.widgets")
+    default_text = in_pack(pack, "deltaconv_core.distill.fields").default_text
+    defaults = {
+        widgets.OTHER_NAMES.get(name, name): default_text(one) for name, one in widgets.SETTINGS.items()
+    }
+    text = (REPOSITORY / "web" / "docs" / "DeltaConvDistill.md").read_text(encoding="utf-8")
+    rows = text.partition("## Inputs")[2].partition("## Outputs")[0].strip().splitlines()[2:]
+    cells = [row.strip("| ").split(" | ") for row in rows]
+    assert [first.split("`")[1] for first, *_ in cells] == [id for _, id, _, _ in INPUTS]
+    told = {row.split("`")[1]: row.split("|")[2].strip() for row in rows}
+    assert told == {id: defaults[id] if kind not in SOCKETS else "" for kind, id, _, _ in INPUTS}
+
+
+def test_every_input_is_a_setting_that_the_node_reads(pack):
+    """Prompts through the API may leave widgets out; what they give arrives under the setting's name."""
+    widgets = in_pack(pack, "nodes.host.distill.widgets").Widgets
+    defaults = {id: values["default"] for kind, id, _, values in INPUTS if kind not in SOCKETS}
+    assert widgets.read({}) == widgets.read({id: [value] for id, value in defaults.items()})
+    assert widgets.read({"training_seed": [7], "ema": [0.5]}) == widgets(seed=7, ema=0.5)
+
+
+def test_the_disk_is_read_when_the_server_asks(pack, output, monkeypatch):
+    """Not when ComfyUI starts, which asks each node for its schema; and each time again."""
+    module, node = in_pack(pack, "nodes.host.distill.runs"), in_pack(pack, "nodes.distill").Distill
+    asked, choices = [], module.choices
+
+    def counted():
+        asked.append(1)
+        return choices()
+
+    monkeypatch.setattr(module, "choices", counted)
+    node.GET_SCHEMA()
+    assert not asked
+
+    def offered():
+        return node.GET_NODE_INFO_V1()["input"]["required"]["resume"][1]["options"]
+
+    assert offered() == ["new run"] and asked
+    (output / "mine_00001").mkdir(parents=True)
+    (output / "mine_00001" / "state.safetensors").touch()
+    assert offered() == ["new run", "mine_00001"]

@@ -51,7 +51,7 @@ def test_runs_that_cannot_be_reached_are_not_listed(pack, output):
     (output / "a" / "state.safetensors").symlink_to("/mnt/unplugged/state.safetensors")
     (output / "b" / "state.safetensors").mkdir(parents=True)
     assert runs.choices() == [runs.NEW]
-    in_pack(pack, "nodes.distill").Distill.define_schema()
+    in_pack(pack, "nodes.distill").Distill.GET_NODE_INFO_V1()
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "\ud800", "con", "a./b", "x.", "nul/x"])

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from deltaconv_core.block.ops import fastest
-from deltaconv_core.diffusers.distill.arguments import read_options
+from deltaconv_core.diffusers.distill.parse import read_options
 from deltaconv_core.errors import DeltaConvError
 from deltaconv_core.locality.recommend import Recommendation
 from deltaconv_core.sites import site_channels

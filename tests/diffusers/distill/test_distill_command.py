@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ import deltaconv_core
 from deltaconv_core import load_checkpoint
 from deltaconv_core.diffusers import apply
 from deltaconv_core.diffusers.distill.options import Options
+from deltaconv_core.diffusers.distill.parse import MORE, OPTIONS, flag, read_options
 from deltaconv_core.diffusers.sites import find_sites
+from deltaconv_core.distill.fields import PARTS, About, default_text
 from testing.diffusers_models import CONTEXT_DIM
 from testing.distill_command import (
     QUICK,
@@ -247,7 +250,7 @@ def change(file, **values):
         (None, {"kernel_sizes": "gone.json"}, "cannot read the kernel sizes in gone.json"),
         (None, {"learning_rate": 0}, "learning_rate above 0"),
         (None, {"layer_steps": 0, "output_steps": 0}, "layer_steps + output_steps to be at least 1"),
-        (None, {"batch_size": 0}, "batch_size to be above 0"),
+        (None, {"batch_size": 0}, "batch_size to be at least 1"),
         (None, {"caption_dropout": 1.5}, "caption_dropout from 0 to 1"),
         (None, {"max_ratio": 0.5}, "max_ratio to be at least 1"),
         (None, {"config": "gone.json"}, "cannot read the options in gone.json"),
@@ -303,7 +306,7 @@ def test_another_schedule_is_another_teacher(run, files, tmp_path, capsys):
         ('{"betas": [0.9]}', "expected betas to be two numbers"),
         ('{"feature": "both"}', "expected feature to be one of output, residual"),
         ("[1]", "to hold options and their values, got list"),
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("{}", "expected --model and --data"),
     ],
 )
@@ -350,6 +353,40 @@ def test_help_states_every_option(capsys):
     options = set(Options.__dataclass_fields__)
     assert all(f"--{name.replace('_', '-')}" in text for name in options)
     assert text.count("(default:") + text.count("(required)") >= len(options) - text.count("(default\n")
+
+
+def test_the_page_states_every_option_as_the_help_does():
+    text = (Path(__file__).parents[3] / "docs" / "distill.md").read_text(encoding="utf-8")
+    rows = text.partition("## All options")[2].strip().splitlines()[2:]
+    expected = []
+    for one in sorted(OPTIONS.values(), key=lambda one: PARTS.index(About.of(one).part)):
+        more = f" {MORE[one.name]}." if one.name in MORE else ""
+        expected.append(f"| `{flag(one.name)}` | {default_text(one)} | {About.of(one).sentence}{more} |")
+    assert rows == expected
+
+
+def test_options_are_read_by_the_type_of_their_field(tmp_path):
+    file = tmp_path / "options.json"
+    values = {
+        "model": "m", "data": "d", "resolution": 64, "betas": [0.5, 0.75], "checkpointing": False,
+        "cache": "c", "learning_rate": 1, "variant": "fp16",
+    }  # fmt: skip
+    file.write_text(json.dumps(values))
+    read = read_options({"ema": 0.5}, file)
+    assert read.betas == (0.5, 0.75) and read.checkpointing is False and read.cache == Path("c")
+    assert (read.resolution, read.variant, read.ema) == (64, "fp16", 0.5)
+    assert type(read.resolution) is int and type(read.learning_rate) is float
+
+
+def test_the_options_are_read_before_anything_optional_is_loaded():
+    code = (
+        "import sys, deltaconv_core.commands.distill; print(*sorted(m for m in sys.modules "
+        "if m.startswith(('accelerate', 'diffusers', 'transformers', 'deltaconv_core.diffusers.distill.'))))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    rooms = (f"deltaconv_core.diffusers.distill.{name}" for name in ("options", "parse"))
+    assert done.stdout.split() == list(rooms)
 
 
 def test_context_width_is_what_the_models_take():
