@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from scripts import workflow
+from scripts.comfy_host import REPOSITORY
 from testing.comfy_models import in_pack
 
 SOCKETS = ("MODEL", "LATENT", "CONDITIONING")
