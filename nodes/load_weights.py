@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..deltaconv_core.sites.report import Report, assumptions
 from .host.files import model_folder
+from .host.files.choice import FileChoice
 from .host.report import tell
 from .sockets import CATEGORY, Weights
 
@@ -21,9 +22,9 @@ class LoadWeights(io.ComfyNode):
             category=CATEGORY,
             description="Loads trained ΔConv blocks, for ΔConv Patch Model and the other ΔConv nodes.",
             inputs=[
-                io.Combo.Input(
+                FileChoice(
                     "weights",
-                    options=model_folder.Choices().names(),
+                    lambda: model_folder.Choices().names(),
                     tooltip="Files in models/deltaconv, then published weights, which are fetched when "
                     "first used.",
                 ),

@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 from ..deltaconv_core.errors import DeltaConvError
 from ..deltaconv_core.sites.sampling_range import SamplingRange
 from .host.files import model_folder
+from .host.files.choice import FileChoice
 from .host.model.sites import find_sites
 from .host.patch.apply import PatchSettings, apply_checkpoint
 from .host.report import tell
@@ -28,9 +29,9 @@ class PatchModel(io.ComfyNode):
             "stays as it is; the output is a patched clone.",
             inputs=[
                 io.Model.Input("model", tooltip="A U-Net (SD 1.x, SD 2.x, SDXL, ...) or PixArt."),
-                io.Combo.Input(
+                FileChoice(
                     "weights",
-                    options=[model_folder.AUTO, *model_folder.Choices().names()],
+                    lambda: [model_folder.AUTO, *model_folder.Choices().names()],
                     default=model_folder.AUTO,
                     tooltip="Files in models/deltaconv, then published weights, which are fetched when "
                     "first used. 'auto' takes the recommended ones for the model.",

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ....deltaconv_core.distill.fields import RUN, TRAINING, About, about, by_name
 from ....deltaconv_core.distill.job import Job
+from ..files.choice import FileChoice
 from . import runs
 from .presets import CUSTOM, PRESETS, Preset
 
@@ -75,14 +76,14 @@ def widget(name: str, *, optional: bool = False) -> io.WidgetInput:
     known, default = About.of(one), one.default
     kind: type = type(default)
     custom = " Only with preset custom." if name in OF_PRESETS else ""
-    common = {
+    common: dict[str, Any] = {
         "id": OTHER_NAMES.get(name, name),
         "default": default,
         "optional": optional,
         "tooltip": known.sentence + custom,
     }
     if name == "resume":
-        return RunChoice(**common)
+        return FileChoice(names=runs.choices, **common)
     if known.choices:
         return io.Combo.Input(options=list(known.choices), **common)
     if kind is bool:
@@ -92,15 +93,3 @@ def widget(name: str, *, optional: bool = False) -> io.WidgetInput:
     low, high = map(kind, known.offered or (known.least, known.most))
     number = io.Int if kind is int else io.Float
     return number.Input(min=low, max=high, step=known.step, **common)
-
-
-class RunChoice(io.Combo.Input):
-    """The runs that are there; the disk is read when the server asks for them, not when ComfyUI starts."""
-
-    @property
-    def options(self) -> list[str]:
-        return runs.choices()
-
-    @options.setter
-    def options(self, none: None) -> None:
-        """The base class sets what it was given."""

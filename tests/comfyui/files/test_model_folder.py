@@ -246,7 +246,7 @@ def test_a_prompt_reads_each_list_once_and_again_when_it_has_changed(pack, model
 
     def run() -> int:
         """The kernel size of the blocks that "auto" led to."""
-        node.PatchModel.GET_SCHEMA()
+        node.PatchModel.GET_NODE_INFO_V1()
         assert node.PatchModel.validate_inputs("auto") is True
         node.PatchModel.fingerprint_inputs("auto")
         with torch.inference_mode():
