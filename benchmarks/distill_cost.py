@@ -113,9 +113,10 @@ def prepare(pack: str, architecture: str, latent: int, small: bool, stack: ExitS
     shape = ARCHITECTURES[architecture]
     model = build(shape, small)
     found = import_module(f"{host}.model.sites").find_sites(model)
-    clone = stack.enter_context(import_module(f"{host}.model.borrow").borrowed(model, torch.float32, 0))
+    clone = stack.enter_context(import_module(f"{host}.model.borrow").borrowed_model(model, torch.float32, 0))
     network = import_module(f"{host}.distill.network").ComfyNetwork(clone, found.sites)
-    specs = import_module(f"{host}.model.specs").block_specs(found, found.sites, "auto")
+    choose = import_module(".deltaconv_core.sites.choose_specs", pack)
+    specs = choose.block_specs(found.shape, found.sites, choose.AUTO)
     block = import_module(".deltaconv_core", pack).DeltaConvBlock
     mixers = {id: block(spec) for id, spec in specs.items()}
     for id, mixer in mixers.items():

@@ -22,7 +22,7 @@ import torch
 
 from deltaconv_core.diffusers.sites import find_sites
 from deltaconv_core.diffusers.watch import watched
-from deltaconv_core.distill.hybrid import HybridFit, Settings, sums_bytes
+from deltaconv_core.distill.hybrid import FitSettings, HybridFit, sums_bytes
 from deltaconv_core.mixers.hybrid import HybridSpec
 from scripts.comfy_host import prepare_torchvision
 
@@ -77,7 +77,7 @@ def main() -> int:
         ]
         for site, attention in found.attentions.items()
     }
-    fit = HybridFit(candidates, Settings())
+    fit = HybridFit(candidates, FitSettings())
 
     def fitting() -> None:
         fit.picture(fit.pictures)

@@ -221,8 +221,8 @@ class Host:
     def deltaconv(self, form: str) -> Any:
         """Blocks with random weights, put on as ΔConv Patch Model puts them."""
         core, host = self.module("deltaconv_core"), self.module("nodes.host.patch.apply")
-        kernels = self.module("nodes.host.model.specs")
-        specs = kernels.block_specs(self.found, self.found.sites, kernels.AUTO, form)
+        choose = self.module("deltaconv_core.sites.choose_specs")
+        specs = choose.block_specs(self.found.shape, self.found.sites, choose.AUTO, form)
         with torch.inference_mode(False):
             blocks = {id: core.DeltaConvBlock(spec) for id, spec in specs.items()}
         whole = self.module("deltaconv_core.sites.sampling_range").SamplingRange()

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from .errors import LONGEST, DeltaConvError
+from .errors import LONGEST_MESSAGE, DeltaConvError
 from .util.text import shortened
 
 COMMANDS = {
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except (DeltaConvError, OSError) as error:
-        print(f"error: {printable(shortened(str(error), LONGEST))}", file=sys.stderr)
+        print(f"error: {printable(shortened(str(error), LONGEST_MESSAGE))}", file=sys.stderr)
         return 2
 
 

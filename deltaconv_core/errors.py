@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .util.text import shortened
 
-LONGEST = 2000
+LONGEST_MESSAGE = 2000
 """Characters of a message: what it quotes may be a file's, and of any length."""
 
 
@@ -12,7 +12,7 @@ class DeltaConvError(ValueError):
     """Anything the user can put right; every error raised on purpose by this package derives from it."""
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(shortened(str(message), LONGEST))
+        super().__init__(shortened(str(message), LONGEST_MESSAGE))
 
 
 class CheckpointError(DeltaConvError):

@@ -7,8 +7,9 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..deltaconv_core.bench import device_name, layer_table
-from .host.bench.measure import ATTENTION, DELTACONV, NOTHING, Measured, MeasureSettings, measure
-from .host.model.specs import FORMS, LEAN
+from ..deltaconv_core.bench.layers import ATTENTION, DELTACONV
+from ..deltaconv_core.sites.choose_specs import FORMS, LEAN
+from .host.bench.measure import NOTHING, Measured, MeasureSettings, measure
 from .host.patch.blocks import network_dtype
 from .host.report import Report, left_out, tell
 from .sockets import CATEGORY, Weights

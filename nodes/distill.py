@@ -17,7 +17,6 @@ from .host.distill.widgets import Widgets, widget
 from .host.report import Report, tell
 from .sockets import CATEGORY, LossMap, Weights
 
-MEGABYTE = 1 << 20
 ALWAYS = ("preset", "layer_steps", "output_steps", "learning_rate", "run_name", "resume")
 OPTIONAL = (
     "caption_dropout", "blocks", "kernel_sizes", "form", "batch_size", "accumulation", "precision",
@@ -77,7 +76,7 @@ class Distill(io.ComfyNode):
         try:
             for run in resume or ():  # a list; None where it is linked
                 if run not in (None, runs.NEW):
-                    runs.check(run)
+                    runs.check_run(run)
         except DeltaConvError as error:
             return str(error)
         return True
@@ -116,6 +115,6 @@ def _plan(distillation: Distillation) -> str:
     return (
         f"{summary(distillation.specs)} learn from {distillation.dataset.description}; {job.preset}: batches "
         f"of {job.batch_size}, {job.accumulation} to a step, {job.precision}, {job.optimizer}, average "
-        f"{job.ema:g}. Beside the model, their training keeps {blocks / MEGABYTE:.3g} MB, and each batch "
+        f"{job.ema:g}. Beside the model, their training keeps {blocks / 2**20:.3g} MiB, and each batch "
         "needs some for a while."
     )

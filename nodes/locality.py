@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..deltaconv_core.locality import Recommendation, check_limit, recommend
-from ..deltaconv_core.locality.figure import check_matplotlib, draw
+from ..deltaconv_core.locality.figure import check_matplotlib, draw_figure
 from ..deltaconv_core.locality.sampled_steps import spread
 from ..deltaconv_core.locality.table import text
 from .host.locality.look import Look, LookSettings, look
@@ -91,7 +91,7 @@ class AttentionLocality(io.ComfyNode):
         height, width = seen.size
         moments = _moments(steps, looks)
         title = f"Self-attention of {seen.architecture}, {width} × {height} latent, steps {moments}"
-        picture = torch.from_numpy(draw(seen.layers, advice, title)).float().div(255).unsqueeze(0)
+        picture = torch.from_numpy(draw_figure(seen.layers, advice, title)).float().div(255).unsqueeze(0)
         table = f"{title}\n\n{text(seen.layers, advice)}"
         told = ui.PreviewText(tell(_report(seen, advice), cls.hidden)).as_dict()
         shown = ui.PreviewImage(picture, cls=cls).as_dict()

@@ -31,8 +31,8 @@ class PatchModel(io.ComfyNode):
                 io.Model.Input("model", tooltip="A U-Net (SD 1.x, SD 2.x, SDXL, ...) or PixArt."),
                 FileChoice(
                     "weights",
-                    lambda: [model_folder.AUTO, *model_folder.Choices().names()],
-                    default=model_folder.AUTO,
+                    lambda: [model_folder.RECOMMENDED, *model_folder.Choices().names()],
+                    default=model_folder.RECOMMENDED,
                     tooltip="Files in models/deltaconv, then published weights, which are fetched when "
                     "first used. 'auto' takes the recommended ones for the model.",
                 ),
@@ -112,7 +112,7 @@ class PatchModel(io.ComfyNode):
         found = find_sites(model)
         if deltaconv is None:
             choices = model_folder.Choices()
-            auto = weights == model_folder.AUTO
+            auto = weights == model_folder.RECOMMENDED
             deltaconv = choices.load(choices.recommended(found.architecture) if auto else weights)
         patched, report = apply_checkpoint(model, found, deltaconv, settings)
         return io.NodeOutput(patched, ui=ui.PreviewText(tell(report, cls.hidden)))

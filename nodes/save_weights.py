@@ -80,7 +80,7 @@ class SaveWeights(io.ComfyNode):
             save_checkpoint(checkpoint, path)
         finally:
             release(path)
-        size = path.stat().st_size / (1 << 20)
+        size = path.stat().st_size / 1e6
         line = (
             f"Saved {len(checkpoint.blocks)} blocks for {checkpoint.architecture} to {path} ({size:.3g} MB)."
         )

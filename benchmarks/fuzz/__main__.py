@@ -21,7 +21,7 @@ from benchmarks import fuzz
 from benchmarks.fuzz.kinds import KINDS
 from benchmarks.fuzz.watch import Watch
 from benchmarks.harness import circumstances, parser
-from deltaconv_core.errors import LONGEST, DeltaConvError
+from deltaconv_core.errors import LONGEST_MESSAGE, DeltaConvError
 from deltaconv_core.util.text import markdown
 
 SLOW = 10.0  # seconds of one input
@@ -116,8 +116,8 @@ def try_one(kind: str, number: int, seed: int, folder: Path, tally: Tally, singl
             tally.taken += 1
         except DeltaConvError as error:
             tally.refused += 1
-            if len(str(error)) > LONGEST:
-                tally.note(number, f"a message of more than {LONGEST} characters")
+            if len(str(error)) > LONGEST_MESSAGE:
+                tally.note(number, f"a message of more than {LONGEST_MESSAGE} characters")
         except Exception as error:
             tally.note(number, f"{type(error).__name__} in {_where(error)}")
             if single:

@@ -17,11 +17,11 @@ from safetensors.torch import save as to_bytes
 from deltaconv_core import BlockSpec, Checkpoint, DeltaConvBlock, load_checkpoint
 from deltaconv_core.block.ops import fastest
 from deltaconv_core.commands import inspect
-from deltaconv_core.commands.output import check_file, check_folder
+from deltaconv_core.commands.writable import check_file, check_folder
 from deltaconv_core.diffusers.distill.parse import read_options
 from deltaconv_core.diffusers.distill.pictures import find_pictures, open_picture
 from deltaconv_core.distill import RunFolder
-from deltaconv_core.distill.run_folder import COLUMNS, HEADER_KEY
+from deltaconv_core.distill.run_folder import COLUMNS, RUN_KEY
 from deltaconv_core.errors import DeltaConvError
 from deltaconv_core.locality.recommend import Recommendation
 from deltaconv_core.sites import select, site_channels
@@ -62,7 +62,7 @@ def headers(random: Random, folder: Path) -> object:
         "scales": random.choice((None, (1.0, 0.5), (1, "2"))),
     }
     checkpoint = load_checkpoint(file, **(hints if random.random() < 0.2 else {}))
-    return inspect.summary(checkpoint), model_card(checkpoint, "x"), json.dumps(header_of(checkpoint))
+    return inspect.lines_of(checkpoint), model_card(checkpoint, "x"), json.dumps(header_of(checkpoint))
 
 
 @cache
@@ -182,7 +182,7 @@ def names(random: Random, folder: Path) -> object:
 def runs(random: Random, folder: Path) -> object:
     """The folder of a run: its state, and its log."""
     header, tensors = _run()
-    state = to_bytes(tensors, {HEADER_KEY: json.dumps(header)})
+    state = to_bytes(tensors, {RUN_KEY: json.dumps(header)})
     log = _log()
     what = random.random()
     if what < 0.4:
@@ -193,7 +193,7 @@ def runs(random: Random, folder: Path) -> object:
         state = mutate.damaged(random, state)
     else:
         text = mutate.text(random, mutate.changed(random, header))
-        state = to_bytes(tensors, {HEADER_KEY: text})
+        state = to_bytes(tensors, {RUN_KEY: text})
     (folder / "state.safetensors").write_bytes(state)
     (folder / "log.csv").write_bytes(log)
     run = RunFolder(folder)
@@ -258,7 +258,7 @@ def _pictures() -> tuple[tuple[str, bytes], ...]:
 def sidecars(random: Random, folder: Path) -> object:
     """Small files beside others: the tuner's, a folder's config, other files of states."""
     tuned = folder / "fastest.json"
-    content = {"version": fastest.VERSION, "choices": {"a": "b"}}
+    content = {"version": fastest.FILE_VERSION, "choices": {"a": "b"}}
     tuned.write_text(
         mutate.text(random, mutate.changed(random, content)), encoding="utf-8", errors="surrogatepass"
     )

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..block import DeltaConvBlock
 from ..block.spec import BlockSpec
 from ..errors import DeltaConvError
-from ..sites import ARCHITECTURES, UNet, authors_specs, heads_of, level_of, part_of
+from ..sites import ARCHITECTURES, UNet, authors_specs, known_heads, level_of, part_of
 from .counting import count_flops
 from .timing import alternate
 
@@ -122,7 +122,7 @@ def layers_of(
     found: Counter[Layer] = Counter()
     for site, spec in (authors_specs(architecture) if specs is None else specs).items():
         height, width = (-(-side >> level_of(site, levels)) for side in latent)
-        found[Layer(part_of(site), spec, heads_of(architecture, spec.dim), (height, width))] += 1
+        found[Layer(part_of(site), spec, known_heads(architecture, spec.dim), (height, width))] += 1
     return [replace(layer, sites=count) for layer, count in found.items()]
 
 

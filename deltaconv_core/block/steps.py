@@ -20,7 +20,7 @@ from . import ops
 from .ops.backend import Size
 from .spec import BlockSpec
 
-PLAIN = (nn.Linear, nn.Conv2d)
+PLAIN_LAYERS = (nn.Linear, nn.Conv2d)
 
 
 class Steps(Protocol):
@@ -129,7 +129,7 @@ def call_layer(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
 
 def lends_weights(layer: nn.Module) -> bool:
     """Whether `borrowed` works on it: a layer of plain PyTorch without hooks, or one that offers it."""
-    if type(layer) in PLAIN:
+    if type(layer) in PLAIN_LAYERS:
         return not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
     return hasattr(layer, "lend_weights")
 
@@ -141,7 +141,7 @@ def borrowed(layer: Any, x: Tensor) -> AbstractContextManager[tuple[Tensor, Tens
     and patches the weights for x when it is entered, and takes them back when it is left.
     """
     manager: AbstractContextManager[tuple[Tensor, Tensor | None]]
-    manager = _Cast(layer, x.dtype) if type(layer) in PLAIN else layer.lend_weights(x)
+    manager = _Cast(layer, x.dtype) if type(layer) in PLAIN_LAYERS else layer.lend_weights(x)
     return manager
 
 

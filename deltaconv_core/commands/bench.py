@@ -17,7 +17,7 @@ from ..errors import DeltaConvError
 from ..sites import ARCHITECTURES, authors_specs
 from ..sites.choose_specs import AUTHORS, FORMS, LEAN
 from ..weights.checkpoint import check_deltaconv, load_checkpoint
-from .output import check_file
+from .writable import check_file
 
 LEGEND = """\
 Self-attention as PyTorch computes it here and ΔConv, one forward pass of all layers of a part, with random

@@ -13,7 +13,7 @@ from ..weights.authors_write import save_authors
 from ..weights.cast import cast
 from ..weights.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ..weights.hub_folder import check_new, save_hub_folder
-from .output import check_file, check_folder
+from .writable import check_file, check_folder
 
 TOLD_BY_BLOCKS = ("architecture", "format", "specs", "deltaconv", "gate", "scales", "pooling")
 WRITERS = {"deltaconv": save_checkpoint, "diffusers": save_hub_folder, "authors": save_authors}

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from ..diffusers.distill.parse import add_options, read_options
-from .output import check_folder
+from .writable import check_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

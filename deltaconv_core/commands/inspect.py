@@ -11,7 +11,7 @@ from ..block import DeltaConvBlock
 from ..cli import printable
 from ..mixers.hybrid import HybridMixer
 from ..util.text import aligned
-from ..weights.checkpoint import DELTACONV, HYBRID, Checkpoint, load_checkpoint
+from ..weights.checkpoint import DELTACONV_KIND, HYBRID_KIND, Checkpoint, load_checkpoint
 
 HEAD = ("site", "channels", "K", "scales", "gate", "merge", "pooling", "dtype", "parameters")
 HYBRID_HEAD = (
@@ -27,18 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Reads the file and prints it."""
-    for line in summary(load_checkpoint(options.file)):
+    for line in lines_of(load_checkpoint(options.file)):
         print(printable(line))
     return 0
 
 
-def summary(checkpoint: Checkpoint) -> list[str]:
+def lines_of(checkpoint: Checkpoint) -> list[str]:
     """The lines of the table: architecture, a row per block, totals, base weights, metadata."""
-    head, row = (HYBRID_HEAD, _hybrid_row) if checkpoint.mixer == HYBRID else (HEAD, _row)
+    head, row = (HYBRID_HEAD, _hybrid_row) if checkpoint.mixer == HYBRID_KIND else (HEAD, _row)
     rows = [head, *(row(site, block) for site, block in checkpoint.blocks.items())]
     tensors = [tensor for block in checkpoint.blocks.values() for tensor in block.state_dict().values()]
     lines = [f"architecture: {checkpoint.architecture}", *aligned(rows)]
-    if checkpoint.mixer == DELTACONV:
+    if checkpoint.mixer == DELTACONV_KIND:
         lines.append(f"blocks: {len(checkpoint.blocks)}, {_amount(tensors)}")
     else:
         lines += [f"attention stays at {site}: {reason}" for site, reason in checkpoint.kept.items()]

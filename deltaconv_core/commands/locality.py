@@ -11,10 +11,10 @@ import torch
 from ..cli import printable
 from ..errors import DeltaConvError
 from ..locality import check_limit, recommend
-from ..locality.recommend import LARGEST
+from ..locality.recommend import LARGEST_RECOMMENDED
 from ..locality.sampled_steps import spread
 from ..util.devices import DTYPES, pick_device
-from .output import check_folder
+from .writable import check_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
     parser.add_argument(
-        "--max-kernel-size", type=int, default=LARGEST, help="largest K to recommend, odd (%(default)s)"
+        "--max-kernel-size",
+        type=int,
+        default=LARGEST_RECOMMENDED,
+        help="largest K to recommend, odd (%(default)s)",
     )
     parser.add_argument("--device", help="such as cuda or cpu (default: cuda where there is one)")
     parser.add_argument(

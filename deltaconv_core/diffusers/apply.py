@@ -17,7 +17,7 @@ from ..sites import report
 from ..sites.match import check_heads, matching_sites
 from ..sites.report import Report
 from ..sites.sampling_range import SamplingRange
-from ..weights.checkpoint import HYBRID, load_checkpoint
+from ..weights.checkpoint import HYBRID_KIND, load_checkpoint
 from . import hooks
 from .applied import NAME, Applied, AppliedBlocks, blocks_on
 from .base_weights import BaseWeights, check_exchange, exchange
@@ -72,7 +72,7 @@ def apply(
     source = os.fspath(ckpt) if isinstance(ckpt, (str, os.PathLike)) else None
     checkpoint = ckpt if source is None else load_checkpoint(source)
     chosen = matching_sites(found.architecture, found.channels, checkpoint, blocks)
-    if checkpoint.mixer == HYBRID:
+    if checkpoint.mixer == HYBRID_KIND:
         check_heads(checkpoint, {site: int(found.attentions[site].heads) for site in chosen})  # type: ignore[arg-type]
         for site in chosen:
             check_plain(site, found.attentions[site])
@@ -152,7 +152,7 @@ def _copies(model: nn.Module, trained: Mapping[str, Any]) -> dict[str, Any]:
     dtype = getattr(model, "dtype", weight.dtype)
     known = dtype if dtype in HALF_OR_MORE else None
     return {
-        site: shared_hybrid(block, device) if block.kind == HYBRID else shared_copy(block, device, known)
+        site: shared_hybrid(block, device) if block.kind == HYBRID_KIND else shared_copy(block, device, known)
         for site, block in trained.items()
     }
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import DeltaConvError
 from ..sites.base_weights import check_fit, check_unpacked, difference, is_packed
 
-LEAVE_OUT = "pass base_weights_strength=0 to use the blocks alone"
+HOW_TO_LEAVE_OUT = "pass base_weights_strength=0 to use the blocks alone"
 
 
 class BaseWeights:
@@ -31,7 +31,7 @@ class BaseWeights:
         self.base_weights = base_weights
         self.model = f"this model ({type(model).__name__})"
         parameters = {name: own for name in base_weights if (own := _parameter(model, name)) is not None}
-        check_fit(base_weights, parameters, self.model, LEAVE_OUT)
+        check_fit(base_weights, parameters, self.model, HOW_TO_LEAVE_OUT)
         _check_reach(parameters)
         self.own = {name: originals.get(name, _data(own)) for name, own in parameters.items()}
         self.difference = difference(base_weights, self.own)
@@ -43,7 +43,7 @@ class BaseWeights:
         Raises:
             DeltaConvError: the model stores its own packed.
         """
-        check_unpacked(self.base_weights, self.own, self.model, LEAVE_OUT)
+        check_unpacked(self.base_weights, self.own, self.model, HOW_TO_LEAVE_OUT)
         with torch.inference_mode(False), torch.no_grad():
             return {name: self._mix(name, own, strength) for name, own in self.own.items()}
 

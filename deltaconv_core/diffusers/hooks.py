@@ -24,8 +24,8 @@ GRID = "deltaconv_grid"
 CHOICE = "deltaconv_choice"
 CROSS = "cross_attention_kwargs"
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Call]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Arguments]
 """A forward pre-hook that is told the keyword arguments."""
 
 
@@ -49,7 +49,7 @@ class Argument:
     def get(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return args[self.position] if len(args) > self.position else kwargs.get(self.name)
 
-    def put(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], value: Any) -> Call:
+    def put(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], value: Any) -> Arguments:
         if len(args) > self.position:
             return (*args[: self.position], value, *args[self.position + 1 :]), dict(kwargs)
         return args, {**kwargs, self.name: value}
@@ -67,7 +67,7 @@ class TellGrid:
     def of(cls, module: nn.Module, patch_size: int) -> TellGrid:
         return cls(patch_size, Argument.of(module, "hidden_states"), Argument.of(module, CROSS))
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         height, width = self.input.get(args, kwargs).shape[-2:]
         grid = (height // self.patch_size, width // self.patch_size)
         return self.cross.put(args, kwargs, {**(self.cross.get(args, kwargs) or {}), GRID: grid})
@@ -102,7 +102,7 @@ class TellChoice:
         arguments = Argument.of(model, "timestep"), Argument.of(model, CROSS)
         return cls(sampling, train_timesteps, *arguments)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         timesteps = torch.as_tensor(self.timestep.get(args, kwargs))
         choice = self.sampling.choose(timesteps, self.timestep_at)
         return self.cross.put(args, kwargs, {**(self.cross.get(args, kwargs) or {}), CHOICE: choice})
@@ -122,12 +122,12 @@ class KeepBack:
     def of(cls, module: nn.Module) -> KeepBack:
         return cls(Argument.of(module, CROSS))
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         told = self.cross.get(args, kwargs)
         return self.cross.put(args, kwargs, without(told)) if told else (args, kwargs)
 
 
-def keep_back(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def keep_back(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     """On an attention without ΔConv, which does not know what was told and would warn of it."""
     return args, without(kwargs)
 

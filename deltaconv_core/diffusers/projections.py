@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import DeltaConvError
 
 
-def project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def queries_keys_values(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values (B, heads, N, d) of tokens (B, N, C), as `AttnProcessor2_0` makes them."""
     if getattr(attention, "fused_projections", False):
         parts = attention.to_qkv(x).chunk(3, dim=2)
@@ -24,7 +24,7 @@ def project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def mixed(attention: Any, x: Tensor, mixer: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
     """(B, N, C) -> (B, N, C): the attention with a mixer of its queries, keys and values in it."""
-    y: Tensor = mixer(*project(attention, x)).transpose(1, 2).flatten(2)
+    y: Tensor = mixer(*queries_keys_values(attention, x)).transpose(1, 2).flatten(2)
     for layer in attention.to_out:
         y = layer(y)
     return y

@@ -15,7 +15,7 @@ from ..util.wrappers import inside
 
 PIPELINE_PARTS = ("unet", "transformer")  # of a pipeline
 UNET_PARTS = ("down_blocks", "mid_block", "up_blocks")  # in the order of the network
-KINDS = "U-Nets with Transformer2DModel blocks (SD 1.x, SD 2.x, SDXL, ...) and PixArtTransformer2DModel"
+SUPPORTED = "U-Nets with Transformer2DModel blocks (SD 1.x, SD 2.x, SDXL, ...) and PixArtTransformer2DModel"
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,7 @@ def find_sites(model: nn.Module) -> Sites:
     if not found.attentions:
         raise DeltaConvError(
             f"this model ({type(model).__name__}) has no self-attention that ΔConv can stand in for; it "
-            f"works on {KINDS}"
+            f"works on {SUPPORTED}"
         )
     return found
 

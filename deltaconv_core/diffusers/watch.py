@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .projections import project
+from .projections import queries_keys_values
 from .sites import Sites, Stack
 
 See = Callable[[str, Tensor, Tensor, Tensor, tuple[int, int], Tensor | None], None]
@@ -64,6 +64,6 @@ class _Watch:
         def hook(attention: nn.Module, args: tuple[Any, ...], call: dict[str, Any]) -> None:
             if self.wanted():
                 x: Tensor = args[0] if args else call["hidden_states"]
-                self.see(id, *project(attention, x), self.grid, call.get("attention_mask"))
+                self.see(id, *queries_keys_values(attention, x), self.grid, call.get("attention_mask"))
 
         return hook

@@ -22,7 +22,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Site:
+class Attention:
     """One attention.
 
     Args:
@@ -47,7 +47,7 @@ class Decision:
     reason: str
 
 
-def within_error(sites: Mapping[str, Site], error: float) -> dict[str, Decision]:
+def within_error(sites: Mapping[str, Attention], error: float) -> dict[str, Decision]:
     """At each site the cheapest mixer whose error is small enough, if it is cheaper than the attention.
 
     Args:
@@ -74,7 +74,7 @@ def within_error(sites: Mapping[str, Site], error: float) -> dict[str, Decision]
     return found
 
 
-def within_cost(sites: Mapping[str, Site], share: float) -> dict[str, Decision]:
+def within_cost(sites: Mapping[str, Attention], share: float) -> dict[str, Decision]:
     """Mixers that bring the cost of all sites down to a share of what their attentions cost, at small errors.
 
     Starting from attention everywhere, one site after the other takes the mixer that saves most for each unit
@@ -117,7 +117,7 @@ def within_cost(sites: Mapping[str, Site], share: float) -> dict[str, Decision]:
     return found
 
 
-def _hull(site: Site) -> list[int]:
+def _hull(site: Attention) -> list[int]:
     """Options from attention (no error) to the cheapest one, such that each step saves less for its error."""
     hull: list[int] = []
     for number in sorted(
@@ -138,12 +138,12 @@ def _hull(site: Site) -> list[int]:
     return hull
 
 
-def _chosen(site: Site, number: int) -> str:
+def _chosen(site: Attention, number: int) -> str:
     option = site.options[number]
     return f"error {option.error:.3g}, {option.cost / site.cost:.0%} of attention's cost"
 
 
-def _dear(site: Site) -> str:
+def _dear(site: Attention) -> str:
     if not site.options:
         return "no mixer was fitted"
     least = min(option.cost for option in site.options)

@@ -78,7 +78,7 @@ def about(part: str, text: str, **more: Any) -> dict[str, About]:
     return {"about": About(part, text, **more)}
 
 
-def check(record: Any) -> None:
+def check_fields(record: Any) -> None:
     """Checks all fields of a dataclass of settings.
 
     Raises:

@@ -30,19 +30,19 @@ from ..mixers.hybrid.features import count, features, unpack
 from ..mixers.hybrid.flops import hybrid_flops
 from ..util.foreign_json import parse_json
 from ..weights.safefile import Pathlike, read_file, write_file
-from .budget import Decision, Option, Site
+from .budget import Attention, Decision, Option
 from .order import generator
 
-See = Callable[[str, Tensor, Tensor, Tensor, tuple[int, int], Tensor | None], None]
+SeeCall = Callable[[str, Tensor, Tensor, Tensor, tuple[int, int], Tensor | None], None]
 """Is told (site id, q, k, v (B, heads, N, d), grid, mask of the keys (B, N) or None) of a call."""
 
-CHUNK = 2**26  # bytes of features that exist at a time
-HEADER_KEY = "deltaconv_hybrid_fit"
-FORMAT = 1
+FEATURE_BYTES = 2**26  # bytes of features that exist at a time
+FIT_KEY = "deltaconv_hybrid_fit"
+FIT_FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Settings:
+class FitSettings:
     """How hybrid mixers are fitted.
 
     Args:
@@ -154,10 +154,10 @@ class HybridFit:
     """
 
     def __init__(
-        self, candidates: Mapping[str, Sequence[HybridSpec]], settings: Settings | None = None
+        self, candidates: Mapping[str, Sequence[HybridSpec]], settings: FitSettings | None = None
     ) -> None:
         self.candidates = {site: tuple(specs) for site, specs in candidates.items()}
-        self.settings = settings or Settings()
+        self.settings = settings or FitSettings()
         needed = sums_bytes([spec for specs in self.candidates.values() for spec in specs])
         if needed > self.settings.memory:
             raise DeltaConvError(
@@ -211,7 +211,7 @@ class HybridFit:
         answers = F.scaled_dot_product_attention(q[:, :, rows], k, v, attn_mask=added)
         held_out = self.number % self.settings.held_out == self.settings.held_out - 1
         for spec, both in zip(self.candidates[site], self._of(site, q.device), strict=True):
-            step = max(1, CHUNK // (8 * len(q) * spec.inner * count(spec)))
+            step = max(1, FEATURE_BYTES // (8 * len(q) * spec.inner * count(spec)))
             for start in range(0, len(rows), step):
                 some = slice(start, start + step)
                 x = features(spec, q, k, v, grid, mask, rows[some])
@@ -261,7 +261,7 @@ class HybridFit:
             for which, one in enumerate(both)
             for name, tensor in one.tensors().items()
         }
-        write_file(path, tensors, {HEADER_KEY: json.dumps(self._described() | {"picture": self.number})})
+        write_file(path, tensors, {FIT_KEY: json.dumps(self._described() | {"picture": self.number})})
 
     def restore(self, path: Pathlike) -> None:
         """Takes over saved sums; the next picture is number `pictures`.
@@ -272,7 +272,7 @@ class HybridFit:
         """
         header, tensors = read_file(path)
         try:
-            saved = parse_json(header[HEADER_KEY])
+            saved = parse_json(header[FIT_KEY])
             number, grids = saved.pop("picture"), saved.pop("grids")
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is not the state of a fit ({error})") from error
@@ -292,7 +292,7 @@ class HybridFit:
 
     def _described(self) -> dict[str, object]:
         return {
-            "format": FORMAT,
+            "format": FIT_FORMAT,
             "settings": {name: v for name, v in asdict(self.settings).items() if name != "memory"},
             "candidates": {s: [spec.to_dict() for spec in specs] for s, specs in self.candidates.items()},
             "grids": self.grids,
@@ -312,7 +312,7 @@ class HybridFit:
 
 def fit_hybrids(
     fit: HybridFit,
-    watched: Callable[[See], AbstractContextManager[None]],
+    watched: Callable[[SeeCall], AbstractContextManager[None]],
     sample: Callable[[int], None],
     pictures: int,
     state: Path | None = None,
@@ -365,7 +365,7 @@ class Chosen:
 def choose(
     fit: HybridFit,
     fitted: Mapping[str, Sequence[Fitted]],
-    budget: Callable[[Mapping[str, Site]], dict[str, Decision]],
+    budget: Callable[[Mapping[str, Attention]], dict[str, Decision]],
     cost: Callable[[str, HybridSpec | None], float] | None = None,
 ) -> Chosen:
     """Decides which attentions are replaced, and by which of the mixers that were fitted to them.
@@ -379,7 +379,7 @@ def choose(
     """
     cost = cost or fit.flops
     sites = {
-        id: Site(cost(id, None), [Option(one.error, cost(id, one.mixer.spec)) for one in some])
+        id: Attention(cost(id, None), [Option(one.error, cost(id, one.mixer.spec)) for one in some])
         for id, some in fitted.items()
     }
     decisions = budget(sites)

@@ -31,8 +31,8 @@ from ..util.whole_file import replacing
 from ..weights.safefile import Pathlike, read_file, read_header, write_file
 
 COLUMNS = ("step", "stage", "learning_rate", "feature", "teacher", "noise", "gradient_norm")
-HEADER_KEY = "deltaconv_run"
-FORMAT = 1
+RUN_KEY = "deltaconv_run"
+RUN_FORMAT = 1
 
 log = logging.getLogger(__name__)
 
@@ -156,8 +156,8 @@ class RunFolder:
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             _append(self.log_file, rows)
-        header = {"format": FORMAT, "step": state.step, **state.values}
-        write_file(self.state_file, state.tensors, {HEADER_KEY: json.dumps(header)}, numbers=True)
+        header = {"format": RUN_FORMAT, "step": state.step, **state.values}
+        write_file(self.state_file, state.tensors, {RUN_KEY: json.dumps(header)}, numbers=True)
         if self.on_save is not None:
             self.on_save(state)
 
@@ -184,7 +184,7 @@ class RunFolder:
     def _parsed(self, header: Mapping[str, str]) -> State:
         """A state without its tensors."""
         try:
-            values = parse_json(header[HEADER_KEY])
+            values = parse_json(header[RUN_KEY])
             step, version = values.pop("step"), values.pop("format")
             if type(step) is not int or step < 0:
                 raise ValueError(f"its step is {quoted(step)}")
@@ -192,9 +192,9 @@ class RunFolder:
             raise CheckpointError(
                 f"{self.state_file} is not the state of a distillation run ({error})"
             ) from error
-        if version != FORMAT:
+        if version != RUN_FORMAT:
             raise CheckpointError(
-                f"{self.state_file} has format version {quoted(version)}, this program reads {FORMAT}; "
+                f"{self.state_file} has format version {quoted(version)}, this program reads {RUN_FORMAT}; "
                 "resume with the version of ComfyUI-DeltaConv that wrote it"
             )
         return State(step, {}, values)

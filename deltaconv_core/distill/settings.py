@@ -8,14 +8,14 @@ from typing import Any
 
 from ..errors import DeltaConvError
 from ..util.devices import SHORT_DTYPES
-from .fields import RUN, TRAINING, about, by_name, check
+from .fields import RUN, TRAINING, about, by_name, check_fields
 from .losses import BETA, GAMMA
 
 OPTIMIZERS = ("adamw", "adamw8bit")
 FEATURES = ("output", "residual")
 LAYER_WISE, END_TO_END = "layer-wise", "end to end"
 """The two phases of the training."""
-STEPS = (0, 1_000_000)
+STEPS_OFFERED = (0, 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Settings:
             "steps of the first phase, in which every block learns its own attention's output; quick and "
             "light",
             least=0,
-            offered=STEPS,
+            offered=STEPS_OFFERED,
         ),
     )
     output_steps: int = field(
@@ -45,7 +45,7 @@ class Settings:
             "steps of the second phase, in which the blocks learn end to end to keep the model's output as "
             "it was",
             least=0,
-            offered=STEPS,
+            offered=STEPS_OFFERED,
         ),
     )
     learning_rate: float = field(
@@ -163,7 +163,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
-        check(self)
+        check_fields(self)
         if self.steps < 1:
             raise DeltaConvError("expected layer_steps + output_steps to be at least 1, got 0")
 

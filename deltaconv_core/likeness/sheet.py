@@ -11,7 +11,7 @@ from torch import Tensor
 from ..util.lettering import line_height, write
 
 PAPER, INK = "#fbfaf7", "#222222"
-GAP, MARGIN = 8, 24
+GAP, BORDER = 8, 24
 SMALLEST, WIDEST = 192, 4096
 
 
@@ -34,11 +34,11 @@ def draw_sheet(columns: Sequence[tuple[str, Tensor]], captions: Sequence[str]) -
     row = len(columns) * (width + GAP) - GAP
     down = label + height + GAP // 2 + label
     rows = -(-count // across)
-    page = Image.new("RGB", (MARGIN + across * (row + MARGIN), MARGIN + rows * (down + MARGIN)), PAPER)
+    page = Image.new("RGB", (BORDER + across * (row + BORDER), BORDER + rows * (down + BORDER)), PAPER)
     draw = ImageDraw.Draw(page)
     for index, caption in enumerate(captions):
-        left = MARGIN + index % across * (row + MARGIN)
-        top = MARGIN + index // across * (down + MARGIN)
+        left = BORDER + index % across * (row + BORDER)
+        top = BORDER + index // across * (down + BORDER)
         for number, (name, pictures) in enumerate(columns):
             x = left + number * (width + GAP)
             write(draw, x, top, [(name, INK)], size)

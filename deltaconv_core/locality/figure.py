@@ -18,7 +18,7 @@ from .recommend import Recommendation
 from .result import THRESHOLD, LayerLocality
 
 WIDTH, DPI = 1024, 100
-PAPER, INK, FAINT, GRID, ACCENT = "#1b1d23", "#e8eaf0", "#6b7280", "#343843", "#ffb454"
+PAPER, INK, FAINT, LINES, ACCENT = "#1b1d23", "#e8eaf0", "#6b7280", "#343843", "#ffb454"
 MAPS, MAPS_A_ROW = 24, 8
 MAP_RADIUS = 12  # tokens shown to each side of the query
 BAR_NAMES = 30  # with more layers, not every bar is named
@@ -36,7 +36,7 @@ def check_matplotlib() -> None:
         raise DeltaConvError("drawing needs matplotlib: pip install matplotlib") from None
 
 
-def draw(layers: Sequence[LayerLocality], advice: Recommendation, title: str) -> NDArray[np.uint8]:
+def draw_figure(layers: Sequence[LayerLocality], advice: Recommendation, title: str) -> NDArray[np.uint8]:
     """The picture, (height, 1024, 3) uint8.
 
     Args:
@@ -95,7 +95,7 @@ def _dress(axis: Any, title: str, **more: Any) -> None:
     axis.set_title(title, color=INK, fontsize=15, **more)
     axis.tick_params(colors=INK, labelsize=13)
     axis.xaxis.label.set(color=INK, fontsize=13)
-    axis.grid(True, color=GRID)
+    axis.grid(True, color=LINES)
     axis.set_axisbelow(True)
     for side, spine in axis.spines.items():
         spine.set(visible=side in ("left", "bottom"), color=FAINT)

@@ -20,8 +20,8 @@ from .result import LayerLocality
 
 KIND = "deltaconv-recommendation"
 VERSION = 1
-SMALLEST = 3
-LARGEST = 13  # the authors' largest
+SMALLEST_RECOMMENDED = 3
+LARGEST_RECOMMENDED = 13  # the authors' largest
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Recommendation:
 def recommend(
     layers: Iterable[LayerLocality],
     architecture: str,
-    max_kernel_size: int = LARGEST,
+    max_kernel_size: int = LARGEST_RECOMMENDED,
     scales: tuple[float, ...] = (1.0, 0.5),
 ) -> Recommendation:
     """The recommendation for layers that were looked at.
@@ -87,7 +87,9 @@ def recommend(
     kernel_sizes, skip = {}, []
     for layer in layers:
         reach = [
-            k for k in range(SMALLEST, max_kernel_size + 1, 2) if k / min(scales) >= layer.erf_without_sinks
+            k
+            for k in range(SMALLEST_RECOMMENDED, max_kernel_size + 1, 2)
+            if k / min(scales) >= layer.erf_without_sinks
         ]
         if reach:
             kernel_sizes[layer.site] = reach[0]

@@ -20,8 +20,8 @@ from .queries import EXACT_LIMIT, SAMPLE, choose_queries, mean_and_error
 from .result import LayerLocality
 from .windows import window_mass
 
-BUDGET = 64 << 20  # bytes of one chunk of maps; some six times as much is in use at once
-NOTHING = 1e-4  # a layer whose high-frequency part is a smaller share of its attention has none
+MAP_BYTES = 64 << 20  # bytes of one chunk of maps; some six times as much is in use at once
+LEAST_SHARE = 1e-4  # a layer whose high-frequency part is a smaller share of its attention has none
 
 
 def _proceed() -> None:
@@ -83,7 +83,7 @@ class LayerStatistics:
         """
         image = self._checked(q, k, grid, image)
         keys = k.float()
-        chunk = max(1, BUDGET // (4 * len(q) * q.shape[1] * k.shape[2]))
+        chunk = max(1, MAP_BYTES // (4 * len(q) * q.shape[1] * k.shape[2]))
         parts = []
         for at in torch.split(self._chosen.to(q.device), chunk):
             self.check()
@@ -234,7 +234,7 @@ class _Sums:
             self.high_squares - 2 * ratio * self.high_times_whole + ratio.square() * self.high_times_whole[-1]
         )
         _, high = mean_and_error(torch.zeros_like(squares), squares.clamp(min=0), queries, self.population)
-        whole = (self.high[-1] / self.seen).clamp(min=NOTHING)
+        whole = (self.high[-1] / self.seen).clamp(min=LEAST_SHARE)
         return mass * self.seen, high / whole * self.seen
 
 
@@ -244,7 +244,7 @@ def _total(values: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
 
 def _curve(sums: Tensor, seen: int) -> Tensor:
     """As a share of the whole; a layer without a high-frequency part has all of it in every window."""
-    return sums / sums[-1] if sums[-1] > NOTHING * seen else torch.ones_like(sums)
+    return sums / sums[-1] if sums[-1] > LEAST_SHARE * seen else torch.ones_like(sums)
 
 
 def _in_sinks(high: Tensor, at: Tensor) -> Tensor:

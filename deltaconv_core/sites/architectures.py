@@ -121,7 +121,7 @@ def authors_gate(site: str) -> str:
     return "sigmoid" if is_transformer(site) else "simple"
 
 
-def heads_of(architecture: str, channels: int) -> int:
+def known_heads(architecture: str, channels: int) -> int:
     """Heads of a self-attention in a known architecture."""
     return ARCHITECTURES[architecture].heads or channels // HEAD_CHANNELS
 

@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from ..errors import DeltaConvError
 from ..util.text import listing
 
-PARTS = {"down": "down_blocks.*", "mid": "mid_block.*", "up": "up_blocks.*"}
-SHOWN = 16  # site ids in a message
+GROUPS = {"down": "down_blocks.*", "mid": "mid_block.*", "up": "up_blocks.*"}
+SHOWN_SITES = 16  # site ids in a message
 
 
 def select(pattern: str, site_ids: Iterable[str]) -> tuple[str, ...]:
@@ -35,7 +35,8 @@ def select(pattern: str, site_ids: Iterable[str]) -> tuple[str, ...]:
     chosen -= _matches(unwanted, ids)
     if not chosen:
         raise DeltaConvError(
-            f"the block selection {pattern!r} selects nothing; use 'all' or some of: {listing(ids, SHOWN)}"
+            f"the block selection {pattern!r} selects nothing; use 'all' or some of: "
+            f"{listing(ids, SHOWN_SITES)}"
         )
     return tuple(site for site in ids if site in chosen)
 
@@ -43,12 +44,12 @@ def select(pattern: str, site_ids: Iterable[str]) -> tuple[str, ...]:
 def _matches(parts: Iterable[str], ids: tuple[str, ...]) -> set[str]:
     found: set[str] = set()
     for part in parts:
-        glob = "*" if part == "all" else PARTS.get(part, part)
+        glob = "*" if part == "all" else GROUPS.get(part, part)
         hits = {site for site in ids if fnmatchcase(site, glob) or fnmatchcase(site, f"{glob}.*")}
         if not hits:
             raise DeltaConvError(
                 f"the block selection {part!r} matches no site; use all, down, mid, up or: "
-                f"{listing(ids, SHOWN)}"
+                f"{listing(ids, SHOWN_SITES)}"
             )
         found |= hits
     return found

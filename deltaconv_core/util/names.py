@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-LONGEST = 200
+LONGEST_NAME = 200
 """Bytes. File systems take 255, and numbers, endings and the names of unfinished files need some."""
 FORBIDDEN = '<>:"|?*\\'
 # Windows opens a device, not a file, for these names, whatever the extension.
@@ -26,6 +26,6 @@ def why_not(name: str) -> str:
         return f"a name may not hold {' '.join(c if c.isprintable() else ascii(c) for c in bad)}"
     if is_device(name):
         return "Windows takes this name for a device"
-    if len(name.encode()) > LONGEST:
-        return f"a name may have {LONGEST} bytes, and this one has {len(name.encode())}"
+    if len(name.encode()) > LONGEST_NAME:
+        return f"a name may have {LONGEST_NAME} bytes, and this one has {len(name.encode())}"
     return ""

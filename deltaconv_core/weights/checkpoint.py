@@ -34,9 +34,9 @@ from .safefile import Pathlike, read_file, write_file
 
 HEADER_KEY = "deltaconv"
 FORMAT, MIXER_FORMAT = 1, 2  # of ΔConvBlocks, and of other mixers
-DELTACONV, HYBRID = DeltaConvBlock.kind, HybridMixer.kind
-SPECS: dict[str, type[BlockSpec] | type[HybridSpec]] = {DELTACONV: BlockSpec, HYBRID: HybridSpec}
-BLOCKS = "blocks."
+DELTACONV_KIND, HYBRID_KIND = DeltaConvBlock.kind, HybridMixer.kind
+SPECS: dict[str, type[BlockSpec] | type[HybridSpec]] = {DELTACONV_KIND: BlockSpec, HYBRID_KIND: HybridSpec}
+BLOCKS_PREFIX = "blocks."
 ENOUGH_MISSING = 100  # tensors
 BASE_WEIGHTS = "base_weights."
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # of a folder
@@ -64,7 +64,7 @@ class Checkpoint:
     @property
     def mixer(self) -> str:
         """What the blocks are: "deltaconv" or "hybrid"."""
-        return next((str(block.kind) for block in self.blocks.values()), DELTACONV)
+        return next((str(block.kind) for block in self.blocks.values()), DELTACONV_KIND)
 
 
 def check_deltaconv(checkpoint: Any, doing: str) -> None:
@@ -77,7 +77,7 @@ def check_deltaconv(checkpoint: Any, doing: str) -> None:
     Raises:
         DeltaConvError: other mixers.
     """
-    if checkpoint.mixer != DELTACONV:
+    if checkpoint.mixer != DELTACONV_KIND:
         raise DeltaConvError(
             f"{doing} works on ΔConvBlocks; these weights are {checkpoint.mixer} mixers, which keep the "
             "model's own projections"
@@ -94,7 +94,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Pathlike) -> None:
     check_sites(str(path), checkpoint.architecture, {s: block.spec for s, block in checkpoint.blocks.items()})
     _check_texts(str(path), "metadata", checkpoint.metadata)
     tensors = {
-        f"{BLOCKS}{site}.{name}": tensor
+        f"{BLOCKS_PREFIX}{site}.{name}": tensor
         for site, block in checkpoint.blocks.items()
         for name, tensor in block.state_dict().items()
     }
@@ -110,7 +110,7 @@ def header_of(checkpoint: Checkpoint) -> dict[str, Any]:
         "specs": {site: block.spec.to_dict() for site, block in checkpoint.blocks.items()},
         "metadata": checkpoint.metadata,
     }
-    if checkpoint.mixer == DELTACONV:
+    if checkpoint.mixer == DELTACONV_KIND:
         return described
     return described | {"format": MIXER_FORMAT, "mixer": checkpoint.mixer, "kept": checkpoint.kept}
 
@@ -214,18 +214,18 @@ def check_sites(path: str, architecture: str, specs: Mapping[str, Any]) -> None:
 def _from_own_form(path: str, text: str, tensors: Mapping[str, Tensor], hints: SpecHints) -> Checkpoint:
     description = _read_description(path, text)
     architecture = description.get("architecture", "")
-    mixer = description.get("mixer", DELTACONV)
+    mixer = description.get("mixer", DELTACONV_KIND)
     specs = _read_specs(path, mixer, _object(path, description, "specs"), hints)
     metadata = _object(path, description, "metadata")
     _check_texts(path, "metadata", metadata)
-    kept = {} if mixer == DELTACONV else _object(path, description, "kept")
+    kept = {} if mixer == DELTACONV_KIND else _object(path, description, "kept")
     check_sites(path, architecture, specs)
-    unknown = [key for key in tensors if not key.startswith((BLOCKS, BASE_WEIGHTS))]
+    unknown = [key for key in tensors if not key.startswith((BLOCKS_PREFIX, BASE_WEIGHTS))]
     if unknown:
         raise CheckpointError(
-            f"{path}: unknown tensors {listing(unknown)}, expected {BLOCKS}* and {BASE_WEIGHTS}*"
+            f"{path}: unknown tensors {listing(unknown)}, expected {BLOCKS_PREFIX}* and {BASE_WEIGHTS}*"
         )
-    blocks = assemble_blocks(path, specs, _with_prefix(tensors, BLOCKS))
+    blocks = assemble_blocks(path, specs, _with_prefix(tensors, BLOCKS_PREFIX))
     checkpoint = Checkpoint(architecture, blocks, _with_prefix(tensors, BASE_WEIGHTS), metadata, kept)
     _check_kept(path, checkpoint)
     return checkpoint
@@ -238,7 +238,7 @@ def _check_kept(path: str, checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{path}: expected mixers of one kind, got {' and '.join(kinds)}")
     _check_texts(path, "kept", checkpoint.kept)
     both = [site for site in checkpoint.kept if site in checkpoint.blocks]
-    if both or (checkpoint.kept and checkpoint.mixer == DELTACONV):
+    if both or (checkpoint.kept and checkpoint.mixer == DELTACONV_KIND):
         raise CheckpointError(
             f"{path}: attention cannot stay at {listing(both or checkpoint.kept)}: a block stands there, or "
             "the file is of ΔConvBlocks, which says nothing of other sites"
@@ -268,11 +268,12 @@ def _read_description(path: str, text: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: expected its header to be an object, got {type(description).__name__}"
         )
-    version, mixer = description.get("format"), description.get("mixer", DELTACONV)
-    if version not in (FORMAT, MIXER_FORMAT) or (version == FORMAT) != (mixer == DELTACONV):
+    version, mixer = description.get("format"), description.get("mixer", DELTACONV_KIND)
+    if version not in (FORMAT, MIXER_FORMAT) or (version == FORMAT) != (mixer == DELTACONV_KIND):
         raise CheckpointError(
             f"{path} has format version {quoted(version)} and mixer {quoted(mixer)}, this program reads "
-            f"{FORMAT} with {DELTACONV!r} and {MIXER_FORMAT} with {HYBRID!r}; update ComfyUI-DeltaConv"
+            f"{FORMAT} with {DELTACONV_KIND!r} and {MIXER_FORMAT} with {HYBRID_KIND!r}; update "
+            "ComfyUI-DeltaConv"
         )
     if mixer not in SPECS:
         raise CheckpointError(
@@ -285,7 +286,7 @@ def _read_description(path: str, text: str) -> dict[str, Any]:
 def _read_specs(path: str, mixer: str, values: Mapping[str, Any], hints: SpecHints) -> dict[str, Any]:
     specs: dict[str, Any] = {}
     told = {key: value for key, value in asdict(hints).items() if value is not None}
-    if told and mixer != DELTACONV:
+    if told and mixer != DELTACONV_KIND:
         raise CheckpointError(
             f"{path}: {', '.join(told)} can be set for ΔConvBlocks; {mixer} mixers say all of it themselves"
         )

@@ -23,7 +23,7 @@ LARGEST_HEADER = 4_000_000
 """Bytes; those of trained blocks, and of runs, have less than a fifth of it. A header takes 20 times its size
 in memory."""
 LARGEST_FILE, MOST_DIMENSIONS = 2**48, 16
-DTYPES = {
+DTYPES_BY_CODE = {
     name: getattr(torch, dtype)
     for name, dtype in {
         "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -112,7 +112,7 @@ def _read_entry(name: str, values: Any, first: int) -> tuple[Entry, tuple[int, i
         dtype, shape, (start, end) = values["dtype"], values["shape"], values["data_offsets"]
         whole = isinstance(shape, list) and len(shape) <= MOST_DIMENSIONS
         whole = whole and all(type(n) is int and 0 <= n < LARGEST_FILE for n in (*shape, start, end))
-        entry = Entry(DTYPES[dtype], tuple(shape), first + start)
+        entry = Entry(DTYPES_BY_CODE[dtype], tuple(shape), first + start)
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole or entry.size != end - start:

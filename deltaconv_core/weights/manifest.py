@@ -234,7 +234,7 @@ def builtin_path() -> Path:
 Lists = tuple[dict[str, Record], list[ManifestError]]
 
 
-class Known:
+class KnownLists:
     """The lists as they were last read, by path; a file that has changed since is read again."""
 
     def __init__(self) -> None:
@@ -245,7 +245,7 @@ class Known:
         self.lists.clear()
 
 
-known = Known()
+known = KnownLists()
 
 
 def _read(path: Path) -> Lists:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 
-from .checkpoint import HYBRID, Checkpoint
+from .checkpoint import HYBRID_KIND, Checkpoint
 
 # Identifiers of the Hub for terms that weights often come under; others it wants as "other" with a name.
 LICENSES = (
@@ -15,15 +15,15 @@ LICENSES = (
     "lgpl-3.0", "mit", "openrail", "openrail++", "unlicense",
 )  # fmt: skip
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-PAPER = "[Dong et al., ICCV 2025](https://arxiv.org/abs/2504.21292)"
+PUBLICATION = "[Dong et al., ICCV 2025](https://arxiv.org/abs/2504.21292)"
 LIBRARY = "[ComfyUI-DeltaConv](https://github.com/ComfyUI-DeltaConv/ComfyUI-DeltaConv)"
 OF_BLOCKS = (
-    f"ΔConv blocks ({PAPER}): multi-scale depth-wise convolutions that stand in for the self-attention of a\n"
-    f"diffusion model. Made with, and for, {LIBRARY}."
+    f"ΔConv blocks ({PUBLICATION}): multi-scale depth-wise convolutions that stand in for the\n"
+    f"self-attention of a diffusion model. Made with, and for, {LIBRARY}."
 )
 OF_HYBRIDS = f"""Hybrid mixers: a fixed number of landmarks and local kernels between the projections of the
 model's own self-attention, fitted to it without training. They are not the block of the ΔConv paper
-({PAPER}), and need the model that they were fitted to, or a
+({PUBLICATION}), and need the model that they were fitted to, or a
 fine-tune of it. Made with, and for, {LIBRARY}."""
 
 
@@ -38,7 +38,7 @@ def model_card(checkpoint: Checkpoint, weights: str) -> str:
     texts = checkpoint.metadata
     parameters = sum(block.spec.num_parameters for block in checkpoint.blocks.values())
     title = texts.get("title") or f"ΔConv for {checkpoint.architecture}"
-    hybrid = checkpoint.mixer == HYBRID
+    hybrid = checkpoint.mixer == HYBRID_KIND
     facts = {
         "architecture": checkpoint.architecture,
         "mixers" if hybrid else "blocks": f"{len(checkpoint.blocks)} ({parameters:,} parameters)",

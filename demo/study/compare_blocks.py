@@ -69,7 +69,7 @@ def make(teacher: Teacher, shape: dict[str, object], seed: int) -> dict[str, Del
     """Blocks of one shape at every site."""
     torch.manual_seed(seed)
     blocks = {}
-    for id, told in teacher.block_specs(teacher.found, teacher.sites, "auto", "released").items():
+    for id, told in teacher.block_specs(teacher.found.shape, teacher.sites, "auto", "released").items():
         spec = replace(BlockSpec.from_dict(told.to_dict()), **shape)
         blocks[id] = DeltaConvBlock(spec)
         warm_start(blocks[id], teacher.network.attentions[id])

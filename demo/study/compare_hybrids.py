@@ -32,7 +32,7 @@ from tqdm import tqdm
 from deltaconv_core import DeltaConvError, bench, load_checkpoint, save_checkpoint
 from deltaconv_core.distill import EndToEnd, tapped
 from deltaconv_core.distill import Settings as Distillation
-from deltaconv_core.distill.hybrid import Settings
+from deltaconv_core.distill.hybrid import FitSettings
 from deltaconv_core.mixers.hybrid import HybridMixer
 
 from ..files import named_file, teacher_file
@@ -63,7 +63,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     add("--fit-batches", type=int, default=40, help="batches of noisy drawings to fit on (default 40)")
     add("--loss-batches", type=int, default=8, help="batches that the losses are measured on (default 8)")
     add("--batch-size", type=int, default=8, help="drawings in each of them (default 8)")
-    add("--ridge", type=float, default=Settings.ridge, help=f"of the fit (default {Settings.ridge})")
+    add("--ridge", type=float, default=FitSettings.ridge, help=f"of the fit (default {FitSettings.ridge})")
     add("--prompts", type=int, default=200, help="held-out prompts sampled; 0: none (default 200)")
     add("--prompts-large", type=int, default=100, help="of them at twice the size (default 100)")
     add("--steps", type=int, default=20, help="sampling steps (default 20)")
@@ -116,7 +116,7 @@ def fitted_files(teacher: Teacher, args: Namespace) -> dict[str, Path]:
     ]
     if missing:
         state = args.output / f"fit-{_short(json.dumps([key, missing]))}.safetensors"
-        settings = Settings(ridge=args.ridge, held_out=4)
+        settings = FitSettings(ridge=args.ridge, held_out=4)
         with tqdm(total=args.fit_batches, desc=f"fitting {len(missing)} shapes", mininterval=10) as bar:
             fitted = fit_shapes(
                 teacher,

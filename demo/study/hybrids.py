@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from deltaconv_core import Checkpoint
-from deltaconv_core.distill.hybrid import Fitted, HybridFit, See, Settings, fit_hybrids
+from deltaconv_core.distill.hybrid import FitSettings, Fitted, HybridFit, SeeCall, fit_hybrids
 from deltaconv_core.distill.replaced import replaced
 from deltaconv_core.mixers.hybrid import HybridMixer, HybridSpec
 from deltaconv_core.sites.architectures import level_of
@@ -101,7 +101,7 @@ def fit_shapes(
     shapes: Mapping[str, Shape],
     batches: Callable[[int], Any],
     count: int,
-    settings: Settings,
+    settings: FitSettings,
     state: Path | None = None,
     on_picture: Callable[[int], None] | None = None,
 ) -> dict[str, dict[str, Fitted]]:
@@ -123,7 +123,7 @@ def fit_shapes(
     intercepted = import_module(".nodes.host.model.attend", teacher.pack).intercepted
 
     @contextmanager
-    def watched(see: See) -> Iterator[None]:
+    def watched(see: SeeCall) -> Iterator[None]:
         def watching(site: str) -> Callable[..., torch.Tensor]:
             forward, grid_of = own_forward(teacher, site), teacher.network.grids[site]
 

@@ -55,7 +55,7 @@ class Teacher:
         self.words = demo_unet.load_words(str(path))
         self.found = import_module(".nodes.host.model.sites", self.pack).find_sites(self.model)
         self.sites, self.architecture = self.found.sites, self.found.architecture
-        self.block_specs = import_module(".nodes.host.model.specs", self.pack).block_specs
+        self.block_specs = import_module(".deltaconv_core.sites.choose_specs", self.pack).block_specs
         whole = self.model.model.requires_grad_(False).eval()
         modules = {id: whole.get_submodule(site.path) for id, site in self.sites.items()}
         after = {
@@ -90,7 +90,7 @@ def make_blocks(
     """The ΔConvBlocks; `kernel_sizes` and `form` as the node ΔConv Distill takes them."""
     torch.manual_seed(seed)
     blocks = {}
-    for id, told in teacher.block_specs(teacher.found, teacher.sites, kernel_sizes, form).items():
+    for id, told in teacher.block_specs(teacher.found.shape, teacher.sites, kernel_sizes, form).items():
         spec = BlockSpec.from_dict(told.to_dict())  # the pack's own class is another one
         block = DeltaConvBlock(replace(spec, scales=spec.scales[:stages]))
         if start == "warm":

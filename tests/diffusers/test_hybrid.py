@@ -12,7 +12,7 @@ from deltaconv_core import Checkpoint, DeltaConvError, load_checkpoint, save_che
 from deltaconv_core.diffusers import applied, apply, remove
 from deltaconv_core.diffusers.sites import find_sites
 from deltaconv_core.diffusers.watch import watched
-from deltaconv_core.distill.hybrid import HybridFit, Settings, fit_hybrids
+from deltaconv_core.distill.hybrid import FitSettings, HybridFit, fit_hybrids
 from deltaconv_core.mixers.hybrid import HybridMixer, HybridSpec
 from testing.diffusers_models import KINDS, call, make, make_pixart_pipeline, run
 
@@ -207,7 +207,7 @@ def test_is_fitted_to_what_the_model_does_while_it_runs(tmp_path):
     model = make("sd")
     found = find_sites(model)
     specs = {site: mixer.spec for site, mixer in hybrids(model, **HYBRID).blocks.items()}
-    fit = HybridFit({site: [spec] for site, spec in specs.items()}, Settings(rows=10**6, held_out=2))
+    fit = HybridFit({site: [spec] for site, spec in specs.items()}, FitSettings(rows=10**6, held_out=2))
     hooks = [module._forward_pre_hooks.copy() for module in model.modules()]
     fitted = fit_hybrids(
         fit, lambda see: watched(found, specs, see), lambda number: run(model, timestep=300 * number), 2

@@ -32,7 +32,7 @@ TRIAL_TOKENS = 256
 TORCH, REFERENCE = TorchBackend(), ReferenceBackend()
 
 
-class Choice:
+class BackendChoice:
     """What this process knows about its backends."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Choice:
         self.say.reset()
 
 
-choice = Choice()
+choice = BackendChoice()
 
 
 def backend_for(x: Tensor) -> Backend:

@@ -44,7 +44,7 @@ from ...util.whole_file import write_text
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-BUDGET = 0.05  # seconds for one kind, beyond which no round starts after the first LEAST_ROUNDS
+TIME_BUDGET = 0.05  # seconds for one kind, beyond which no round starts after the first LEAST_ROUNDS
 LEAST_ROUNDS = 5
 ROUNDS = 9
 HOPELESS = 3.0  # times the fastest: a candidate slower than this is dropped after two runs
@@ -52,10 +52,10 @@ PATIENCE = 5.0  # seconds to wait for another process that writes its choices
 MARGIN = 0.95  # the default stays unless another takes at most this share of its time
 MOST_TOKENS = {"cpu": 1024}
 MOST_TOKENS_ELSEWHERE = 16384
-VERSION = 1  # of the file
+FILE_VERSION = 1  # of the file
 
 
-class Known:
+class KnownFastest:
     """What this process need not measure."""
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class Known:
         self.fixed.clear()
 
 
-known = Known()
+known = KnownFastest()
 
 
 def fastest(
@@ -224,7 +224,7 @@ def shortest_runs(
             times[name] = min(times[name], time.perf_counter() - begun)
         if turn:  # a first run may have compiled something
             left = {name: c for name, c in left.items() if times[name] <= HOPELESS * min(times.values())}
-        if turn + 1 >= LEAST_ROUNDS and time.perf_counter() - start > BUDGET:
+        if turn + 1 >= LEAST_ROUNDS and time.perf_counter() - start > TIME_BUDGET:
             break
     return {name: times[name] for name in left}
 
@@ -232,7 +232,7 @@ def shortest_runs(
 def _load(path: Path) -> dict[str, str]:
     try:
         content = read_json(path)
-        if content["version"] != VERSION:
+        if content["version"] != FILE_VERSION:
             return {}
         return {str(kind): str(name) for kind, name in content["choices"].items()}
     except FileNotFoundError:
@@ -250,7 +250,7 @@ def _keep(kind: str, name: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with held(path.with_name(f".{path.name}.lock"), PATIENCE):
-            content = {"version": VERSION, "choices": {**_load(path), kind: name}}
+            content = {"version": FILE_VERSION, "choices": {**_load(path), kind: name}}
             write_text(path, json.dumps(content, indent=1))
     except OSError as error:
         log.warning("ΔConv: cannot write %s (%s); what is fastest is measured again next time", path, error)

@@ -16,7 +16,7 @@ PORTION = 1 << 24
 """Numbers that travel at once."""
 
 
-class Processes:
+class AcceleratedProcesses:
     """All processes of a run, as one of them sees them (`deltaconv_core.distill.Processes`).
 
     Args:

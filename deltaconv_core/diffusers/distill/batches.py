@@ -10,7 +10,7 @@ from torch import Tensor
 from ...distill import Batch
 from ...distill.order import Order
 from ...distill.session import draw
-from .accelerated import Processes
+from .accelerated import AcceleratedProcesses
 from .cache import read
 from .network import DiffusersNetwork
 from .samples import Samples
@@ -38,7 +38,7 @@ class Batches:
         batch_size: int,
         seed: int,
         dropout: float,
-        processes: Processes,
+        processes: AcceleratedProcesses,
     ) -> None:
         self.network = network
         self.samples = samples

@@ -8,11 +8,11 @@ from typing import Any
 
 from ...errors import DeltaConvError
 
-Size = tuple[int, int]
+PictureSize = tuple[int, int]
 """(height, width) in pixels."""
 
 
-def make_buckets(resolution: int, step: int, max_ratio: float) -> list[Size]:
+def make_buckets(resolution: int, step: int, max_ratio: float) -> list[PictureSize]:
     """Every size of at most resolution² pixels that is as large as its width allows, and the square.
 
     Args:
@@ -37,13 +37,13 @@ def make_buckets(resolution: int, step: int, max_ratio: float) -> list[Size]:
     return sorted(found)
 
 
-def nearest(size: Size, buckets: Sequence[Size]) -> Size:
+def nearest(size: PictureSize, buckets: Sequence[PictureSize]) -> PictureSize:
     """The bucket whose shape is nearest to a picture's; of those, the one with the most pixels."""
     ratio = math.log(size[1] / size[0])
     return min(buckets, key=lambda one: (abs(math.log(one[1] / one[0]) - ratio), -one[0] * one[1]))
 
 
-def corner(size: Size, bucket: Size) -> tuple[Size, Size]:
+def corner(size: PictureSize, bucket: PictureSize) -> tuple[PictureSize, PictureSize]:
     """How a picture becomes one of its bucket's size: it is scaled to cover that, and the middle cut out.
 
     Returns:
@@ -54,7 +54,7 @@ def corner(size: Size, bucket: Size) -> tuple[Size, Size]:
     return (height, width), ((height - bucket[0]) // 2, (width - bucket[1]) // 2)
 
 
-def fit(picture: Any, bucket: Size) -> Any:
+def fit(picture: Any, bucket: PictureSize) -> Any:
     """A PIL picture at its bucket's size."""
     from PIL import Image
 

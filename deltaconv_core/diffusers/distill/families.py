@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import DeltaConvError
-from .buckets import Size
+from .buckets import PictureSize
 
 Texts = dict[str, Tensor]
 
@@ -24,9 +24,9 @@ class Cut:
         target: size of what was cut out.
     """
 
-    size: Size
+    size: PictureSize
     corner: tuple[int, int]
-    target: Size
+    target: PictureSize
 
 
 class Family(Protocol):

@@ -9,7 +9,8 @@ from pathlib import Path
 from ...distill.fields import DATA, RUN, about
 from ...distill.job import Job
 
-PREDICTIONS = ("epsilon", "v_prediction")
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+"""As diffusers calls them, and as the core's tasks do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class Options(Job):
         metadata=about(
             DATA,
             "what the teacher predicts; needed for Stable Diffusion 2.x in one file, which does not say",
-            choices=PREDICTIONS,
+            choices=tuple(PREDICTIONS),
             shown="as its scheduler's configuration says",
         ),
     )

@@ -15,7 +15,7 @@ from typing import Any
 from ...errors import DeltaConvError
 from ...util.foreign_json import parse_json
 from ...util.text import listing, quoted
-from .buckets import Size
+from .buckets import PictureSize
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
@@ -47,7 +47,7 @@ class Picture:
 
     path: Path
     caption: str
-    size: Size
+    size: PictureSize
     digest: str
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...distill import Row
 from ...errors import DeltaConvError
-from .accelerated import Processes
+from .accelerated import AcceleratedProcesses
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME = 2.0
@@ -53,7 +53,7 @@ class Stop:
             signal.raise_signal(number)
 
 
-class Progress:
+class ProgressBar:
     """The bar of the training, its curves, and the question whether to stop; called after every step.
 
     Args:
@@ -66,7 +66,7 @@ class Progress:
         DeltaConvError: curves are wanted, and tensorboard is not installed.
     """
 
-    def __init__(self, processes: Processes, steps: int, stop: Stop, curves: Path | None) -> None:
+    def __init__(self, processes: AcceleratedProcesses, steps: int, stop: Stop, curves: Path | None) -> None:
         self.processes = processes
         self.steps = steps
         self.stop = stop
@@ -101,8 +101,8 @@ class Progress:
                 part.close()
 
 
-def through(processes: Processes) -> Any:
-    """A function that goes through items with a bar, for `samples.encode`."""
+def through(processes: AcceleratedProcesses) -> Any:
+    """A function that goes through items with a bar, for `samples.encode_samples`."""
 
     def go(items: Sequence[Any], what: str) -> Iterable[Any]:
         bar: Iterable[Any] = _bar(processes, iterable=items, desc=f"encoding {what}")
@@ -111,7 +111,7 @@ def through(processes: Processes) -> Any:
     return go
 
 
-def _bar(processes: Processes, **options: Any) -> Any:
+def _bar(processes: AcceleratedProcesses, **options: Any) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(disable=not processes.is_main, dynamic_ncols=True, **options)

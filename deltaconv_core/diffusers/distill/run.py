@@ -18,16 +18,16 @@ from ...errors import DeltaConvError
 from ...sites import select
 from ...sites.choose_specs import AUTO, ModelShape, block_specs
 from ...util.devices import SHORT_DTYPES
-from .accelerated import Processes
+from .accelerated import AcceleratedProcesses
 from .batches import Batches
 from .cache import Cache
 from .network import DiffusersNetwork
 from .options import Options
-from .output import OPTIONS, RESULT, write_result
 from .pictures import find_pictures
-from .progress import Progress, Stop, Stopped, through
-from .samples import Samples, encode
-from .teacher import Teacher, fingerprint, load_teacher
+from .progress import ProgressBar, Stop, Stopped, through
+from .run_files import OPTIONS_FILE, RESULT_FILE, write_result
+from .samples import Samples, encode_samples
+from .teacher import Teacher, load_teacher, weights_fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -42,20 +42,20 @@ def train(options: Options) -> int:
         DeltaConvError: options that do not go together, data or a model that cannot be used, a saved run that
             is another one, or processes that lost each other.
     """
-    processes = Processes(options.device == "cpu", options.timeout)
+    processes = AcceleratedProcesses(options.device == "cpu", options.timeout)
     settings = options.settings(_precision(options.precision, processes))
     processes.part(options.batch_size)  # what can be refused, is refused before anything slow is done
     make_optimizer([torch.zeros(1)], settings)
     stop = Stop()
     curves = options.output / "tensorboard" if options.tensorboard else None
-    progress = Progress(processes, settings.steps, stop, curves)
+    progress = ProgressBar(processes, settings.steps, stop, curves)
     tell = log.warning if processes.is_main else log.debug
     pictures = find_pictures(options.data, options.caption_column, tell)
     teacher = load_teacher(options, SHORT_DTYPES[settings.precision])
     specs = _specs(options, teacher)
     sizes = options.resolution or teacher.resolution, options.max_ratio
     notes = session.notes(
-        fingerprint(teacher.network),
+        weights_fingerprint(teacher.network),
         specs,
         options.batch_size,
         options.caption_dropout,
@@ -65,7 +65,7 @@ def train(options: Options) -> int:
     )
     check_same_run(RunFolder(options.output), settings, notes)
     cache = Cache(options.cache or options.output / "cache")
-    samples = encode(teacher, pictures, sizes, cache, processes, through(processes))
+    samples = encode_samples(teacher, pictures, sizes, cache, processes, through(processes))
     notes["data"] = samples.fingerprint
     network = DiffusersNetwork(teacher, specs)
     network.model.to(processes.device)
@@ -73,7 +73,7 @@ def train(options: Options) -> int:
     metadata = _metadata(options, settings, samples, notes)
 
     def write(state: State) -> None:
-        (options.output / OPTIONS).write_text(options.to_json(), encoding="utf-8")
+        (options.output / OPTIONS_FILE).write_text(options.to_json(), encoding="utf-8")
         write_result(options.output, teacher.sites.architecture, specs, metadata, state)
 
     def attention(site: str) -> _InFloat32:
@@ -92,9 +92,9 @@ def train(options: Options) -> int:
     if result is None:
         processes.say(f"Stopped; the run is kept in {folder.path}. The same command resumes it.")
         return 130
-    _check(result, options.output / RESULT)
+    _check(result, options.output / RESULT_FILE)
     processes.say(
-        f"Done: {result.step} steps. {folder.path / RESULT} is ready for ComfyUI and for diffusers."
+        f"Done: {result.step} steps. {folder.path / RESULT_FILE} is ready for ComfyUI and for diffusers."
     )
     return 0
 
@@ -104,7 +104,7 @@ def _plan(
     settings: Settings,
     specs: Mapping[str, BlockSpec],
     samples: Samples,
-    processes: Processes,
+    processes: AcceleratedProcesses,
 ) -> str:
     """What is trained, and how."""
     groups = [len(group) for group in samples.groups()]
@@ -138,7 +138,7 @@ class _InFloat32:
         return y.to(tokens.dtype)
 
 
-def _precision(wanted: str, processes: Processes) -> str:
+def _precision(wanted: str, processes: AcceleratedProcesses) -> str:
     """What is computed in, where "auto" leaves it open."""
     if wanted != AUTO:
         return wanted

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ...distill import session
 from ...errors import DeltaConvError
-from .accelerated import Processes
-from .buckets import Size, corner, fit, make_buckets, nearest
+from .accelerated import AcceleratedProcesses
+from .buckets import PictureSize, corner, fit, make_buckets, nearest
 from .cache import Cache
 from .families import Cut
 from .pictures import Picture, open_picture
-from .teacher import Teacher, fingerprint, text_encoders
+from .teacher import Teacher, text_encoders, weights_fingerprint
 
-VERSION = 1
+ENCODING_VERSION = 1
 """Of the way in which pictures become latents; another one makes all cached ones out of date."""
 PATIENCE = 60.0
 """Seconds that what another process has encoded may take to show."""
@@ -50,7 +50,7 @@ class Samples:
 
     def groups(self) -> list[list[int]]:
         """The numbers of the samples of each size."""
-        groups: dict[Size, list[int]] = {}
+        groups: dict[PictureSize, list[int]] = {}
         for number, sample in enumerate(self.samples):
             groups.setdefault(sample.cut.target, []).append(number)
         return list(groups.values())
@@ -71,17 +71,17 @@ class Samples:
         return f"{len(self.samples)} pictures ({sizes})"
 
 
-Progress = Callable[[Sequence[Any], str], Iterable[Any]]
+ShowProgress = Callable[[Sequence[Any], str], Iterable[Any]]
 """Goes through items, and shows how far it is."""
 
 
-def encode(
+def encode_samples(
     teacher: Teacher,
     pictures: Sequence[Picture],
     sizes: tuple[int, float],
     cache: Cache,
-    processes: Processes,
-    progress: Progress,
+    processes: AcceleratedProcesses,
+    progress: ShowProgress,
 ) -> Samples:
     """Encodes what the cache lacks, each process its part.
 
@@ -99,13 +99,13 @@ def encode(
     buckets = make_buckets(sizes[0], teacher.step, sizes[1])
     targets = {picture: nearest(picture.size, buckets) for picture in pictures}
     pipeline = teacher.pipeline
-    vae, texts = fingerprint(pipeline.vae), _text_fingerprint(pipeline)
+    vae, texts = weights_fingerprint(pipeline.vae), _text_fingerprint(pipeline)
     latents = {
-        picture: cache.entry("latents", VERSION, vae, _range(pipeline.vae), picture.digest, target)
+        picture: cache.entry("latents", ENCODING_VERSION, vae, _range(pipeline.vae), picture.digest, target)
         for picture, target in targets.items()
     }
     captions = {
-        caption: cache.entry("texts", VERSION, texts, caption)
+        caption: cache.entry("texts", ENCODING_VERSION, texts, caption)
         for caption in {"", *(picture.caption for picture in pictures)}
     }
     _encode_pictures(teacher, _missing(latents, processes), targets, cache, processes, progress)
@@ -128,7 +128,7 @@ def encode(
     return Samples(samples, captions[""])
 
 
-def _missing(entries: Mapping[Any, Path], processes: Processes) -> list[tuple[Any, Path]]:
+def _missing(entries: Mapping[Any, Path], processes: AcceleratedProcesses) -> list[tuple[Any, Path]]:
     """Those that this process is to make."""
     processes.wait()  # nobody makes anything before all have looked
     missing = sorted({entry: what for what, entry in entries.items() if not entry.is_file()}.items())
@@ -148,10 +148,10 @@ def _absent(entries: Sequence[Path]) -> list[Path]:
 def _encode_pictures(
     teacher: Teacher,
     missing: Sequence[tuple[Picture, Path]],
-    targets: Mapping[Picture, Size],
+    targets: Mapping[Picture, PictureSize],
     cache: Cache,
-    processes: Processes,
-    progress: Progress,
+    processes: AcceleratedProcesses,
+    progress: ShowProgress,
 ) -> None:
     """The mean of what the VAE takes each picture for, scaled as the network takes it."""
     if not missing:
@@ -170,8 +170,8 @@ def _encode_captions(
     teacher: Teacher,
     missing: Sequence[tuple[str, Path]],
     cache: Cache,
-    processes: Processes,
-    progress: Progress,
+    processes: AcceleratedProcesses,
+    progress: ShowProgress,
 ) -> None:
     if not missing:
         return
@@ -200,4 +200,6 @@ def _text_fingerprint(pipeline: Any) -> str:
         if getattr(pipeline, name, None) is not None
     ]
     limits = [getattr(pipeline.tokenizer, "model_max_length", None)]
-    return fingerprint(*text_encoders(pipeline)) + json.dumps([tokens, limits, type(pipeline).__name__])
+    return weights_fingerprint(*text_encoders(pipeline)) + json.dumps(
+        [tokens, limits, type(pipeline).__name__]
+    )

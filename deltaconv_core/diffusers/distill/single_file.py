@@ -18,13 +18,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ...errors import DeltaConvError
-from ...sites import ARCHITECTURES, UNet, heads_of
+from ...sites import ARCHITECTURES, UNet, known_heads
 from ...util.text import listing
 from ...weights.manifest import REPOSITORY
 
 CONTEXT = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
-LATENT = 4  # channels
+LATENT_CHANNELS = 4  # channels
 TEXT_PREFIXES = ("cond_stage_model.", "conditioner.")
 OLD_TEXT, TODAYS_TEXT = "cond_stage_model.transformer.", "text_model."
 TOKENIZER = "openai/clip-vit-large-patch14"
@@ -79,7 +79,7 @@ XL_UNET = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-NAMES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
+FAMILY_NAMES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 
 
 def _unet(architecture: str) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _unet(architecture: str) -> dict[str, Any]:
         "up_block_types": ["CrossAttnUpBlock2D" if level.depths else "UpBlock2D" for level in shape.up],
         "transformer_layers_per_block": [max(level.depths, default=1) for level in shape.down],
         # Despite its name, the number of heads.
-        "attention_head_dim": [heads_of(architecture, level.channels) for level in shape.down],
+        "attention_head_dim": [known_heads(architecture, level.channels) for level in shape.down],
         "cross_attention_dim": shape.context_dim,
     }
 
@@ -165,12 +165,12 @@ def check_parts(file: Path, width: int) -> None:
     with safe_open(file, framework="pt") as opened:
         names = set(opened.keys())
         shape = opened.get_slice(FIRST).get_shape() if FIRST in names else []
-    channels = int(shape[1]) if len(shape) == 4 else LATENT
-    if channels != LATENT:
+    channels = int(shape[1]) if len(shape) == 4 else LATENT_CHANNELS
+    if channels != LATENT_CHANNELS:
         made = {8: "editing by instructions", 9: "inpainting"}.get(channels, "something else")
         raise DeltaConvError(
-            f"{file} is made for {made}: its U-Net takes {channels} channels, not the {LATENT} of a latent; "
-            "choose a model that makes pictures from text"
+            f"{file} is made for {made}: its U-Net takes {channels} channels, not the "
+            f"{LATENT_CHANNELS} of a latent; choose a model that makes pictures from text"
         )
     lacks = [
         f"no {part} (nothing under {' or '.join(prefixes)})"
@@ -185,7 +185,7 @@ def check_parts(file: Path, width: int) -> None:
         lacks.append("a text encoder under names of SDXL (conditioner.*), which ComfyUI alone reads")
     if lacks:
         raise DeltaConvError(
-            f"diffusers cannot load {file}, a model of {NAMES[width]}: it has {'; '.join(lacks)}"
+            f"diffusers cannot load {file}, a model of {FAMILY_NAMES[width]}: it has {'; '.join(lacks)}"
         )
 
 
@@ -272,7 +272,7 @@ def configuration(width: int, details: Mapping[str, Mapping[str, Any]]) -> Itera
         try:
             yield folder
         except DeltaConvError as error:  # the folder is gone when this is read
-            text = str(error).replace(str(folder), f"the built-in configuration of {NAMES[width]}")
+            text = str(error).replace(str(folder), f"the built-in configuration of {FAMILY_NAMES[width]}")
             raise DeltaConvError(
                 f"{text}; a folder of its own kind can be named with --model-config"
             ) from error

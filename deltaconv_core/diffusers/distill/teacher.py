@@ -16,10 +16,9 @@ from ..pipeline_folder import ONLY_SAFETENSORS, dtype_argument, load_pipeline, l
 from ..sites import Sites, find_sites, network_of
 from . import single_file
 from .families import Family, family_of
-from .options import Options
+from .options import PREDICTIONS, Options
 
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
 @dataclass
@@ -110,7 +109,7 @@ def text_encoders(pipeline: Any) -> list[nn.Module]:
     return [part for name in names if (part := getattr(pipeline, name, None)) is not None]
 
 
-def fingerprint(*modules: nn.Module) -> str:
+def weights_fingerprint(*modules: nn.Module) -> str:
     """Differs for other weights: a digest of the first values of each."""
     return session.fingerprint(
         f"{name} {tuple(weight.shape)} {weight.dtype} {session.first_values(weight)}"

@@ -13,7 +13,7 @@ from .nystrom import corrected
 from .spec import HybridSpec
 from .windowed import windowed_attention
 
-CHUNK = 4096  # queries whose scores exist at a time where they are formed one by one
+QUERIES_AT_ONCE = 4096  # queries whose scores exist at a time where they are formed one by one
 
 
 def global_part(
@@ -67,8 +67,8 @@ def own_share(q: Tensor, k: Tensor, cells: Cells, rows: Tensor | None = None) ->
     if rows is not None:
         q, own = q[:, :, rows], own[rows]
     parts = []
-    for start in range(0, q.shape[2], CHUNK):
-        some = slice(start, start + CHUNK)
+    for start in range(0, q.shape[2], QUERIES_AT_ONCE):
+        some = slice(start, start + QUERIES_AT_ONCE)
         scores = q[:, :, some] @ keys / q.shape[3] ** 0.5
         shares = (scores if bias is None else scores + bias.to(scores.dtype)).softmax(dim=-1)
         parts.append(shares.gather(3, own[some, None].expand(*shares.shape[:2], -1, 1)))

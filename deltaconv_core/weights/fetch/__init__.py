@@ -16,10 +16,10 @@ from pathlib import Path
 from ...errors import FetchError
 from ..manifest import REPOSITORY, HubSource, Record, RepositorySource, UrlSource
 from . import https, hub
-from .lock import locked
+from .background import Cancelled, Progress, watch
 from .part import Part
+from .turns import locked
 from .verify import read_pin, verify
-from .watch import Cancelled, Progress, watch
 
 __all__ = ["resolve"]
 

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 BLOCK = 1 << 20  # bytes read at once
 
 
-class Known:
+class KnownHashes:
     """The hashes of files that this process has read: (device, inode, size, times) -> 64 hex digits."""
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Known:
         self.hashes.clear()
 
 
-known = Known()
+known = KnownHashes()
 
 
 def verify(

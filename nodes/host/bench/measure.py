@@ -13,18 +13,19 @@ import comfy.utils
 import torch
 
 from ....deltaconv_core.bench import LATENT, Layer, LayerCost, layer_cost
+from ....deltaconv_core.bench.layers import ATTENTION, DELTACONV
 from ....deltaconv_core.block import DeltaConvBlock
 from ....deltaconv_core.errors import DeltaConvError
 from ....deltaconv_core.sites import part_of
+from ....deltaconv_core.sites.choose_specs import AUTO, LEAN, block_specs
 from ....deltaconv_core.sites.match import matching_sites
 from ....deltaconv_core.sites.sampling_range import SamplingRange
 from ....deltaconv_core.weights.checkpoint import check_deltaconv
 from ..model.sites import Sites, find_sites, uncompiled
-from ..model.specs import AUTO, LEAN, block_specs
 from ..patch.applied import blocks_on, with_blocks, without_blocks
 from .passes import Clock, Given, one_pass, random_input, without_attention
 
-ATTENTION, DELTACONV, NOTHING = "attention", "ΔConv", "nothing"
+NOTHING = "nothing"
 MOST_ON_CPU = 2**16
 """Positions of a latent over which attention is still measured on a CPU."""
 
@@ -131,7 +132,7 @@ def _blocks(model: Any, found: Sites, checkpoint: Any, form: str) -> tuple[dict[
     if patch:
         return dict(zip(patch.sites, patch.blocks, strict=True)), "the blocks on this MODEL"
     with torch.inference_mode(False):
-        specs = block_specs(found, found.sites, AUTO, form)
+        specs = block_specs(found.shape, found.sites, AUTO, form)
         blocks = {id: DeltaConvBlock(spec) for id, spec in specs.items()}
     return blocks, f"untrained {form} blocks, which take the same time as trained ones"
 

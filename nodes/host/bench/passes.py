@@ -13,7 +13,7 @@ import torch
 from comfy.ldm.pixart.pixartms import PixArtMS
 
 from ....deltaconv_core.bench import Span
-from ..model.sampler_call import encode, sampler_options
+from ..model.sampler_call import encode_condition, sampler_options
 from ..model.sites import Site, network_of
 from ..model.standing import standing_forward
 
@@ -50,7 +50,7 @@ def random_input(model: Any, batch: int, size: tuple[int, int]) -> Given:
     width = _text_width(model)
     text = torch.randn(1, TEXT, width) if width else None
     (condition,) = comfy.sampler_helpers.convert_cond([[text, {"pooled_output": torch.zeros(1, POOLED)}]])
-    conditions = comfy.samplers.cond_cat([encode(base, condition, latent, device)])
+    conditions = comfy.samplers.cond_cat([encode_condition(base, condition, latent, device)])
     if base.adm_channels:
         conditions["y"] = torch.randn(batch, base.adm_channels, device=device)
     sigmas = model.get_model_object("model_sampling").sigmas

@@ -24,13 +24,13 @@ from torch import Tensor
 
 from ....deltaconv_core.distill import Batch
 from ....deltaconv_core.errors import DeltaConvError
-from ..model.sampler_call import encode, sampler_options
+from ..model.sampler_call import encode_condition, sampler_options
 from ..model.sites import Site, network_of
 from ..patch.conflicts import replacements
 
 
 class ComfyNetwork:
-    """A loaded MODEL (see `borrow.borrowed`) and where things are in it.
+    """A loaded MODEL (see `borrow.borrowed_model`) and where things are in it.
 
     Args:
         model: ModelPatcher.
@@ -94,7 +94,7 @@ class ComfyNetwork:
 
     def encode(self, condition: dict[str, Any], latent: Tensor) -> dict[str, Any]:
         """What the model makes of a condition for a latent (1, C, H, W); `join` makes a call's of several."""
-        return encode(self.base, condition, latent, self.device)
+        return encode_condition(self.base, condition, latent, self.device)
 
     @staticmethod
     def fit(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:

@@ -14,8 +14,8 @@ from ....deltaconv_core.distill import tapped
 from .dataset import Dataset
 from .network import ComfyNetwork
 
-STEPS = 8
-GUIDANCE = 4.0
+SAMPLING_STEPS = 8
+CFG = 4.0
 HEIGHT = 256
 
 
@@ -67,7 +67,7 @@ class Preview:
     def _draw(self) -> Tensor:
         """Euler's method (Karras et al. 2022) over evenly spaced noise levels of the model."""
         levels = self.network.sigmas.to(self.network.device)
-        places = torch.linspace(len(levels) - 1, 0, STEPS, device=levels.device).long()
+        places = torch.linspace(len(levels) - 1, 0, SAMPLING_STEPS, device=levels.device).long()
         sigmas = [*levels[places].split(1), levels.new_zeros(1)]
         x = self.noise.to(levels.device) * sigmas[0]
         for sigma, following in pairwise(sigmas):
@@ -79,7 +79,7 @@ class Preview:
         if not self.negative:
             return wanted
         unwanted = self.network.clean(x, sigma, self.negative)
-        return unwanted + GUIDANCE * (wanted - unwanted)
+        return unwanted + CFG * (wanted - unwanted)
 
     def _colors(self, latent: Tensor) -> Tensor:
         """(H, W, 3) bytes by ComfyUI's linear map from this model's latents to colors."""

@@ -36,7 +36,7 @@ def open_run(resume: str, name: str) -> RunFolder:
         DeltaConvError: no such run, or a name that cannot be one.
     """
     if resume != NEW:
-        check(resume)
+        check_run(resume)
         return RunFolder(runs_folder() / resume)
     path = free_path(runs_folder(), name)
     try:
@@ -62,7 +62,7 @@ def finished(name: str, settings: Settings, notes: Mapping[str, str]) -> RunFold
     return None
 
 
-def check(resume: str) -> None:
+def check_run(resume: str) -> None:
     """Refuses what is not one of the choices, such as a path that leads out of the folder.
 
     Raises:

@@ -17,12 +17,12 @@ from ....deltaconv_core.block.spec import BlockSpec
 from ....deltaconv_core.distill import Result, Row, RunFolder, check_same_run, distill, session
 from ....deltaconv_core.errors import DeltaConvError
 from ....deltaconv_core.sites import select
+from ....deltaconv_core.sites.choose_specs import block_specs
 from ....deltaconv_core.sites.sampling_range import SamplingRange
 from ....deltaconv_core.util.devices import SHORT_DTYPES
 from ....deltaconv_core.weights.checkpoint import Checkpoint
-from ..model.borrow import borrowed
+from ..model.borrow import borrowed_model
 from ..model.sites import Sites, find_sites
-from ..model.specs import block_specs
 from ..patch.applied import without_blocks
 from ..patch.apply import PatchSettings, apply_checkpoint
 from ..report import Report, show
@@ -60,7 +60,7 @@ class Distillation:
         self.settings = job.settings(job.precision)
         self.found: Sites = find_sites(self.model)
         chosen = select(job.blocks, self.found.sites)
-        self.specs: dict[str, BlockSpec] = block_specs(self.found, chosen, job.kernel_sizes, job.form)
+        self.specs: dict[str, BlockSpec] = block_specs(self.found.shape, chosen, job.kernel_sizes, job.form)
         self.sites = {id: self.found.sites[id] for id in self.specs}
         self.dropout = job.caption_dropout if dataset.empty is not None else 0.0
         self.notes = session.notes(
@@ -89,7 +89,7 @@ class Distillation:
             by_batch = folder.exists and not DROPPED.keys() <= folder.values()["notes"].keys()
             notes = self.notes if by_batch else self.new_notes
             check_same_run(folder, self.settings, notes)
-            with borrowed(self.model, SHORT_DTYPES[self.settings.precision], sum(self.memory)) as clone:
+            with borrowed_model(self.model, SHORT_DTYPES[self.settings.precision], sum(self.memory)) as clone:
                 network = ComfyNetwork(clone, self.sites)
                 mixers = self._start(network)
                 progress = _Progress(self._preview(network, mixers), self.job, hidden)

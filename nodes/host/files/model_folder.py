@@ -27,9 +27,9 @@ from ....deltaconv_core.weights.manifest import (
 )
 
 FOLDER = "deltaconv"
-AUTO = "auto"
+RECOMMENDED = "auto"
 MEGABYTE = 1 << 20
-SHOWN = 20  # names in a message
+SHOWN_NAMES = 20  # names in a message
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Choices:
         if name not in self.names():
             raise DeltaConvError(
                 f"{quoted(name)} is neither a file in the model folder ({self._where}) nor published "
-                f"weights; known are: {listing(self.names(), SHOWN)}"
+                f"weights; known are: {listing(self.names(), SHOWN_NAMES)}"
             )
         if name in self.files and folder_paths.get_full_path(FOLDER, name) is None:
             raise DeltaConvError(
@@ -111,7 +111,10 @@ class Choices:
 
     def fingerprint(self, name: str) -> list[Any]:
         """Changes whenever a file changes that the choice may lead to; "auto" may lead to any."""
-        return [name, *(_stamp(self._present(file)) for file in (self.names() if name == AUTO else [name]))]
+        return [
+            name,
+            *(_stamp(self._present(file)) for file in (self.names() if name == RECOMMENDED else [name])),
+        ]
 
     @property
     def _where(self) -> str:
@@ -129,7 +132,7 @@ class Choices:
 def refusal(name: str | None) -> str:
     """What `Choices.check` says, if anything, for ComfyUI's check of a prompt; a linked input is None."""
     try:
-        if name not in (None, AUTO):
+        if name not in (None, RECOMMENDED):
             Choices().check(name)
     except DeltaConvError as error:
         return str(error)

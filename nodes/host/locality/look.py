@@ -24,17 +24,12 @@ from ..model.sampler_call import COMPILED
 from ..model.sites import Site, Sites, find_sites, network_of, uncompiled
 from ..model.standing import check_reach, own_forward
 from ..patch.applied import without_blocks
+from ..patch.conflicts import GUIDANCE_KEYS
 
-KEY = "deltaconv_look"
+LOOK_KEY = "deltaconv_look"
 
-GUIDANCE = (
-    "disable_cfg1_optimization",
-    "sampler_calc_cond_batch_function",
-    "sampler_cfg_function",
-    "sampler_post_cfg_function",
-    "sampler_pre_cfg_function",
-)
-"""ComfyUI's keys of what works on guidance (PAG, SAG, RescaleCFG, ...), with passes of its own."""
+CFG_KEYS = ("disable_cfg1_optimization", *GUIDANCE_KEYS)
+"""ComfyUI's keys of all that changes what guidance does (PAG, SAG, RescaleCFG, ...)."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +108,7 @@ def _plain(model: Any) -> Any:
     """A clone without ΔConv, compiled code, which would hide the attention, and additions to guidance."""
     clone = uncompiled(without_blocks(model).clone())
     clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILED)
-    for key in GUIDANCE:
+    for key in CFG_KEYS:
         clone.model_options.pop(key, None)
     return clone
 
@@ -181,7 +176,7 @@ def _watch_joint(clone: Any, watch: LocalityWatch, found: JointSites) -> None:
         watch.tokens = found.tokens(x)
         return executor(x, *args, **kwargs)
 
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, LOOK_KEY, wrapper)
     for site in found.sites:
         forward = _watched_joint(watch, site, own_forward(clone.model, site.path))
         clone.add_object_patch(f"{site.path}.forward", forward)

@@ -14,10 +14,10 @@ from comfy.ldm.pixart.blocks import AttentionKVCompress
 
 from ....deltaconv_core.errors import DeltaConvError
 from .sites import Site
+from .standing import Forward
 
 OVERRIDE = "optimized_attention_override"
 
-Forward = Callable[..., torch.Tensor]
 # (q, k, v, mask), the first three (B, heads, N, d). Returns (B, heads, N, d); None: attention as usual.
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor | None]
 

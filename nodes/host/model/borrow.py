@@ -14,7 +14,7 @@ from ....deltaconv_core.errors import DeltaConvError
 
 
 @contextmanager
-def borrowed(model: Any, dtype: torch.dtype, memory: float) -> Iterator[Any]:
+def borrowed_model(model: Any, dtype: torch.dtype, memory: float) -> Iterator[Any]:
     """A loaded clone of the MODEL that gradients can pass through; whatever happens, all is put back.
 
     Nodes run in inference mode, where ComfyUI makes and moves its weights; so the clone is loaded in the

@@ -16,7 +16,7 @@ from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 
-Call = dict[str, Any]
+Keywords = dict[str, Any]
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Tokens:
 
 
 # (args and keyword arguments of the module's forward, number of queries, tokens) -> place of the image
-Locate = Callable[[tuple[Any, ...], Call, int, Tokens], slice]
+Locate = Callable[[tuple[Any, ...], Keywords, int, Tokens], slice]
 
 
 @dataclass(frozen=True)
@@ -136,18 +136,18 @@ def _qwen(network: QwenImageTransformer2DModel) -> JointSites:
 def _after_keyword(name: str) -> Locate:
     """Text first, and the block is given it under this name; reference pictures may follow the image."""
 
-    def locate(args: tuple[Any, ...], call: Call, queries: int, tokens: Tokens) -> slice:
+    def locate(args: tuple[Any, ...], call: Keywords, queries: int, tokens: Tokens) -> slice:
         tokens.text = call[name].shape[1]
         return _after_text(args, call, queries, tokens)
 
     return locate
 
 
-def _after_text(args: tuple[Any, ...], call: Call, queries: int, tokens: Tokens) -> slice:
+def _after_text(args: tuple[Any, ...], call: Keywords, queries: int, tokens: Tokens) -> slice:
     return slice(tokens.text, tokens.text + tokens.image)
 
 
-def _after_context(args: tuple[Any, ...], call: Call, queries: int, tokens: Tokens) -> slice:
+def _after_context(args: tuple[Any, ...], call: Keywords, queries: int, tokens: Tokens) -> slice:
     """SD3: a block is called with (text, image); its second attention has the image alone."""
     start = args[0].shape[1] if queries > tokens.image else 0
     return slice(start, start + tokens.image)
@@ -156,7 +156,7 @@ def _after_context(args: tuple[Any, ...], call: Call, queries: int, tokens: Toke
 def _at_the_end(padded_to: int | None) -> Locate:
     """The image comes last, filled up to a multiple."""
 
-    def locate(args: tuple[Any, ...], call: Call, queries: int, tokens: Tokens) -> slice:
+    def locate(args: tuple[Any, ...], call: Keywords, queries: int, tokens: Tokens) -> slice:
         start = queries - tokens.image - (-tokens.image % (padded_to or 1))
         return slice(start, start + tokens.image)
 

@@ -28,7 +28,7 @@ def sampler_options(model: Any) -> dict[str, Any]:
     return options
 
 
-def encode(
+def encode_condition(
     base: torch.nn.Module, condition: dict[str, Any], latent: Tensor, device: torch.device
 ) -> dict[str, Any]:
     """What a model makes of a condition for latents (B, C, H, W); `comfy.samplers.cond_cat` makes a call's of

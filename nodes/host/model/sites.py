@@ -16,6 +16,7 @@ from comfy.ldm.pixart.pixartms import PixArtMS
 
 from ....deltaconv_core.errors import DeltaConvError
 from ....deltaconv_core.sites import identify
+from ....deltaconv_core.sites.choose_specs import ModelShape
 from ....deltaconv_core.util.wrappers import inside
 from . import grids
 from .standing import own_modules
@@ -57,6 +58,12 @@ class Sites:
     @property
     def architecture(self) -> str:
         return identify(self.channels, self.context_dim)
+
+    @property
+    def shape(self) -> ModelShape:
+        """What blocks are chosen by."""
+        ups = {int(name.split(".")[1]) for name in self.convolutions if name.startswith("up_blocks")}
+        return ModelShape(self.architecture, self.channels, max(ups, default=-1) + 1)
 
     @property
     def channels(self) -> dict[str, int]:

@@ -11,7 +11,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ....deltaconv_core.sites.sampling_range import SamplingRange
-from ....deltaconv_core.weights.checkpoint import HYBRID
+from ....deltaconv_core.weights.checkpoint import HYBRID_KIND
 from ..model.sites import Site
 from ..model.standing import check_reach
 from . import site_patch
@@ -71,7 +71,7 @@ class AppliedBlocks(SitePatch):
     @property
     def keeps_projections(self) -> bool:
         """Whether the attentions' own layers still run, and what changes them still acts."""
-        return any(block.kind == HYBRID for block in self.blocks)
+        return any(block.kind == HYBRID_KIND for block in self.blocks)
 
 
 def with_blocks(
@@ -99,7 +99,7 @@ def with_blocks(
         forward = HybridForward
     for id, site in sites.items():
         clone.add_object_patch(keys[id], forward(site, blocks[id], patch.owner))
-    return clone, site_patch.add(clone, patch)
+    return clone, site_patch.put_on(clone, patch)
 
 
 def blocks_on(model: Any) -> AppliedBlocks | None:
@@ -120,7 +120,7 @@ def without_blocks(model: Any) -> Any:
     clone.object_patches |= {
         key: obj for key, obj in patch.covered.items() if key not in clone.object_patches
     }
-    site_patch.remove(clone, KEY)
+    site_patch.take_off(clone, KEY)
     for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH):
         clone.remove_wrappers_with_key(kind, KEY)
     remove_base_weights(clone, patch.base_weights)

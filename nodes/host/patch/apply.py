@@ -12,7 +12,7 @@ from ....deltaconv_core.sites import report
 from ....deltaconv_core.sites.match import check_heads, matching_sites
 from ....deltaconv_core.sites.report import Report
 from ....deltaconv_core.sites.sampling_range import SamplingRange
-from ....deltaconv_core.weights.checkpoint import HYBRID
+from ....deltaconv_core.weights.checkpoint import HYBRID_KIND
 from ..model.attend import heads_of
 from ..model.sites import Sites
 from .applied import KEY, AppliedBlocks, blocks_on, with_blocks, without_blocks
@@ -52,7 +52,7 @@ def apply_checkpoint(
     chosen = matching_sites(found.architecture, found.channels, checkpoint, settings.blocks, "MODEL")
     sites = {id: found.sites[id] for id in chosen}
     bare = without_blocks(model)
-    if checkpoint.mixer == HYBRID:
+    if checkpoint.mixer == HYBRID_KIND:
         check_heads(checkpoint, {id: heads_of(bare, site) for id, site in sites.items()}, "MODEL")
     clone, patch = with_blocks(bare, sites, checkpoint.blocks, settings.sampling)
     warnings = [*report.assumptions(checkpoint), *conflicts(bare, sites, patch.keeps_projections)]

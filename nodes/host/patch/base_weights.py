@@ -15,7 +15,7 @@ from torch import Tensor
 from ....deltaconv_core.sites.base_weights import check_fit, check_unpacked, difference
 from ..model.sites import Sites
 
-LEAVE_OUT = "set base_weights to 'leave out' to use the blocks alone"
+HOW_TO_LEAVE_OUT = "set base_weights to 'leave out' to use the blocks alone"
 
 
 class BaseWeights:
@@ -35,7 +35,7 @@ class BaseWeights:
         self.model = f"this MODEL ({found.architecture})"
         self.keys = _host_keys(found, base_weights)
         self.loaded = _loaded_weights(model, self.keys)
-        check_fit(base_weights, self.loaded, self.model, LEAVE_OUT)
+        check_fit(base_weights, self.loaded, self.model, HOW_TO_LEAVE_OUT)
         self.difference = difference(base_weights, self.loaded)
         """How far the base weights are from the loaded ones; None where these are packed."""
 
@@ -53,7 +53,9 @@ class BaseWeights:
             for name, stored in self.loaded.items()
             if not (_unpacks(clone) and stored.shape == self.base_weights[name].shape)
         }
-        check_unpacked({name: self.base_weights[name] for name in loaded}, loaded, self.model, LEAVE_OUT)
+        check_unpacked(
+            {name: self.base_weights[name] for name in loaded}, loaded, self.model, HOW_TO_LEAVE_OUT
+        )
         values = {key: (self.base_weights[name],) for name, key in self.keys.items()}
         clone.add_patches(values, strength, 1.0 - strength)
         for key in values:

@@ -10,7 +10,7 @@ import torch
 
 from ....deltaconv_core.block.module import HALF_OR_MORE, shared_copy
 from ....deltaconv_core.mixers.hybrid.module import shared_hybrid
-from ....deltaconv_core.weights.checkpoint import HYBRID
+from ....deltaconv_core.weights.checkpoint import HYBRID_KIND
 from .forwards import Layers
 
 
@@ -34,7 +34,7 @@ def build_blocks(trained: Mapping[str, Any], dtype: torch.dtype | None) -> dict[
 
 
 def _copy(block: Any, dtype: torch.dtype | None) -> torch.nn.Module:
-    return shared_hybrid(block) if block.kind == HYBRID else shared_copy(block, None, dtype, Layers)
+    return shared_hybrid(block) if block.kind == HYBRID_KIND else shared_copy(block, None, dtype, Layers)
 
 
 def network_dtype(model: Any) -> torch.dtype | None:

@@ -12,7 +12,7 @@ from ..model.standing import forward_set_on
 from .forwards import MixerForward
 from .site_patch import forward_key
 
-GUIDANCE = (
+GUIDANCE_KEYS = (
     "sampler_calc_cond_batch_function",
     "sampler_cfg_function",
     "sampler_post_cfg_function",
@@ -175,7 +175,7 @@ def _guidance(names: Iterable[str]) -> str:
 def _guides(model: Any) -> list[Callable[..., Any]]:
     """The guidance on a MODEL whose code has to do with attn1 patches."""
     options = model.model_options
-    functions = [options[key] for key in GUIDANCE if key in options]
+    functions = [options[key] for key in GUIDANCE_KEYS if key in options]
     flat = [f for found in functions for f in (found if isinstance(found, list) else [found])]
     return [function for function in flat if _names_attn1(function, set())]
 

@@ -78,7 +78,7 @@ def add_neighborhood(model: Any, kernel_size: int, blocks: str) -> tuple[Any, Re
     for site in sites:
         forward = NeighborhoodForward(site, kernel_size, patch.owner)
         clone.add_object_patch(forward_key(site), forward)
-    site_patch.add(clone, patch)
+    site_patch.put_on(clone, patch)
     line = (
         f"Neighborhood attention, {kernel_size} x {kernel_size} tokens, at {len(sites)} of "
         f"{len(found.sites)} self-attentions of {found.architecture}."

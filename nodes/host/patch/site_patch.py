@@ -108,7 +108,7 @@ def patches_of(model: Any, key: str) -> list[Any]:
     return model.model_options["transformer_options"].get("patches", {}).get(key, [])
 
 
-def add(clone: Any, patch: SitePatch) -> SitePatch:
+def put_on(clone: Any, patch: SitePatch) -> SitePatch:
     """Puts a patch on a clone of a MODEL, and on its clones to come; returns it as it is on this one."""
     clone.set_model_patch(patch, patch.key)
     if not clone.get_callbacks(CLONED[0], patch.key):
@@ -118,7 +118,7 @@ def add(clone: Any, patch: SitePatch) -> SitePatch:
     return patches_of(clone, patch.key)[-1]
 
 
-def remove(clone: Any, key: str) -> None:
+def take_off(clone: Any, key: str) -> None:
     """Takes off what `add` put on a clone of a MODEL under a key."""
     del clone.model_options["transformer_options"]["patches"][key]
     clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, key)

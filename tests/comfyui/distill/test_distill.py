@@ -175,7 +175,7 @@ def test_a_model_in_dynamic_vram_that_cannot_be_loaded_plainly(pack, unet, monke
     model.is_dynamic, model.clone = lambda: True, clone
     with (
         pytest.raises(ValueError, match=r"cached_patcher_init.*--disable-dynamic-vram"),
-        in_pack(pack, "nodes.host.model.borrow").borrowed(model, torch.float32, 0),
+        in_pack(pack, "nodes.host.model.borrow").borrowed_model(model, torch.float32, 0),
     ):
         pass
 
@@ -273,7 +273,7 @@ def test_the_noise_of_every_kind_of_prediction(pack):
         )
         model.add_object_patch("model_sampling", type("Sampling", (base, kind), {})())
         clean, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        with borrow.borrowed(model, torch.float32, 0) as clone:
+        with borrow.borrowed_model(model, torch.float32, 0) as clone:
             network = adapter.ComfyNetwork(clone, sites.find_sites(clone).sites)
             sigma = network.sigmas[[100, 500, 900]]
             batch = network.batch(clean, noise, sigma, {})
@@ -302,7 +302,7 @@ def test_the_teacher_is_what_the_sampler_runs(pack, unet):
         callback=lambda step, x0, x, total: seen.update(x0=x0, x=x), disable_pbar=True, seed=3,
     )  # fmt: skip
     data = dataset.read_dataset(model, [{"samples": latent}], [conditioning(1)], None)
-    with borrow.borrowed(model, torch.float32, 0) as clone:
+    with borrow.borrowed_model(model, torch.float32, 0) as clone:
         network = adapter.ComfyNetwork(clone, {})
         conditions = network.join([network.encode(data.samples[0].condition, latent)])
         clean = network.clean(seen["x"], network.sigmas[-1:], conditions)

@@ -97,16 +97,17 @@ def test_bad_recommendations(pack, unet, output, changes, blocks, message):
 
 def test_automatic_kernel_sizes(pack):
     """As the authors' where they published; as the demo's where the shape is the demo's."""
-    kernels, sites = in_pack(pack, "nodes.host.model.specs"), in_pack(pack, "nodes.host.model.sites")
+    automatic = in_pack(pack, "deltaconv_core.sites.choose_specs").automatic
+    sites = in_pack(pack, "nodes.host.model.sites")
     core = in_pack(pack, "deltaconv_core.sites")
     found = sites.Sites({id: sites.Site(id, "", n, None) for id, n in core.site_channels("sdxl").items()})
-    assert kernels.automatic(found) == core.authors_specs("sdxl")
+    assert automatic(found.shape) == core.authors_specs("sdxl")
     demo = in_pack(pack, "nodes.host.demo.unet").load_demo_model(
         str(in_pack(pack, "demo.files").teacher_file())
     )
     sizes = {
         id.split(".attentions")[0]: spec.kernel_size
-        for id, spec in kernels.automatic(sites.find_sites(demo)).items()
+        for id, spec in automatic(sites.find_sites(demo).shape).items()
     }
     levels = {"down_blocks.0": 11, "down_blocks.1": 9, "down_blocks.2": 5, "mid_block": 5}
     assert sizes == levels | {"up_blocks.0": 5, "up_blocks.1": 9, "up_blocks.2": 11}

@@ -213,7 +213,7 @@ def test_an_interruption_stops_at_once_and_restores(pack, unet, monkeypatch):
     import comfy.model_management
 
     statistics = sys.modules[in_pack(pack, "deltaconv_core.locality").LayerStatistics.__module__]
-    monkeypatch.setattr(statistics, "BUDGET", 1)  # a chunk for every query
+    monkeypatch.setattr(statistics, "MAP_BYTES", 1)  # a chunk for every query
     calls = []
 
     def interrupted():

@@ -15,7 +15,7 @@ from deltaconv_core.bench import layers as layers_module
 from deltaconv_core.bench import timing
 from deltaconv_core.block.flops import attention_flops, block_flops
 from deltaconv_core.cli import main
-from deltaconv_core.sites import ARCHITECTURES, authors_specs, heads_of
+from deltaconv_core.sites import ARCHITECTURES, authors_specs, known_heads
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -172,8 +172,8 @@ def test_grids(architecture, latent, grids):
 
 
 def test_heads():
-    found = {name: heads_of(name, 640) for name in ("sd15", "sdxl")}
-    assert found == {"sd15": 8, "sdxl": 10} and heads_of("pixart_sigma", 1152) == 16
+    found = {name: known_heads(name, 640) for name in ("sd15", "sdxl")}
+    assert found == {"sd15": 8, "sdxl": 10} and known_heads("pixart_sigma", 1152) == 16
 
 
 def test_an_unknown_architecture_is_refused():

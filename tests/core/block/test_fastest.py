@@ -71,7 +71,11 @@ def test_is_bounded(fresh, monkeypatch):
     quick = Trials(slow=0.0, fast=0.0)
     quick.choose()
     assert quick.total == 2 * fastest.ROUNDS
-    late = Trials(slow=fastest.BUDGET, fast=fastest.BUDGET, hopeless=fastest.BUDGET * fastest.HOPELESS * 1.2)
+    late = Trials(
+        slow=fastest.TIME_BUDGET,
+        fast=fastest.TIME_BUDGET,
+        hopeless=fastest.TIME_BUDGET * fastest.HOPELESS * 1.2,
+    )
     late.choose(details=("another",))
     assert late.runs == {"slow": fastest.LEAST_ROUNDS, "fast": fastest.LEAST_ROUNDS, "hopeless": 2}
 

@@ -8,12 +8,12 @@ import random
 import pytest
 
 from deltaconv_core import DeltaConvError
-from deltaconv_core.distill.budget import Option, Site, within_cost, within_error
+from deltaconv_core.distill.budget import Attention, Option, within_cost, within_error
 
 SITES = {
-    "large": Site(100.0, [Option(0.5, 10.0), Option(0.2, 30.0), Option(0.1, 60.0)]),
-    "small": Site(10.0, [Option(0.3, 9.0), Option(0.05, 12.0)]),
-    "tiny": Site(1.0, [Option(0.01, 2.0)]),
+    "large": Attention(100.0, [Option(0.5, 10.0), Option(0.2, 30.0), Option(0.1, 60.0)]),
+    "small": Attention(10.0, [Option(0.3, 9.0), Option(0.05, 12.0)]),
+    "tiny": Attention(1.0, [Option(0.01, 2.0)]),
 }
 
 
@@ -46,7 +46,7 @@ def test_a_cost_budget_is_met_at_the_least_error():
     random.seed(0)
     for _ in range(50):
         sites = {
-            str(n): Site(
+            str(n): Attention(
                 random.uniform(5, 20), [Option(random.random(), random.uniform(1, 20)) for _ in range(3)]
             )
             for n in range(4)

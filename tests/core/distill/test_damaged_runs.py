@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deltaconv_core.distill import RunFolder, Settings, check_same_run
-from deltaconv_core.distill.run_folder import HEADER_KEY, Row, State
+from deltaconv_core.distill.run_folder import RUN_KEY, Row, State
 from deltaconv_core.errors import CheckpointError, DeltaConvError
 from deltaconv_core.weights.safefile import write_file
 
@@ -88,7 +88,7 @@ def test_a_log_that_is_not_there(run, log):
 def test_values_that_cannot_be(run, name, value):
     """Whoever reads the state gets one error that names the file."""
     text = json.dumps({"format": 1, "step": 5, **VALUES} | {name: value})
-    write_file(run.state_file, {}, {HEADER_KEY: text})
+    write_file(run.state_file, {}, {RUN_KEY: text})
     with pytest.raises(DeltaConvError, match=r"state\.safetensors|setting|expected layer_steps") as caught:
         check_same_run(run, SETTINGS, {})
     assert len(str(caught.value)) <= 2000
@@ -96,7 +96,7 @@ def test_values_that_cannot_be(run, name, value):
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "5", "[" * 900 + "]" * 900, '{"step": 1}', "{"])
 def test_headers_that_are_no_state(run, text):
-    write_file(run.state_file, {}, {HEADER_KEY: text})
+    write_file(run.state_file, {}, {RUN_KEY: text})
     for read in (run.values, run.load):
         with pytest.raises(CheckpointError, match="is not the state of a distillation run"):
             read()

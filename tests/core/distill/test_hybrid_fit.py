@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from deltaconv_core import DeltaConvError
 from deltaconv_core.distill import hybrid
 from deltaconv_core.distill.budget import within_cost, within_error
-from deltaconv_core.distill.hybrid import HybridFit, Settings, choose, fit_hybrids, sums_bytes
+from deltaconv_core.distill.hybrid import FitSettings, HybridFit, choose, fit_hybrids, sums_bytes
 from deltaconv_core.errors import CheckpointError
 from deltaconv_core.mixers.hybrid import HybridMixer, HybridSpec
 from deltaconv_core.mixers.hybrid.features import count, features, unpack
@@ -31,7 +31,7 @@ SPECS = {
     "gate": GATED,
     "window": WINDOW,
 }
-EXACT = Settings(rows=40, ridge=1e-13, held_out=2)
+EXACT = FitSettings(rows=40, ridge=1e-13, held_out=2)
 
 
 def call(number, grid=(6, 8), batch=2, dtype=torch.float64):
@@ -85,7 +85,7 @@ def test_features_times_parameters_are_the_mixer(kind, grid, masked):
 def test_streamed_sums_are_the_batch_solution(kind):
     """The same least squares, from all features at once, in whatever pieces they come."""
     spec, grid = SPECS[kind], (5, 7)
-    settings = Settings(rows=35, ridge=1e-2, held_out=2)
+    settings = FitSettings(rows=35, ridge=1e-2, held_out=2)
     fit = HybridFit({"a": [spec]}, settings)
     systems = {0: ([], []), 1: ([], [])}
     for number in range(4):
@@ -120,7 +120,7 @@ def test_streamed_sums_are_the_batch_solution(kind):
 
 def test_the_reported_error_is_that_of_the_mixer():
     grid = (5, 7)
-    fit = HybridFit({"a": [BOTH]}, Settings(rows=35, held_out=2))
+    fit = HybridFit({"a": [BOTH]}, FitSettings(rows=35, held_out=2))
     for number in range(2):
         fit.picture(number)
         fit.see("a", *call(number, grid), grid)
@@ -138,7 +138,7 @@ def parameters(fits):
 def test_bfloat16_calls_fit_almost_the_same():
     fits = []
     for dtype in (torch.float64, torch.bfloat16):
-        fit = HybridFit({"a": [BOTH]}, Settings(held_out=2))
+        fit = HybridFit({"a": [BOTH]}, FitSettings(held_out=2))
         for number in range(4):
             fit.picture(number)
             fit.see("a", *call(number, dtype=dtype), (6, 8))
@@ -149,9 +149,9 @@ def test_bfloat16_calls_fit_almost_the_same():
 
 def test_features_in_pieces_are_the_same(monkeypatch):
     fits = []
-    for chunk in (hybrid.CHUNK, 1):
-        monkeypatch.setattr(hybrid, "CHUNK", chunk)
-        fit = HybridFit({"a": [BOTH, NYSTROM]}, Settings(rows=7, held_out=2))
+    for chunk in (hybrid.FEATURE_BYTES, 1):
+        monkeypatch.setattr(hybrid, "FEATURE_BYTES", chunk)
+        fit = HybridFit({"a": [BOTH, NYSTROM]}, FitSettings(rows=7, held_out=2))
         for number in range(2):
             fit.picture(number)
             fit.see("a", *call(number), (6, 8))
@@ -181,7 +181,7 @@ class Model:
 
 
 def run(model, state=None, settings=None, specs=(BOTH, NYSTROM), pictures=6):
-    settings = settings or Settings(rows=9, held_out=3)
+    settings = settings or FitSettings(rows=9, held_out=3)
     return fit_hybrids(HybridFit({"a": specs}, settings), model.watched, model.sample, pictures, state)
 
 
@@ -198,14 +198,16 @@ def test_is_the_same_after_a_stop_at_any_call(tmp_path):
 
 
 def test_another_seed_looks_at_other_queries():
-    one, two, again = (parameters(run(Model(), settings=Settings(9, held_out=3, seed=s))) for s in (0, 1, 0))
+    one, two, again = (
+        parameters(run(Model(), settings=FitSettings(9, held_out=3, seed=s))) for s in (0, 1, 0)
+    )
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"settings": Settings(8, held_out=3)}, "other settings"), ({"specs": (BOTH,)}, "other candidates")],
+    [({"settings": FitSettings(8, held_out=3)}, "other settings"), ({"specs": (BOTH,)}, "other candidates")],
 )
 def test_a_state_of_another_fit_is_refused(tmp_path, change, message):
     run(Model(), tmp_path / "state.safetensors")
@@ -229,7 +231,7 @@ def test_too_few_pictures_are_refused():
 def test_memory_is_that_of_the_sums_and_known_before():
     """Whatever the pictures: what the fit holds after two large ones is what it said."""
     specs = [BOTH, replace(BOTH, share="channel")]
-    fit = HybridFit({"a": specs}, Settings(held_out=2))
+    fit = HybridFit({"a": specs}, FitSettings(held_out=2))
     for number, grid in enumerate([(6, 8), (30, 40)]):
         fit.picture(number)
         fit.see("a", *call(number, grid), grid)
@@ -241,8 +243,8 @@ def test_memory_is_that_of_the_sums_and_known_before():
     )
     assert held == sums_bytes(specs)
     with pytest.raises(DeltaConvError, match="share kernels by head"):
-        HybridFit({"a": specs}, Settings(memory=held - 1))
-    HybridFit({"a": specs}, Settings(memory=held))
+        HybridFit({"a": specs}, FitSettings(memory=held - 1))
+    HybridFit({"a": specs}, FitSettings(memory=held))
 
 
 def test_sd15_at_full_size_fits_into_a_gibibyte():
@@ -253,11 +255,11 @@ def test_sd15_at_full_size_fits_into_a_gibibyte():
         for width, sites in widths.items()
         for p in (16, 64, 144) * sites
     ]
-    assert sums_bytes(specs) + 2 * hybrid.CHUNK < 2**30
+    assert sums_bytes(specs) + 2 * hybrid.FEATURE_BYTES < 2**30
 
 
 def test_sites_that_nobody_asked_for_and_that_are_never_called():
-    fit = HybridFit({"a": [BOTH], "b": [BOTH]}, Settings(held_out=2))
+    fit = HybridFit({"a": [BOTH], "b": [BOTH]}, FitSettings(held_out=2))
     for number in range(2):
         fit.picture(number)
         fit.see("a", *call(number), (6, 8))
@@ -268,13 +270,13 @@ def test_sites_that_nobody_asked_for_and_that_are_never_called():
 @pytest.mark.parametrize("change", [{"rows": 0}, {"ridge": -1.0}, {"held_out": 1}, {"memory": 0}])
 def test_settings_refuse_nonsense(change):
     with pytest.raises(DeltaConvError, match=next(iter(change))):
-        Settings(**change)
+        FitSettings(**change)
 
 
 def fitted_sites():
     """One attention over many tokens, one over few, and one that is never called."""
     few = replace(BOTH, landmarks=16)
-    fit = HybridFit({"large": [BOTH, few], "small": [BOTH, few], "never": [BOTH]}, Settings(held_out=2))
+    fit = HybridFit({"large": [BOTH, few], "small": [BOTH, few], "never": [BOTH]}, FitSettings(held_out=2))
     for number in range(4):
         fit.picture(number)
         fit.see("large", *call(number, (24, 32)), (24, 32))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import deltaconv_core
 from deltaconv_core.distill import RunFolder, Settings, distill, is_finished
-from deltaconv_core.distill.run_folder import HEADER_KEY, Row, State
+from deltaconv_core.distill.run_folder import RUN_KEY, Row, State
 from deltaconv_core.errors import DeltaConvError
 from testing.tiny_network import batches, make_mixers, make_network
 
@@ -100,10 +100,10 @@ def damaged_header(change):
     def damage(folder):
         file = folder / "state.safetensors"
         with safe_open(file, "pt") as opened:
-            header = json.loads(opened.metadata()[HEADER_KEY])
+            header = json.loads(opened.metadata()[RUN_KEY])
         changed = change(header)
         text = changed if isinstance(changed, str) else json.dumps(header if changed is None else changed)
-        save_file(load_file(file), file, {HEADER_KEY: text})
+        save_file(load_file(file), file, {RUN_KEY: text})
 
     return damage
 

@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 import pytest
 
 from deltaconv_core.distill import Settings
-from deltaconv_core.distill.fields import PARTS, TRAINING, About, about, check, default_text
+from deltaconv_core.distill.fields import PARTS, TRAINING, About, about, check_fields, default_text
 from deltaconv_core.distill.job import Job
 from deltaconv_core.errors import DeltaConvError
 
@@ -40,9 +40,9 @@ class Example:
     ],
 )
 def test_what_is_refused_is_named_with_what_was_expected(changes, message):
-    check(Example(share=1.0, rest=(0.0, 0.999), side=None))
+    check_fields(Example(share=1.0, rest=(0.0, 0.999), side=None))
     with pytest.raises(DeltaConvError, match=f"^{message}$"):
-        check(Example(**changes))
+        check_fields(Example(**changes))
 
 
 def test_defaults_as_a_user_reads_them():

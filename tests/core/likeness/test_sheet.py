@@ -20,12 +20,12 @@ def even(*levels, side=16):
 def test_pairs_stand_below_each_other():
     page = sheet.draw_sheet([("one", even(0, 1)), ("two", even(0.5, 0.25))], ["first", "second"])
     side, label = 192, line_height(15)
-    assert page.width == 2 * sheet.MARGIN + 2 * side + sheet.GAP
+    assert page.width == 2 * sheet.BORDER + 2 * side + sheet.GAP
     down = 2 * label + side + sheet.GAP // 2
     for row, levels in enumerate([(0, 128), (255, 64)]):
-        y = sheet.MARGIN + row * (down + sheet.MARGIN) + label
+        y = sheet.BORDER + row * (down + sheet.BORDER) + label
         for column, level in enumerate(levels):
-            x = sheet.MARGIN + column * (side + sheet.GAP)
+            x = sheet.BORDER + column * (side + sheet.GAP)
             corners = (page.getpixel((x, y)), page.getpixel((x + side - 1, y + side - 1)))
             assert corners == ((level,) * 3,) * 2
 
@@ -33,7 +33,7 @@ def test_pairs_stand_below_each_other():
 def test_many_pairs_stand_side_by_side_too():
     columns = [("a", even(*[0.0] * 12)), ("b", even(*[1.0] * 12)), ("c", even(*[0.5] * 12))]
     page = sheet.draw_sheet(columns, ["x"] * 12)
-    assert page.width == 3 * sheet.MARGIN + 2 * (3 * 192 + 2 * sheet.GAP)
+    assert page.width == 3 * sheet.BORDER + 2 * (3 * 192 + 2 * sheet.GAP)
 
 
 def test_no_sheet_is_wider_than_can_be_looked_at():

@@ -235,7 +235,7 @@ def test_chunks_calls_and_batches_do_not_matter(monkeypatch):
     grid = (6, 9)
     attention = random_attention(grid, heads=4)
     whole = locality(grid, *attention)
-    monkeypatch.setattr(statistics, "BUDGET", 4 * 7 * 54 * 4)
+    monkeypatch.setattr(statistics, "MAP_BYTES", 4 * 7 * 54 * 4)
     assert_same(locality(grid, *attention), whole)
     q, k = q_and_k(*attention)
     layer = LayerStatistics("site", 64)
@@ -363,7 +363,7 @@ def test_refuses_attention_that_is_not_a_number():
 
 
 def test_can_be_stopped_between_chunks(monkeypatch):
-    monkeypatch.setattr(statistics, "BUDGET", 1)
+    monkeypatch.setattr(statistics, "MAP_BYTES", 1)
     calls = []
 
     def check():

@@ -12,7 +12,7 @@ import pytest
 
 from deltaconv_core import BlockSpec, DeltaConvError
 from deltaconv_core.locality import Recommendation, recommend
-from deltaconv_core.locality.figure import draw
+from deltaconv_core.locality.figure import draw_figure
 from deltaconv_core.locality.sampled_steps import spread
 from deltaconv_core.locality.table import rows, text, write_csv
 from deltaconv_core.sites import short_name, site_channels
@@ -120,7 +120,7 @@ def test_csv(layer, tmp_path):
 @pytest.mark.parametrize("architecture", ["sd15", "sdxl", "pixart_sigma"])
 def test_picture(layer, architecture):
     layers = layers_of(layer, architecture)
-    picture = draw(layers, recommend(layers, architecture), f"Self-attention of {architecture}")
+    picture = draw_figure(layers, recommend(layers, architecture), f"Self-attention of {architecture}")
     assert picture.dtype == np.uint8 and picture.shape[1:] == (1024, 3) and 900 < len(picture) < 1500
     assert picture.mean() < 80  # dark
     assert picture[:20].std() > 0 or picture[20:60].std() > 0  # a title
@@ -129,14 +129,14 @@ def test_picture(layer, architecture):
 def test_one_layer_and_one_token(layer):
     tiny = locality((1, 1), uniform((1, 1)))
     for one in (layer, tiny):
-        assert draw([one], recommend([one], "unet-64x1"), "one").shape[1] == 1024
+        assert draw_figure([one], recommend([one], "unet-64x1"), "one").shape[1] == 1024
 
 
 def test_what_is_drawn_is_what_is_there(layer):
     """Another kernel size, another curve or another map gives another picture; the same gives the same."""
     advice = Recommendation("unet-64x1", {layer.site: 5})
-    picture = draw([layer], advice, "t")
-    assert np.array_equal(picture, draw([layer], advice, "t"))
+    picture = draw_figure([layer], advice, "t")
+    assert np.array_equal(picture, draw_figure([layer], advice, "t"))
     for other in (
         ([layer], Recommendation("unet-64x1", {layer.site: 7})),
         ([layer], Recommendation("unet-64x1", {}, (layer.site,))),
@@ -144,12 +144,12 @@ def test_what_is_drawn_is_what_is_there(layer):
         ([replace(layer, high=layer.high**2)], advice),
         ([replace(layer, around=layer.around.flip(0))], advice),
     ):
-        assert not np.array_equal(picture, draw(*other, "t"))
+        assert not np.array_equal(picture, draw_figure(*other, "t"))
 
 
 def test_drawing_changes_nothing_global(layer):
     before = dict(mpl.rcParams)
-    draw([layer], recommend([layer], "unet-64x1"), "t")
+    draw_figure([layer], recommend([layer], "unet-64x1"), "t")
     assert dict(mpl.rcParams) == before
     assert "matplotlib.pyplot" not in __import__("sys").modules or not mpl.pyplot.get_fignums()
 
@@ -164,9 +164,9 @@ def test_without_matplotlib(layer, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(DeltaConvError, match="pip install matplotlib"):
-        draw([layer], Recommendation("x"), "t")
+        draw_figure([layer], Recommendation("x"), "t")
 
 
 def test_nothing_to_draw():
     with pytest.raises(DeltaConvError, match="at least one layer"):
-        draw([], Recommendation("x"), "t")
+        draw_figure([], Recommendation("x"), "t")

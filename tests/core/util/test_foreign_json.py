@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from deltaconv_core.errors import LONGEST, CheckpointError, DeltaConvError
+from deltaconv_core.errors import LONGEST_MESSAGE, CheckpointError, DeltaConvError
 from deltaconv_core.util.foreign_json import DEEPEST, parse_json, parse_list, read_json
 from deltaconv_core.util.text import quoted, shortened
 
@@ -101,5 +101,5 @@ def test_short_quotes_are_as_python_writes_them():
 @pytest.mark.parametrize("kind", [DeltaConvError, CheckpointError])
 def test_no_error_is_longer_than_a_page(kind):
     error = kind("x" * 30_000_000 + "; get the file again")
-    assert len(str(error)) == LONGEST and str(error).endswith("; get the file again")
+    assert len(str(error)) == LONGEST_MESSAGE and str(error).endswith("; get the file again")
     assert str(kind("short")) == "short"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deltaconv_core.util.names import LONGEST, is_device, why_not
+from deltaconv_core.util.names import LONGEST_NAME, is_device, why_not
 
 
 @pytest.mark.parametrize(
@@ -28,8 +28,8 @@ def test_ordinary_names(name):
             for name in ("", " ", " x", "x ", "x\n", "\u3000x")
         ),
         *((f"a{c}b", "may not hold") for c in '<>:"|?*\\\0\n\t\x7f\x9f\ud800\udfff\u202e\u200b\ufeff'),
-        ("x" * (LONGEST + 1), f"{LONGEST} bytes, and this one has {LONGEST + 1}"),
-        ("ä" * (LONGEST // 2 + 1), "bytes"),
+        ("x" * (LONGEST_NAME + 1), f"{LONGEST_NAME} bytes, and this one has {LONGEST_NAME + 1}"),
+        ("ä" * (LONGEST_NAME // 2 + 1), "bytes"),
     ],
 )
 def test_names_that_some_system_refuses(name, reason):

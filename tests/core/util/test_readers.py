@@ -84,7 +84,7 @@ def test_aliases_do_not_multiply(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", [*FOREIGN, *(f'{{"version": {fastest.VERSION}, "choices": {deep}}}' for deep in DEEP)]
+    "text", [*FOREIGN, *(f'{{"version": {fastest.FILE_VERSION}, "choices": {deep}}}' for deep in DEEP)]
 )
 def test_the_file_of_what_is_fastest_is_measured_again(tmp_path, text):
     (tmp_path / "fastest.json").write_text(text)

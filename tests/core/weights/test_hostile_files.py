@@ -24,7 +24,7 @@ from deltaconv_core import (
     load_checkpoint,
     save_checkpoint,
 )
-from deltaconv_core.weights.layout import DTYPES, LARGEST_HEADER
+from deltaconv_core.weights.layout import DTYPES_BY_CODE, LARGEST_HEADER
 from deltaconv_core.weights.safefile import read_file, read_header
 
 SITE = "mid_block.attentions.0.transformer_blocks.0.attn1"
@@ -46,7 +46,7 @@ def file(tmp_path):
 # ---- what the safetensors library reads, is read the same ----
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES_BY_CODE.values(), ids=DTYPES_BY_CODE)
 def test_tensors_as_the_library_reads_them(file, dtype):
     generator = torch.Generator().manual_seed(0)
     made = {

@@ -18,7 +18,7 @@ from deltaconv_core import (
     load_checkpoint,
     save_checkpoint,
 )
-from deltaconv_core.commands.inspect import summary
+from deltaconv_core.commands.inspect import lines_of
 from deltaconv_core.mixers.hybrid import HybridMixer, HybridSpec
 from deltaconv_core.sites.match import matching_sites
 from deltaconv_core.weights.authors_write import save_authors
@@ -149,7 +149,7 @@ def test_a_folder_of_them_says_what_they_are(path, tmp_path):
 
 
 def test_inspect_shows_them(path):
-    text = "\n".join(summary(load_checkpoint(path)))
+    text = "\n".join(lines_of(load_checkpoint(path)))
     assert "landmarks  Nyström" in text and f"attention stays at {KEPT}: the best mixer" in text
     row = next(line for line in text.splitlines() if line.startswith(SITE))
     assert row.split()[1:] == [

@@ -110,13 +110,13 @@ def test_a_stopped_run_goes_on_bit_by_bit(run, tmp_path, monkeypatch, capsys):
 
     options = {"layer_steps": 3, "output_steps": 2, "caption_dropout": 0.5, "accumulation": 2}
     assert run(output="whole", **options) == 0
-    go = progress.Progress.__call__
+    go = progress.ProgressBar.__call__
 
     def stopping(self, row):
         self.stop.asked = row.step == 4
         go(self, row)
 
-    monkeypatch.setattr(progress.Progress, "__call__", stopping)
+    monkeypatch.setattr(progress.ProgressBar, "__call__", stopping)
     assert run(output="stopped", **options) == 130
     assert "The same command resumes it" in capsys.readouterr().out
     assert load_checkpoint(tmp_path / "stopped/deltaconv.safetensors").metadata["steps"] == "4"

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 
 from deltaconv_core.diffusers.distill import samples as samples_module
-from deltaconv_core.diffusers.distill.accelerated import Processes
+from deltaconv_core.diffusers.distill.accelerated import AcceleratedProcesses
 from deltaconv_core.diffusers.distill.batches import Batches
 from deltaconv_core.diffusers.distill.buckets import corner, fit, make_buckets, nearest
 from deltaconv_core.diffusers.distill.cache import Cache, read
 from deltaconv_core.diffusers.distill.families import Cut, PixArt, StableDiffusionXL
 from deltaconv_core.diffusers.distill.options import Options
 from deltaconv_core.diffusers.distill.pictures import find_pictures, open_picture
-from deltaconv_core.diffusers.distill.samples import Sample, Samples, encode
+from deltaconv_core.diffusers.distill.samples import Sample, Samples, encode_samples
 from deltaconv_core.diffusers.distill.teacher import load_teacher
 from deltaconv_core.errors import DeltaConvError
 from testing.distill_command import SIZES, draw, save_pipeline
@@ -345,7 +345,7 @@ class Alone:
     def __init__(self, number=0, count=1):
         self.number, self.count = number, count
 
-    part = Processes.part
+    part = AcceleratedProcesses.part
 
     def wait(self):
         pass
@@ -383,7 +383,7 @@ def encoded(model, data, cache, resolution=32, processes=None):
     options = Options(model=model, data=data)
     teacher = load_teacher(options, torch.float32)
     parts = Cache(cache), processes or Alone(), lambda items, what: items
-    return teacher, encode(teacher, find_pictures(data), (resolution, 2.0), *parts)
+    return teacher, encode_samples(teacher, find_pictures(data), (resolution, 2.0), *parts)
 
 
 def test_only_what_changed_is_encoded_again(models, tmp_path, counted):

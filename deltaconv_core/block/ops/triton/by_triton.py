@@ -14,7 +14,7 @@ from ....util.compiling import constant_result
 from ..backend import Size
 from ..by_torch import TorchBackend, shrink, stage_size
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TAKEN_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST_TRITON = 3
 OLDEST_GPU = (8, 0)  # compute capability; triton supports no older one
 LARGEST_KERNEL = 31  # all taps of a row are unrolled
@@ -27,7 +27,7 @@ class TritonBackend:
 
     def why_not(self, x: Tensor) -> str | None:
         """None if the kernels run on tensors like x; otherwise the reason, as a clause."""
-        if x.dtype not in DTYPES:
+        if x.dtype not in TAKEN_DTYPES:
             return f"x is {_name(x.dtype)} and the kernels take float16, bfloat16 and float32"
         reason: str | None = _why_not_on(x.device.type, x.device.index)
         return reason

@@ -9,7 +9,7 @@ import pytest
 
 from deltaconv_core import BlockSpec, Checkpoint, DeltaConvBlock, save_checkpoint
 from deltaconv_core.cli import main
-from deltaconv_core.commands.output import check_file, check_folder
+from deltaconv_core.commands.writable import check_file, check_folder
 from deltaconv_core.errors import DeltaConvError
 
 SITE = "mid_block.attentions.0.transformer_blocks.0.attn1"

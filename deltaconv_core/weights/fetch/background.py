@@ -15,16 +15,14 @@ from .part import Part
 
 Progress = Callable[[int, "int | None"], object]
 Cancelled = Callable[[], "bool | None"]
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 INTERVAL = 0.1  # seconds
 
 
-def watch(
-    work: Callable[[], Result], part: Part, progress: Progress | None, check: Callable[[], None]
-) -> Result:
+def watch(work: Callable[[], T], part: Part, progress: Progress | None, check: Callable[[], None]) -> T:
     """Run `work`, which writes into `part`, and return its result or raise its error."""
-    results: list[Result] = []
+    results: list[T] = []
     errors: list[BaseException] = []
 
     def run() -> None:

@@ -9,7 +9,7 @@ from ...block.spec import BlockSpec
 from ...distill.run_folder import State
 from ...weights.checkpoint import Checkpoint, assemble_blocks, save_checkpoint
 
-RESULT, OPTIONS = "deltaconv.safetensors", "config.json"
+RESULT_FILE, OPTIONS_FILE = "deltaconv.safetensors", "config.json"
 
 
 def write_result(
@@ -28,6 +28,6 @@ def write_result(
         metadata: of the checkpoint.
         state: as it was saved.
     """
-    result = folder / RESULT
+    result = folder / RESULT_FILE
     blocks = assemble_blocks(str(result), specs, state.learned)
     save_checkpoint(Checkpoint(architecture, blocks, {}, {**metadata, "steps": str(state.step)}), result)
