@@ -19,6 +19,7 @@ COMMANDS = {
     "convert": "read a checkpoint of any known form and write it in another",
     "locality": "show how local a diffusers model's self-attention is",
     "bench": "measure what self-attention and ΔConv cost on this machine",
+    "convert-model": "replace a diffusers model's self-attention by hybrid mixers, in minutes, untrained",
     "distill": "train ΔConv blocks to stand in for a model's self-attention",
 }
 
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         if name in given:
-            module = import_module(f".commands.{name}", __package__)
+            module = import_module(f".commands.{name.replace('-', '_')}", __package__)
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     options = parser.parse_args(given)

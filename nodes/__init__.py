@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .benchmark import Benchmark
 from .compare import Compare
+from .convert_model import ConvertModel
 from .demo_model import DemoLatent, DemoModel
 from .demo_prompt import DemoPrompt
 from .distill import Distill
@@ -25,6 +26,7 @@ class DeltaConvExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             PatchModel,
+            ConvertModel,
             LoadWeights,
             Distill,
             SaveWeights,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from ..locality.result import LayerLocality
 from ..locality.sampled_steps import spread
 from ..locality.statistics import LayerStatistics
 from ..sites import select
+from .draw import draw
 from .sites import Sites, find_sites, network_of
 from .watch import watched
 
@@ -60,7 +60,15 @@ def look(pipeline: Any, settings: LookSettings, blocks: str = "all") -> tuple[st
     chosen = select(blocks, found.channels)
     statistics = {id: LayerStatistics(id, found.channels[id]) for id in chosen}
     with _watching(network, found, LocalityWatch(pipeline, settings.looks, statistics)), torch.no_grad():
-        _draw(pipeline, settings)
+        draw(
+            pipeline,
+            settings.prompt,
+            steps=settings.steps,
+            seed=settings.seed,
+            guidance_scale=1.0,
+            width=settings.width,
+            height=settings.height,
+        )
     return found.architecture, [one.result() for one in statistics.values()]
 
 
@@ -104,22 +112,3 @@ def _watching(network: nn.Module, found: Sites, watch: LocalityWatch) -> Iterato
             yield
     finally:
         handle.remove()
-
-
-def _draw(pipeline: Any, settings: LookSettings) -> None:
-    known = inspect.signature(type(pipeline).__call__).parameters
-    options = {
-        "num_inference_steps": settings.steps,
-        "guidance_scale": 1.0,
-        "width": settings.width,
-        "height": settings.height,
-        "generator": torch.Generator().manual_seed(settings.seed),
-        "output_type": "latent",
-        "use_resolution_binning": False,  # PixArt: the size that was asked for
-    }
-    try:
-        pipeline(settings.prompt, **{name: value for name, value in options.items() if name in known})
-    except DeltaConvError:
-        raise
-    except (ValueError, torch.cuda.OutOfMemoryError) as error:
-        raise DeltaConvError(f"the pipeline cannot draw this picture: {error}") from error

@@ -217,6 +217,9 @@ class HybridFit:
                 x = features(spec, q, k, v, grid, mask, rows[some])
                 _add(both[held_out], spec, x, answers[:, :, some])
 
+    # Parameters that were made in a host's inference mode could not be trained later.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def fitted(self) -> dict[str, list[Fitted]]:
         """Site id -> a mixer for each of its candidates. Sites that were never called are left out.
 

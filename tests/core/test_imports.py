@@ -37,7 +37,7 @@ def loaded():
 
 
 def commands(modules):
-    return {name for name in COMMANDS if f"deltaconv_core.commands.{name}" in modules}
+    return {name for name in COMMANDS if f"deltaconv_core.commands.{name.replace('-', '_')}" in modules}
 
 
 def test_the_library_loads_neither_the_compiler_nor_triton(loaded):

@@ -39,12 +39,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     groups = {part: parser.add_argument_group(part) for part in PARTS}
     for one in OPTIONS.values():
-        group = groups[About.of(one).part]
-        common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text(one).replace("%", "%%")}
-        if KINDS[one.name] is SWITCH:
-            group.add_argument(flag(one.name), action=argparse.BooleanOptionalAction, **common)
-        else:
-            group.add_argument(flag(one.name), metavar=_placeholder(one), type=_reader(one), **common)
+        add_option(groups[About.of(one).part], one)
+
+
+def add_option(group: argparse._ActionsContainer, one: Field[Any]) -> None:
+    """Adds one of `OPTIONS`."""
+    common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text(one).replace("%", "%%")}
+    if KINDS[one.name] is SWITCH:
+        group.add_argument(flag(one.name), action=argparse.BooleanOptionalAction, **common)
+    else:
+        group.add_argument(flag(one.name), metavar=_placeholder(one), type=_reader(one), **common)
 
 
 def flag(name: str) -> str:

@@ -21,6 +21,17 @@ from .options import PREDICTIONS, Options
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from; fields as in `Options`, which may stand in for it."""
+
+    model: Path
+    variant: str | None = None
+    model_config: Path | None = None
+    tokenizer: Path | None = None
+    prediction: str | None = None
+
+
 @dataclass
 class Teacher:
     """A pipeline and what training has to know of it.
@@ -74,11 +85,11 @@ class Teacher:
         self.pipeline = None
 
 
-def load_teacher(options: Options, dtype: torch.dtype) -> Teacher:
+def load_teacher(options: Options | Source, dtype: torch.dtype) -> Teacher:
     """Loads the teacher that the options name.
 
     Args:
-        options: of the run.
+        options: of the run, or the model alone.
         dtype: of its weights; the VAE's are float32.
 
     Raises:
@@ -132,7 +143,7 @@ def _check_libraries() -> None:
         quiet.disable_progress_bar()
 
 
-def _from_folder(options: Options, dtype: torch.dtype) -> Any:
+def _from_folder(options: Options | Source, dtype: torch.dtype) -> Any:
     leave_out = _left_out(read_index(options.model))
     import diffusers
 
@@ -145,7 +156,7 @@ def _from_folder(options: Options, dtype: torch.dtype) -> Any:
         return load_pipeline(options.model, dtype, options.variant, vae=vae, **leave_out)
 
 
-def _from_file(options: Options, dtype: torch.dtype) -> Any:
+def _from_file(options: Options | Source, dtype: torch.dtype) -> Any:
     if not os.path.isfile(options.model):
         raise DeltaConvError(
             f"expected model to be the folder of a diffusers pipeline or a .safetensors file; there is no "
@@ -173,7 +184,9 @@ def _left_out(parts: dict[str, Any]) -> dict[str, Any]:
     return without | ({"requires_safety_checker": False} if "safety_checker" in parts else {})
 
 
-def _out_of_one_file(options: Options, folder: Path, dtype: torch.dtype, given: dict[str, Any]) -> Any:
+def _out_of_one_file(
+    options: Options | Source, folder: Path, dtype: torch.dtype, given: dict[str, Any]
+) -> Any:
     import diffusers
 
     parts = read_index(folder)

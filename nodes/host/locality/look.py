@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
-import comfy.sample
-import comfy.samplers
 import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -20,16 +16,11 @@ from ....deltaconv_core.locality.sampled_steps import spread
 from ....deltaconv_core.sites import select
 from ..model.attend import Forward, intercepted
 from ..model.joint import JointSite, JointSites, Tokens, find_joint_sites
-from ..model.sampler_call import COMPILED
-from ..model.sites import Site, Sites, find_sites, network_of, uncompiled
+from ..model.sites import find_sites, network_of
 from ..model.standing import check_reach, own_forward
-from ..patch.applied import without_blocks
-from ..patch.conflicts import GUIDANCE_KEYS
+from ..watch import fitting, plain, sample, watch_sites
 
 LOOK_KEY = "deltaconv_look"
-
-CFG_KEYS = ("disable_cfg1_optimization", *GUIDANCE_KEYS)
-"""ComfyUI's keys of all that changes what guidance does (PAG, SAG, RescaleCFG, ...)."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +71,12 @@ def look(model: Any, positive: Any, latent: dict[str, Any], settings: LookSettin
     Raises:
         DeltaConvError: a MODEL whose attention cannot be looked at, or a selection that names no site.
     """
-    clone = _plain(model)
+    clone = plain(model)
     joint = find_joint_sites(network_of(clone))
     found = find_sites(clone) if joint is None else None
     channels = found.channels if found else {id: site.channels for site in joint.sites for id in site.ids}
     chosen = select(settings.blocks, channels)
-    samples = _fitting(clone, latent)
+    samples = fitting(clone, latent)
     paths = [found.sites[id].path for id in chosen] if found else [site.path for site in joint.sites]
     check_reach(clone, paths, "look at the MODEL without that node")
     at = spread(settings.steps, settings.looks)
@@ -93,24 +84,23 @@ def look(model: Any, positive: Any, latent: dict[str, Any], settings: LookSettin
         {id: channels[id] for id in chosen}, total=settings.steps + len(at) * len(chosen)
     )
     if found:
-        _watch_sites(clone, watch, found, chosen)
+        sites = [found.sites[id] for id in chosen]
+        watch_sites(clone, sites, watch.see_site, lambda: watch.moment is not None)
     else:
         _watch_joint(clone, watch, joint)
     try:
-        _sample(clone, positive, samples, settings, lambda step: watch.turn_to(step, at, settings.steps))
+        sample(
+            clone,
+            {"positive": positive},
+            samples,
+            settings.steps,
+            settings.seed,
+            lambda step: watch.turn_to(step, at, settings.steps),
+        )
     finally:
         clone.unpatch_model(unpatch_weights=False)
     size = (samples.shape[-2], samples.shape[-1])
     return _result(watch, found.architecture if found else joint.name, size, found is not None)
-
-
-def _plain(model: Any) -> Any:
-    """A clone without ΔConv, compiled code, which would hide the attention, and additions to guidance."""
-    clone = uncompiled(without_blocks(model).clone())
-    clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILED)
-    for key in CFG_KEYS:
-        clone.model_options.pop(key, None)
-    return clone
 
 
 @dataclass
@@ -134,6 +124,18 @@ class LocalityWatch:
         if step:
             self.bar.update(1)
 
+    def see_site(
+        self,
+        id: str,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        grid: tuple[int, int],
+        mask: torch.Tensor | None,
+    ) -> None:
+        """A call of an attention among the tokens of the picture alone."""
+        self.see(id, q, k, grid, slice(0, q.shape[2]), mask)
+
     def see(
         self,
         id: str,
@@ -147,28 +149,6 @@ class LocalityWatch:
         if id in self.statistics:
             self.statistics[id].add(q, k, grid, self.moment, image, mask)
             self.bar.update(1)
-
-
-def _watch_sites(clone: Any, watch: LocalityWatch, found: Sites, chosen: tuple[str, ...]) -> None:
-    for id in chosen:
-        site = found.sites[id]
-        clone.add_object_patch(
-            f"{site.path}.forward", _watched(watch, site, own_forward(clone.model, site.path))
-        )
-
-
-def _watched(watch: LocalityWatch, site: Site, forward: Forward) -> Forward:
-    def run(x: torch.Tensor, *args: Any, **call: Any) -> torch.Tensor:
-        if watch.moment is None:
-            return forward(x, *args, **call)
-        grid = site.grid_of(x, call)
-
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> None:
-            watch.see(site.id, q, k, grid, slice(0, q.shape[2]), mask)
-
-        return intercepted(forward, attend)(x, *args, **call)
-
-    return run
 
 
 def _watch_joint(clone: Any, watch: LocalityWatch, found: JointSites) -> None:
@@ -195,35 +175,6 @@ def _watched_joint(watch: LocalityWatch, site: JointSite, forward: Forward) -> F
         return intercepted(forward, attend)(*args, **call)
 
     return run
-
-
-def _fitting(model: Any, latent: dict[str, Any]) -> torch.Tensor:
-    """An empty latent in the model's channels and, where this ComfyUI knows how, at the model's scale."""
-    fix = comfy.sample.fix_empty_latent_channels
-    known = {name: latent[name] for name in inspect.signature(fix).parameters if name in latent}
-    return fix(model, latent["samples"], **known)
-
-
-def _sample(
-    clone: Any, positive: Any, samples: torch.Tensor, settings: LookSettings, turn_to: Callable[[int], None]
-) -> None:
-    """Euler steps from noise to picture, without guidance: one call of the network each."""
-    noise = comfy.sample.prepare_noise(samples, settings.seed)
-    schedule = clone.get_model_object("model_sampling")
-    sigmas = comfy.samplers.calculate_sigmas(schedule, "simple", settings.steps)
-    guider = comfy.samplers.CFGGuider(clone)
-    guider.inner_set_conds({"positive": positive})
-    guider.set_cfg(1.0)
-    turn_to(0)
-    guider.sample(
-        noise,
-        samples,
-        comfy.samplers.sampler_object("euler"),
-        sigmas,
-        callback=lambda step, *_: turn_to(step + 1),
-        disable_pbar=True,
-        seed=settings.seed,
-    )
 
 
 def _result(watch: LocalityWatch, architecture: str, size: tuple[int, int], replaceable: bool) -> Look:

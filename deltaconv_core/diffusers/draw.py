@@ -1,0 +1,38 @@
+"""Having a diffusers pipeline draw a picture, as far as its latent."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from ..errors import DeltaConvError
+
+
+def draw(pipeline: Any, prompt: str, *, steps: int, seed: int, **options: Any) -> None:
+    """Draws, and drops the picture.
+
+    Args:
+        pipeline: of diffusers.
+        prompt: of the picture.
+        steps: of the sampling.
+        seed: of the noise.
+        options: of the pipeline's call; those that it does not know are left out.
+
+    Raises:
+        DeltaConvError: a picture that it cannot draw.
+    """
+    known = inspect.signature(type(pipeline).__call__).parameters
+    options |= {
+        "num_inference_steps": steps,
+        "generator": torch.Generator().manual_seed(seed),
+        "output_type": "latent",
+        "use_resolution_binning": False,  # PixArt: the size that was asked for
+    }
+    try:
+        pipeline(prompt, **{name: value for name, value in options.items() if name in known})
+    except DeltaConvError:
+        raise
+    except (ValueError, torch.cuda.OutOfMemoryError) as error:
+        raise DeltaConvError(f"the pipeline cannot draw this picture: {error}") from error
