@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..deltaconv_core.distill.conversion import QUALITY, SPEED, Wishes
-from .host.distill.conversion import Job, convert
+from .host.distill.conversion import ConversionJob, convert
 from .host.report import tell
 from .sockets import BLOCKS_TOOLTIP, CATEGORY, Weights
 
@@ -121,7 +121,7 @@ class ConvertModel(io.ComfyNode):
         calibration_seed: int = 0,
     ) -> io.NodeOutput:
         limit = max_error if budget == QUALITY else max_time
-        job = Job(Wishes(budget, limit, pictures, calibration_seed), steps, blocks)
+        job = ConversionJob(Wishes(budget, limit, pictures, calibration_seed), steps, blocks)
         done = convert(model, positive, negative, latent, job, cls.hidden)
         tell(done.report, cls.hidden)
         return io.NodeOutput(done.model, done.checkpoint, done.table, ui=ui.PreviewText(done.table))

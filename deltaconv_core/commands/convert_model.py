@@ -13,7 +13,7 @@ from ..distill.conversion import QUALITY, SPEED, Wishes
 from ..errors import DeltaConvError
 from ..util.devices import DTYPES, pick_device
 from ..weights.checkpoint import save_checkpoint
-from .output import check_file
+from .writable import check_file
 
 SOURCE = ("model", "variant", "model_config", "tokenizer", "prediction")
 
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     check_file(options.output, "--output")
     # What these need is optional.
     from ..diffusers.conversion import Pictures, convert
-    from ..diffusers.distill.teacher import Source, fingerprint, load_teacher
+    from ..diffusers.distill.teacher import Source, load_teacher, weights_fingerprint
     from ..distill import conversion_report
 
     given = {name: getattr(options, name) for name in SOURCE if hasattr(options, name)}
@@ -92,9 +92,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"picture {count} of {wishes.pictures}", file=sys.stderr, flush=True)
 
     found, result = convert(teacher.pipeline, pictures, wishes, options.blocks, done)
-    print(printable_lines(conversion_report.text(result, (width, height), options.steps)))
+    print(printable_lines(conversion_report.report_text(result, (width, height), options.steps)))
     metadata = {
-        "teacher": f"{options.model.resolve().name} {fingerprint(teacher.network)}",
+        "teacher": f"{options.model.resolve().name} {weights_fingerprint(teacher.network)}",
         "source": "converted with python -m deltaconv_core convert-model",
         "pictures": f"{wishes.pictures} of {width}x{height}, {options.steps} steps",
     }

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..distill import conversion
 from ..distill.conversion import Conversion, Wishes
-from ..distill.hybrid import See
+from ..distill.hybrid import SeeCall
 from ..errors import DeltaConvError
 from ..sites import select
 from .applied import blocks_on
-from .draw import draw
+from .draw import draw_picture
 from .projections import check_plain
 from .sites import Sites, find_sites, network_of
 from .watch import watched
@@ -85,10 +85,12 @@ def convert(
     def sample(number: int) -> None:
         prompt = pictures.prompts[number % len(pictures.prompts)]
         with torch.no_grad():
-            draw(pipeline, prompt, steps=pictures.steps, seed=wishes.seed + number, **pictures.options())
+            draw_picture(
+                pipeline, prompt, steps=pictures.steps, seed=wishes.seed + number, **pictures.options()
+            )
 
     @contextmanager
-    def watching(see: See) -> Iterator[None]:
+    def watching(see: SeeCall) -> Iterator[None]:
         def of_keys(
             id: str, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], mask: Tensor | None
         ) -> None:
@@ -97,4 +99,4 @@ def convert(
         with watched(found, chosen, of_keys):
             yield
 
-    return found, conversion.convert(sites, watching, sample, wishes, on_picture=on_picture)
+    return found, conversion.fit_and_choose(sites, watching, sample, wishes, on_picture=on_picture)

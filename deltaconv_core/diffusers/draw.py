@@ -10,7 +10,7 @@ import torch
 from ..errors import DeltaConvError
 
 
-def draw(pipeline: Any, prompt: str, *, steps: int, seed: int, **options: Any) -> None:
+def draw_picture(pipeline: Any, prompt: str, *, steps: int, seed: int, **options: Any) -> None:
     """Draws, and drops the picture.
 
     Args:

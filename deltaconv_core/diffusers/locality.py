@@ -15,7 +15,7 @@ from ..locality.result import LayerLocality
 from ..locality.sampled_steps import spread
 from ..locality.statistics import LayerStatistics
 from ..sites import select
-from .draw import draw
+from .draw import draw_picture
 from .sites import Sites, find_sites, network_of
 from .watch import watched
 
@@ -60,7 +60,7 @@ def look(pipeline: Any, settings: LookSettings, blocks: str = "all") -> tuple[st
     chosen = select(blocks, found.channels)
     statistics = {id: LayerStatistics(id, found.channels[id]) for id in chosen}
     with _watching(network, found, LocalityWatch(pipeline, settings.looks, statistics)), torch.no_grad():
-        draw(
+        draw_picture(
             pipeline,
             settings.prompt,
             steps=settings.steps,

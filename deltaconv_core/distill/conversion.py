@@ -27,19 +27,19 @@ from ..errors import DeltaConvError
 from ..mixers.hybrid import HybridMixer, HybridSpec
 from ..mixers.hybrid.cells import cells_of
 from ..weights.checkpoint import Checkpoint
-from .budget import Decision, Site, within_cost, within_error
-from .hybrid import Chosen, Fitted, HybridFit, See, Settings, choose, fit_hybrids
+from .budget import Attention, Decision, within_cost, within_error
+from .hybrid import Chosen, FitSettings, Fitted, HybridFit, SeeCall, choose, fit_hybrids
 
 QUALITY, SPEED = "quality", "speed"
 LANDMARKS = (36, 64, 144, 256, 576)
-POOLED = (64, 144)
+PLAIN_LANDMARKS = (64, 144)
 FASTER = 0.95
 """A mixer counts as faster where it takes less than this part of attention's time: measuring is not exact."""
-REPEATS = 3
-PATIENCE = 10.0
+TIMED_CALLS = 3
+LONGEST_CALL = 10.0
 """Seconds: longer calls at twice the size are not timed but reckoned from those at the size itself."""
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attending = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of q, k, v (B, heads, N, d) -> the answers in any layout, as the model computes it."""
 
 
@@ -54,7 +54,7 @@ def candidates(dim: int, heads: int, head_dim: int) -> list[HybridSpec]:
     local: dict[str, Any] = {"nystrom": "none", "kernel_size": 5, "mean": True}
     return [
         *(HybridSpec(dim, heads, head_dim, landmarks=n) for n in LANDMARKS),
-        *(HybridSpec(dim, heads, head_dim, landmarks=n, **local) for n in POOLED),
+        *(HybridSpec(dim, heads, head_dim, landmarks=n, **local) for n in PLAIN_LANDMARKS),
     ]
 
 
@@ -83,13 +83,13 @@ class Wishes:
             raise DeltaConvError(f"expected a budget of {QUALITY!r} or {SPEED!r}, got {self.budget!r}")
         self.decide({})
 
-    def decide(self, sites: Mapping[str, Site]) -> dict[str, Decision]:
+    def decide(self, sites: Mapping[str, Attention]) -> dict[str, Decision]:
         """What the budget says."""
         return (within_error if self.budget == QUALITY else within_cost)(sites, self.limit)
 
 
 @dataclass(frozen=True)
-class Layer:
+class ConvertedLayer:
     """One self-attention, and what became of it.
 
     Args:
@@ -125,7 +125,7 @@ class Conversion:
 
     mixers: dict[str, HybridMixer]
     kept: dict[str, str]
-    layers: list[Layer]
+    layers: list[ConvertedLayer]
     picture: float
     wishes: Wishes
     more: int
@@ -165,12 +165,12 @@ class Conversion:
         return Checkpoint(architecture, self.mixers, metadata=texts, kept=kept)
 
 
-def convert(
+def fit_and_choose(
     sites: Mapping[str, Sequence[HybridSpec]],
-    watched: Callable[[See], AbstractContextManager[None]],
+    watched: Callable[[SeeCall], AbstractContextManager[None]],
     sample: Callable[[int], None],
     wishes: Wishes,
-    attend: Attend = F.scaled_dot_product_attention,
+    attend: Attending = F.scaled_dot_product_attention,
     check: Callable[[], object] = lambda: None,
     on_picture: Callable[[int], None] | None = None,
 ) -> Conversion:
@@ -186,7 +186,7 @@ def convert(
     Raises:
         DeltaConvError: a budget or number of pictures out of range, or no attention that was ever called.
     """
-    settings = Settings(seed=wishes.seed)
+    settings = FitSettings(seed=wishes.seed)
     if wishes.pictures < settings.held_out:
         raise DeltaConvError(
             f"expected at least {settings.held_out} calibration pictures, of which one in "
@@ -213,7 +213,9 @@ def convert(
         mixer = None if number is None else some[number].mixer.spec
         error = 0.0 if number is None else some[number].error
         seconds, larger = ((known[site][None], known[site][mixer]) for known in (here, twice))
-        layers.append(Layer(site, fit.grids[site], mixer, error, meter.counts[site], seconds, larger))
+        layers.append(
+            ConvertedLayer(site, fit.grids[site], mixer, error, meter.counts[site], seconds, larger)
+        )
     more = len(later.mixers.keys() - chosen.mixers.keys())
     return Conversion(chosen.mixers, chosen.kept, layers, statistics.median(meter.pictures), wishes, more)
 
@@ -293,7 +295,7 @@ class _Times:
         check: called before each call that is timed.
     """
 
-    def __init__(self, calls: Mapping[str, _Call], attend: Attend, check: Callable[[], object]) -> None:
+    def __init__(self, calls: Mapping[str, _Call], attend: Attending, check: Callable[[], object]) -> None:
         self.calls, self.attend, self.check = calls, attend, check
         self._known: dict[tuple[_Call, Sequence[HybridSpec]], dict[HybridSpec | None, float]] = {}
 
@@ -316,10 +318,10 @@ class _Times:
                 reckoned = {
                     spec: seconds * (16 if spec is None else 4) for spec, seconds in self(site, specs).items()
                 }
-                quick = [spec for spec in all_of_them if reckoned[spec] <= PATIENCE]
+                quick = [spec for spec in all_of_them if reckoned[spec] <= LONGEST_CALL]
                 self._known[key] = reckoned | self._timed(whole, quick, 1)
             else:
-                self._known[key] = self._timed(whole, all_of_them, REPEATS)
+                self._known[key] = self._timed(whole, all_of_them, TIMED_CALLS)
         return self._known[key]
 
     @torch.no_grad()

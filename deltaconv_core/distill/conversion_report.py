@@ -10,7 +10,7 @@ from ..util.text import markdown
 from .conversion import QUALITY, Conversion
 
 
-def summary(conversion: Conversion, size: tuple[int, int], steps: int) -> list[str]:
+def summary_lines(conversion: Conversion, size: tuple[int, int], steps: int) -> list[str]:
     """What was replaced, and what a picture costs.
 
     Args:
@@ -42,7 +42,7 @@ def summary(conversion: Conversion, size: tuple[int, int], steps: int) -> list[s
 
 
 def table(conversion: Conversion, size: tuple[int, int]) -> list[str]:
-    """A line of Markdown for each self-attention; `size` as for `summary`."""
+    """A line of Markdown for each self-attention; `size` as for `summary_lines`."""
     larger = "{} x {}".format(*(2 * side for side in size))
     rows = []
     for layer in conversion.layers:
@@ -51,7 +51,7 @@ def table(conversion: Conversion, size: tuple[int, int]) -> list[str]:
             {
                 "layer": short_name(layer.site),
                 "tokens": "{} x {}".format(*layer.grid),
-                "stands there": describe(layer.mixer),
+                "stands there": in_words(layer.mixer),
                 "error": f"{layer.error:.3f}" if mixed else "",
                 "attention ms": _ms(layer.seconds[0]),
                 "mixer ms": _ms(layer.seconds[1]) if mixed else "",
@@ -62,14 +62,20 @@ def table(conversion: Conversion, size: tuple[int, int]) -> list[str]:
     return markdown(rows)
 
 
-def text(conversion: Conversion, size: tuple[int, int], steps: int) -> str:
-    """All of it, and why attention stays where it does; arguments as for `summary`."""
+def report_text(conversion: Conversion, size: tuple[int, int], steps: int) -> str:
+    """All of it, and why attention stays where it does; arguments as for `summary_lines`."""
     kept = [f"Attention stays at {short_name(site)}: {why}." for site, why in conversion.kept.items()]
-    lines = [*summary(conversion, size, steps), "", *table(conversion, size), *([""] if kept else []), *kept]
+    lines = [
+        *summary_lines(conversion, size, steps),
+        "",
+        *table(conversion, size),
+        *([""] if kept else []),
+        *kept,
+    ]
     return "\n".join(lines)
 
 
-def describe(spec: HybridSpec | None) -> str:
+def in_words(spec: HybridSpec | None) -> str:
     """A mixer in a few words."""
     if spec is None:
         return "attention"

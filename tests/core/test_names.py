@@ -30,6 +30,8 @@ SAME = {
 """By name, the one idea for which it stands in several places."""
 SAME_FILES = {
     "distill": "the command, the node",
+    "convert_model": "the command, the node",
+    "conversion": "what hosts of a conversion share, and each host's part",
     "locality": "the command, the node, the pass through a pipeline",
     "neighborhood": "the mixer, the node, its patch",
     "base_weights": "which differ from a MODEL's, and putting them on in either host",

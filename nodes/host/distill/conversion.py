@@ -15,7 +15,7 @@ import torch
 from ....deltaconv_core.bench import LATENT
 from ....deltaconv_core.distill import conversion, conversion_report
 from ....deltaconv_core.distill.conversion import Conversion, Wishes
-from ....deltaconv_core.distill.hybrid import See
+from ....deltaconv_core.distill.hybrid import SeeCall
 from ....deltaconv_core.errors import DeltaConvError
 from ....deltaconv_core.sites import select
 from ....deltaconv_core.sites.sampling_range import SamplingRange
@@ -28,11 +28,11 @@ from ..report import Report, show
 from ..watch import fitting, plain, sample, watch_sites
 
 GUIDANCE = 4.0
-REMEDY = "convert the MODEL without that node"
+CONVERT_REMEDY = "convert the MODEL without that node"
 
 
 @dataclass(frozen=True)
-class Job:
+class ConversionJob:
     """What the user chose.
 
     Args:
@@ -64,7 +64,7 @@ class Converted:
 
 
 def convert(
-    model: Any, positive: Any, negative: Any, latent: dict[str, Any], job: Job, hidden: Any
+    model: Any, positive: Any, negative: Any, latent: dict[str, Any], job: ConversionJob, hidden: Any
 ) -> Converted:
     """Converts a MODEL, which stays as it is, also when the user stops it.
 
@@ -82,7 +82,7 @@ def convert(
     clone = plain(model)
     found = find_sites(clone)
     chosen = select(job.blocks, found.channels)
-    check_reach(clone, (found.sites[id].path for id in chosen), REMEDY)
+    check_reach(clone, (found.sites[id].path for id in chosen), CONVERT_REMEDY)
     samples = fitting(clone, latent)[:1]
     done = _fit(clone, found, chosen, (positive, negative), samples, job, hidden)
     metadata = {
@@ -94,13 +94,13 @@ def convert(
     checkpoint = done.checkpoint(found.architecture, found.channels, metadata)
     pixels = getattr(model.model.latent_format, "spacial_downscale_ratio", LATENT)
     size = (samples.shape[-1] * pixels, samples.shape[-2] * pixels)
-    lines, warnings = conversion_report.summary(done, size, job.steps), []
+    lines, warnings = conversion_report.summary_lines(done, size, job.steps), []
     if checkpoint.blocks:
         settings = PatchSettings("all", SamplingRange(), None)
         model, patched = apply_checkpoint(model, found, checkpoint, settings)
         warnings = list(patched.warnings)
     return Converted(
-        model, checkpoint, Report(lines, warnings), conversion_report.text(done, size, job.steps)
+        model, checkpoint, Report(lines, warnings), conversion_report.report_text(done, size, job.steps)
     )
 
 
@@ -110,7 +110,7 @@ def _fit(
     chosen: tuple[str, ...],
     conditions: tuple[Any, Any],
     samples: torch.Tensor,
-    job: Job,
+    job: ConversionJob,
     hidden: Any,
 ) -> Conversion:
     positive, negative = conditions
@@ -128,7 +128,7 @@ def _fit(
         sample(clone, given, samples, steps, job.wishes.seed + number, turn_to, guidance)
 
     @contextmanager
-    def watched(see: See) -> Iterator[None]:
+    def watched(see: SeeCall) -> Iterator[None]:
         def of_keys(id: str, q: Any, k: Any, v: Any, grid: tuple[int, int], mask: Any) -> None:
             see(id, q, k, v, grid, _of_keys(id, mask, q))
 
@@ -144,7 +144,7 @@ def _fit(
 
     sites = {id: conversion.candidates(*_shape(clone, found.sites[id])) for id in chosen}
     check = comfy.model_management.throw_exception_if_processing_interrupted
-    return conversion.convert(sites, watched, draw, job.wishes, _attention_of(clone), check, drawn)
+    return conversion.fit_and_choose(sites, watched, draw, job.wishes, _attention_of(clone), check, drawn)
 
 
 def _shape(clone: Any, site: Site) -> tuple[int, int, int]:
@@ -166,7 +166,7 @@ def _of_keys(id: str, mask: torch.Tensor | None, q: torch.Tensor) -> torch.Tenso
     return mask[:, 0, 0].expand(len(q), -1)
 
 
-def _attention_of(clone: Any) -> conversion.Attend:
+def _attention_of(clone: Any) -> conversion.Attending:
     """ComfyUI's attention as the MODEL's layers call it, with what other nodes put in its place."""
     options = {OVERRIDE: clone.model_options["transformer_options"].get(OVERRIDE)}
     given = {"transformer_options": options} if options[OVERRIDE] else {}

@@ -9,7 +9,7 @@ import torch
 
 from deltaconv_core import DeltaConvError, load_checkpoint, save_checkpoint
 from deltaconv_core.distill import conversion, conversion_report
-from deltaconv_core.distill.conversion import Wishes, candidates, convert
+from deltaconv_core.distill.conversion import Wishes, candidates, fit_and_choose
 
 SMOOTH, ROUGH, SMALL = "smooth", "rough", "small"
 GRIDS = {SMOOTH: (16, 12), ROUGH: (16, 12), SMALL: (4, 4)}
@@ -62,7 +62,7 @@ def times(monkeypatch):
 
 def converted(wishes, model=None, **options):
     model = model or Model()
-    return convert(specs(), model.watched, model.sample, wishes, **options)
+    return fit_and_choose(specs(), model.watched, model.sample, wishes, **options)
 
 
 def test_the_fastest_mixer_within_the_error_stands_where_it_is_faster(times):
@@ -108,7 +108,7 @@ def test_the_report_reckons_with_the_times_of_the_layers(times):
     assert before - after == pytest.approx(2 * (0.1 - 0.02))
     rest = max(0, before - 6 * 0.1)
     assert result.twice == (pytest.approx(4 * rest + 0.6), pytest.approx(4 * rest + 0.6 - 0.16))
-    text = conversion_report.text(result, (128, 96), 5)
+    text = conversion_report.report_text(result, (128, 96), 5)
     assert "1 of 3 self-attentions are replaced" in text and "A picture of 256 x 192, 5 steps" in text
     assert (
         "| smooth |" in text
@@ -133,7 +133,7 @@ def test_what_does_not_fit_at_twice_the_size_is_told(times, monkeypatch):
 
     result = converted(Wishes(limit=0.1), attend=attend)
     assert result.layers[0].twice[0] == float("inf")
-    assert "out of memory before" in conversion_report.text(result, (128, 96), 5)
+    assert "out of memory before" in conversion_report.report_text(result, (128, 96), 5)
 
 
 def test_weights_of_it_say_why_attention_stays(times, tmp_path):
@@ -184,5 +184,5 @@ def test_refusals(times, wishes, message):
 
 
 def test_times_are_measured():
-    result = convert(specs(), (model := Model()).watched, model.sample, Wishes(limit=1.0))
+    result = fit_and_choose(specs(), (model := Model()).watched, model.sample, Wishes(limit=1.0))
     assert all(0 < layer.seconds[0] < 1 and 0 < layer.twice[0] < 10 for layer in result.layers)
