@@ -275,7 +275,7 @@ def _read_description(path: str, text: str) -> dict[str, Any]:
             f"{FORMAT} with {DELTACONV_KIND!r} and {MIXER_FORMAT} with {HYBRID_KIND!r}; update "
             "ComfyUI-DeltaConv"
         )
-    if mixer not in SPECS:
+    if not isinstance(mixer, str) or mixer not in SPECS:
         raise CheckpointError(
             f"{path} holds mixers of the kind {quoted(mixer)}, this program knows {', '.join(SPECS)}; update "
             "ComfyUI-DeltaConv"
