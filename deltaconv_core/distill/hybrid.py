@@ -14,6 +14,7 @@ of the Gram matrix's diagonal: with few pictures a mixer stays near its start.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -29,6 +30,7 @@ from ..mixers.hybrid import HybridMixer, HybridSpec
 from ..mixers.hybrid.features import count, features, unpack
 from ..mixers.hybrid.flops import hybrid_flops
 from ..util.foreign_json import parse_json
+from ..util.text import listing, quoted
 from ..weights.safefile import Pathlike, read_file, write_file
 from .budget import Attention, Decision, Option
 from .order import generator
@@ -117,13 +119,22 @@ class _Sums:
         return float((squares.clamp(min=0) / self.answers.sum()).sqrt())
 
     def solve(self, ridge: float) -> Tensor:
-        """(heads or channels, F): the change from the start."""
+        """(heads or channels, F): the change from the start.
+
+        Raises:
+            DeltaConvError: there is not one best change.
+        """
         size = self.gram.shape[-1]
         scale = self.gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
         eye = torch.eye(size, dtype=self.gram.dtype, device=self.gram.device)
         # Where nothing was seen, nothing is changed.
         added = torch.where(scale > 0, ridge * scale, 1)[:, None, None] * eye
-        factor = torch.linalg.cholesky(self.gram + added)
+        factor, failed = torch.linalg.cholesky_ex(self.gram + added)
+        if failed.any():
+            raise DeltaConvError(
+                f"the sums of a fit do not have one best solution with a ridge of {ridge:g}; choose a larger "
+                "one, show the model more pictures, or remove the state of the fit, if it was damaged"
+            )
         return torch.cholesky_solve(self.products[..., None], factor)[..., 0]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -257,20 +268,14 @@ class HybridFit:
         Raises:
             CheckpointError: the place cannot be written, or a sum is not finite.
         """
-        tensors = {
-            f"{site}/{number}/{which}/{name}": tensor
-            for site, sums in self._sums.items()
-            for number, both in enumerate(sums)
-            for which, one in enumerate(both)
-            for name, tensor in one.tensors().items()
-        }
-        write_file(path, tensors, {FIT_KEY: json.dumps(self._described() | {"picture": self.number})})
+        described = self._described() | {"picture": self.number}
+        write_file(path, _named(self._sums), {FIT_KEY: json.dumps(described)})
 
     def restore(self, path: Pathlike) -> None:
         """Takes over saved sums; the next picture is number `pictures`.
 
         Raises:
-            CheckpointError: no such file, or another kind of file.
+            CheckpointError: no such file, another kind of file, or a damaged one; nothing was taken over.
             DeltaConvError: the sums are of other candidates or settings.
         """
         header, tensors = read_file(path)
@@ -287,11 +292,45 @@ class HybridFit:
                 f"the fit in {path} was started with other {', '.join(other)}; continue it with the same, or "
                 "choose another place"
             )
-        self.number = number
-        self.grids = {site: (grid[0], grid[1]) for site, grid in grids.items()}
-        for name, tensor in tensors.items():
-            site, candidate, which, part = name.split("/")
-            getattr(self._of(site, tensor.device)[int(candidate)][int(which)], part).copy_(tensor)
+        try:
+            grids = _checked_grids(number, grids)
+            sums = self._checked_sums(grids, tensors)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} is not a whole state of a fit ({error}); remove it to start from the first picture"
+            ) from error
+        self.number, self.grids, self._sums = number, grids, sums
+
+    def _checked_sums(
+        self, grids: Mapping[str, tuple[int, int]], tensors: Mapping[str, Tensor]
+    ) -> dict[str, list[tuple[_Sums, _Sums]]]:
+        """The sums of the sites that were seen, from a file's tensors.
+
+        Raises:
+            ValueError: sites that are no candidates; tensors missing, unknown, of other shapes or dtypes, or
+                squares below zero.
+        """
+        if unknown := sorted(grids.keys() - self.candidates.keys()):
+            raise ValueError(f"sites that nobody asked for, {listing(unknown)}")
+        cpu = torch.device("cpu")
+        sums = {
+            site: [(_Sums(spec, cpu), _Sums(spec, cpu)) for spec in self.candidates[site]] for site in grids
+        }
+        expected = _named(sums)
+        if other := sorted(expected.keys() ^ tensors.keys()):
+            raise ValueError(f"missing or unknown sums, {listing(other)}")
+        for name, tensor in expected.items():
+            saved = tensors[name]
+            if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+                raise ValueError(
+                    f"{name} is {tuple(saved.shape)} of {saved.dtype}, expected {tuple(tensor.shape)} of "
+                    f"{tensor.dtype}"
+                )
+            squares = saved.diagonal(dim1=-2, dim2=-1) if name.endswith("/gram") else saved
+            if not name.endswith("/products") and (squares < 0).any():
+                raise ValueError(f"{name} has squares below zero")
+            tensor.copy_(saved)
+        return sums
 
     def _described(self) -> dict[str, object]:
         return {
@@ -337,7 +376,7 @@ def fit_hybrids(
     Raises:
         DeltaConvError: a saved state of another fit, or too few pictures.
     """
-    if state is not None and state.is_file():
+    if state is not None and os.path.isfile(state):
         fit.restore(state)
     with watched(fit.see):
         for number in range(fit.pictures, pictures):
@@ -390,6 +429,33 @@ def choose(
     kept = {id: d.reason for id, d in decisions.items() if d.option is None}
     kept |= {id: "the model never called it" for id in fit.candidates if id not in fitted}
     return Chosen(mixers, kept, decisions)
+
+
+def _named(sums: Mapping[str, Sequence[tuple[_Sums, _Sums]]]) -> dict[str, Tensor]:
+    """The tensors of sums by the names that they have in a file."""
+    return {
+        f"{site}/{number}/{which}/{name}": tensor
+        for site, candidates in sums.items()
+        for number, both in enumerate(candidates)
+        for which, one in enumerate(both)
+        for name, tensor in one.tensors().items()
+    }
+
+
+def _checked_grids(number: object, grids: Mapping[str, object]) -> dict[str, tuple[int, int]]:
+    """The grids in the state of a fit that has seen pictures up to a number.
+
+    Raises:
+        ValueError: a number or a grid that cannot be.
+    """
+    if type(number) is not int or number < 0:
+        raise ValueError(f"its last picture has the number {quoted(number)}")
+    checked: dict[str, tuple[int, int]] = {}
+    for site, grid in grids.items():
+        if not isinstance(grid, list) or [type(side) for side in grid] != [int, int] or min(grid) < 1:
+            raise ValueError(f"the grid of {site} is {quoted(grid)}")
+        checked[site] = (grid[0], grid[1])
+    return checked
 
 
 def _add(sums: _Sums, spec: HybridSpec, x: Tensor, answers: Tensor) -> None:

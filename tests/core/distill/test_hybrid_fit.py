@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from deltaconv_core.distill.hybrid import FitSettings, HybridFit, choose, fit_hy
 from deltaconv_core.errors import CheckpointError
 from deltaconv_core.mixers.hybrid import HybridMixer, HybridSpec
 from deltaconv_core.mixers.hybrid.features import count, features, unpack
+from deltaconv_core.weights.safefile import read_file, write_file
 
 HEADS, WIDTH = 2, 4
 LOCAL = HybridSpec(8, HEADS, WIDTH, landmarks=0, nystrom="none", kernel_size=3, scales=(1.0, 0.5), mean=True)
@@ -221,6 +223,54 @@ def test_a_file_that_is_not_a_state_is_refused(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "state.safetensors", {"other": "thing"})
     with pytest.raises(CheckpointError, match="not the state of a fit"):
         run(Model(), tmp_path / "state.safetensors")
+
+
+NAME = "a/0/0/gram"
+CHANGED_VALUES = {
+    "number": {"picture": "5"},
+    "number, true": {"picture": True},
+    "number below": {"picture": -1},
+    "no grids": {"grids": []},
+    "grid of one side": {"grids": {"a": [6]}},
+    "grid of fractions": {"grids": {"a": [6.0, 8]}},
+    "grid of nothing": {"grids": {"a": [6, 0]}},
+    "grid as a text": {"grids": {"a": "68"}},
+    "another site": {"grids": {"a": [6, 8], "b": [6, 8]}},
+    "no site": {"grids": {}},
+}
+CHANGED_SUMS = {
+    "gone": lambda sums: sums.pop(NAME),
+    "unknown": lambda sums: sums.update(x=torch.zeros(1)),
+    "number of candidate": lambda sums: sums.update({"a/2/0/gram": sums.pop(NAME)}),
+    "shape": lambda sums: sums.update({NAME: sums[NAME][:, :1].clone()}),
+    "dtype": lambda sums: sums.update({NAME: sums[NAME].float()}),
+    "no dimension": lambda sums: sums.update({NAME: torch.zeros(())}),
+    "square below zero": lambda sums: sums[NAME].diagonal(dim1=1, dim2=2).sub_(1e9),
+    "answers below zero": lambda sums: sums["a/1/1/answers"].neg_(),
+}
+
+
+@pytest.mark.parametrize("damage", [*CHANGED_VALUES, *CHANGED_SUMS])
+def test_a_damaged_state_is_refused_and_nothing_of_it_taken(tmp_path, damage):
+    path = tmp_path / "state.safetensors"
+    run(Model(), path)
+    header, sums = read_file(path)
+    described = json.loads(header[hybrid.FIT_KEY]) | CHANGED_VALUES.get(damage, {})
+    CHANGED_SUMS.get(damage, lambda sums: None)(sums)
+    write_file(path, sums, {hybrid.FIT_KEY: json.dumps(described)})
+    fit = HybridFit({"a": (BOTH, NYSTROM)}, FitSettings(rows=9, held_out=3))
+    with pytest.raises(CheckpointError, match=r"state\.safetensors is not .*state of a fit"):
+        fit.restore(path)
+    assert (fit.pictures, fit.grids, fit._sums) == (0, {}, {})
+
+
+def test_sums_without_one_best_solution_are_refused():
+    fit = HybridFit({"a": (BOTH,)}, FitSettings(ridge=0, held_out=2))
+    for number in range(2):
+        fit.picture(number)
+        fit.see("a", *(torch.ones_like(part) for part in call(number)), (6, 8))
+    with pytest.raises(DeltaConvError, match="one best solution with a ridge of 0; choose a larger one"):
+        fit.fitted()
 
 
 def test_too_few_pictures_are_refused():
