@@ -143,10 +143,13 @@ def check_same_run(folder: RunFolder, settings: Settings, notes: Mapping[str, st
 
 
 def is_finished(folder: RunFolder, settings: Settings, notes: Mapping[str, str]) -> bool:
-    """Whether a run was trained to its end with just these settings and notes; a damaged one was not."""
+    """Whether a run was trained to its end with just these settings and notes; a damaged one was not.
+
+    The whole state is read: whoever takes the run over could not go on with a damaged one.
+    """
     try:
         check_same_run(folder, settings, notes)
-        state = folder.summary()
+        state = folder.state()
         with folder.reading():
             phases = tuple(state.values["settings"][name] for name in ("layer_steps", "output_steps"))
     except DeltaConvError:

@@ -176,10 +176,19 @@ class RunFolder:
             CheckpointError: no state there, or a damaged one.
             DeltaConvError: the log cannot be written.
         """
+        state = self.state()
+        return state, self._cut_log(state.step) if self.writes else []
+
+    def state(self) -> State:
+        """The saved state, without its log.
+
+        Raises:
+            CheckpointError: no state there, or a damaged one.
+        """
         header, tensors = read_file(self.state_file, numbers=True)
         state = self._parsed(header)
         state.tensors = tensors
-        return state, self._cut_log(state.step) if self.writes else []
+        return state
 
     def _parsed(self, header: Mapping[str, str]) -> State:
         """A state without its tensors."""

@@ -247,3 +247,17 @@ def test_finished_is_to_the_end_with_the_same(folder):
         assert not is_finished(run, Settings(**SETTINGS | changes), {})
     assert not is_finished(run, Settings(layer_steps=1, output_steps=3, warmup=0), {})
     assert not is_finished(run, Settings(output_steps=2, **SETTINGS), {"teacher": "another"})
+
+
+@pytest.mark.parametrize("damage", ["NaN", "cut", "a text"])
+def test_a_finished_run_whose_tensors_are_damaged_is_not_finished(folder, damage):
+    """Otherwise every new run like it would take the damaged state over, and fail."""
+    settings, run = Settings(output_steps=2, **SETTINGS), RunFolder(folder)
+    assert is_finished(run, settings, {})
+    content = bytearray(run.state_file.read_bytes())
+    if damage == "NaN":
+        content[-4:] = b"\xff" * 4
+    run.state_file.write_bytes(content[:-4] if damage == "cut" else content)
+    if damage == "a text":
+        run.state_file.write_text("x" * 1000)
+    assert not is_finished(run, settings, {})
