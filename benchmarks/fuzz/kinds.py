@@ -20,10 +20,12 @@ from deltaconv_core.commands import inspect
 from deltaconv_core.commands.writable import check_file, check_folder
 from deltaconv_core.diffusers.distill.parse import read_options
 from deltaconv_core.diffusers.distill.pictures import find_pictures, open_picture
-from deltaconv_core.distill import RunFolder
+from deltaconv_core.distill import RunFolder, hybrid
+from deltaconv_core.distill.hybrid import FIT_KEY, FitSettings, HybridFit
 from deltaconv_core.distill.run_folder import COLUMNS, RUN_KEY
 from deltaconv_core.errors import DeltaConvError
 from deltaconv_core.locality.recommend import Recommendation
+from deltaconv_core.mixers.hybrid import HybridMixer, HybridSpec
 from deltaconv_core.sites import select, site_channels
 from deltaconv_core.sites.choose_specs import ModelShape, block_specs
 from deltaconv_core.util.free_path import free_path
@@ -41,7 +43,8 @@ SHAPE = ModelShape("sd15", site_channels("sd15"), 4)
 
 
 def headers(random: Random, folder: Path) -> object:
-    """Weights files: our own form and the authors', with a changed header or changed bytes."""
+    """Weights files: our own form, of blocks and of hybrid mixers, and the authors', with a changed header or
+    changed bytes."""
     file = folder / "x.safetensors"
     header, data = random.choice(_weights())
     if random.random() < 0.25:
@@ -86,9 +89,13 @@ def _weights() -> tuple[tuple[dict[str, Any], bytes], ...]:
         "gates.0.conv_spatial.weight": torch.ones(3, 3, 4),
         "gates.1.conv_spatial.weight": torch.ones(3, 3, 4),
     }
+    mixer = HybridMixer(HybridSpec(8, 2, 4, landmarks=4, kernel_size=3, mean=True), dtype=torch.float16)
+    fitted = Checkpoint("unet-8x1", {SITE: mixer}, {}, {"a": "b"}, {SITE.replace("down", "up"): "too wrong"})
+    mixers = {f"blocks.{SITE}.{name}": tensor for name, tensor in mixer.state_dict().items()}
     files = (
         to_bytes(own, {"deltaconv": json.dumps(header_of(checkpoint))}),
         to_bytes({f"unet.{path}{name}": tensor for name, tensor in authors.items()}, {"scales": "[1, 0.5]"}),
+        to_bytes(mixers, {"deltaconv": json.dumps(header_of(fitted))}),
     )
     split = []
     for file in files:
@@ -220,6 +227,52 @@ def _log() -> bytes:
     return file.getvalue().encode()
 
 
+def fits(random: Random, folder: Path) -> object:
+    """The state of a fit of hybrid mixers."""
+    file = folder / "state.safetensors"
+    header, sums = _fit()
+    what = random.random()
+    if what < 0.5:
+        text = mutate.text(random, mutate.changed(random, header))
+        file.write_bytes(to_bytes(sums, {FIT_KEY: text.encode(errors="replace").decode()}))
+    elif what < 0.8:
+        sums = dict(sums)
+        name = random.choice(sorted(sums))
+        tensor = sums.pop(name)
+        for _ in range(random.randint(0, 2)):
+            dtype = random.choice((torch.float64, torch.float64, torch.float32, torch.int64))
+            changed = random.choice((tensor, -tensor, tensor * 0, tensor[:1], tensor.sum(), tensor[None]))
+            key = random.choice((name, name, mutate.word(random), name.replace("0", "7")))
+            sums[key.encode(errors="replace").decode()] = changed.to(dtype).clone()
+        file.write_bytes(to_bytes(sums, {FIT_KEY: json.dumps(header)}))
+    else:
+        file.write_bytes(mutate.damaged(random, to_bytes(sums, {FIT_KEY: json.dumps(header)})))
+    fit = _new_fit()
+    try:
+        fit.restore(file)
+    finally:
+        left = fit.pictures, fit.grids, fit._sums
+    if not left[0] and left != (0, {}, {}):
+        raise AssertionError("something was taken from a fit without pictures")
+    return fit.fitted()
+
+
+def _new_fit() -> HybridFit:
+    specs = (HybridSpec(8, 2, 4, landmarks=4, kernel_size=3), HybridSpec(8, 2, 4, landmarks=4, mean=True))
+    return HybridFit({SITE: specs}, FitSettings(rows=9, held_out=2))
+
+
+@cache
+def _fit() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Header and sums of the state after two pictures."""
+    torch.manual_seed(0)
+    fit = _new_fit()
+    for number in range(2):
+        fit.picture(number)
+        fit.see(SITE, *torch.randn(3, 1, 2, 12, 4).unbind(), (3, 4))
+    return json.loads(json.dumps(fit._described() | {"picture": 1})), hybrid._named(fit._sums)
+
+
 def pictures(random: Random, folder: Path) -> object:
     """A folder of pictures with captions and a table."""
     ending, data = random.choice(_pictures())
@@ -265,7 +318,7 @@ def sidecars(random: Random, folder: Path) -> object:
     if random.random() < 0.3:
         tuned.write_bytes(mutate.damaged(random, tuned.read_bytes()))
     fastest._load(tuned)
-    header, data = _weights()[0]
+    header, data = random.choice((_weights()[0], _weights()[2]))
     whole = json.dumps(header).encode()
     (folder / "diffusion_pytorch_model.safetensors").write_bytes(
         len(whole).to_bytes(8, "little") + whole + data
@@ -287,5 +340,5 @@ def _mostly(read: Callable[[], object]) -> object:
 
 
 KINDS: dict[str, Reader] = {
-    kind.__name__: kind for kind in (headers, manifests, selectors, names, runs, pictures, sidecars)
+    kind.__name__: kind for kind in (headers, manifests, selectors, names, runs, fits, pictures, sidecars)
 }
