@@ -27,4 +27,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv output
+	rm -rf .venv .venv-lowest output
