@@ -63,7 +63,7 @@ def result_file(folder: Path, kind: str, device: torch.device, dtype: torch.dtyp
 
 
 class Results:
-    """Rows in a JSON file, which is written anew with every row, so that nothing is lost and done twice.
+    """Rows in a JSON file, which is written again with every row, so that nothing is lost and done twice.
 
     Args:
         path: of the file; None keeps the rows here alone.

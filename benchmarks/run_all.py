@@ -3,7 +3,7 @@
     python -m benchmarks.run_all [--device cuda] [--dtype float16] [--small] [--folder DIR] [--show]
 
 Files are named by benchmark, device and dtype. Rows that are in them are not measured again, so this can be
-stopped at any time and started anew; delete a file to measure anew. --show prints the commands and runs none.
+stopped at any time and restarted; delete a file to measure again. --show prints the commands and runs none.
 Afterwards, `python -m scripts.readme_tables` puts the figures into the README.
 """
 

@@ -114,7 +114,7 @@ def _report(measured: Measured) -> Report:
     ]
     if nothing >= attention:
         lines[-1] = (
-            "The passes differ by less than this machine's noise; the layers tell more, or raise repeats."
+            "The passes differ by less than this machine's noise; the layers say more, or raise repeats."
         )
     elif own >= attention:
         lines[-1] = (

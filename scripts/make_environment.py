@@ -70,7 +70,7 @@ def what_it_depends_on() -> str:
 
 
 def create() -> None:
-    """A virtual environment of this Python; one of another Python version is made anew."""
+    """A virtual environment of this Python; one of another Python version is made again."""
     marker = ENVIRONMENT / "pyvenv.cfg"
     known = (
         re.search(r"^version\w* = (\d+\.\d+)", marker.read_text(encoding="utf-8"), re.M)
@@ -97,7 +97,7 @@ def pip(*arguments: str) -> None:
     done = subprocess.run(command, cwd=REPOSITORY, check=False)
     if done.returncode:
         sys.exit(
-            f"pip failed (exit status {done.returncode}); run the same command again to go on from here."
+            f"pip failed (exit status {done.returncode}); run the same command again to continue from here."
         )
 
 

@@ -29,7 +29,7 @@ class Fault:
     extra_length: int = 0  # state so many bytes more (or fewer) than there are
     no_length: bool = False  # state no length at all
     ignore_range: bool = False  # answer 200 with everything
-    ignore_if_range: bool = False  # go on with a file that has changed
+    ignore_if_range: bool = False  # continue with a file that has changed
     redirect: str | None = None
     status: int | None = None
     page: bool = False  # send a web page instead

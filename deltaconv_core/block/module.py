@@ -1,8 +1,8 @@
 """ΔConvBlock: the convolutional stand-in for one self-attention layer.
 
 Dong et al., "Can We Achieve Efficient Diffusion without Self-Attention? Distilling Self-Attention into
-Convolutions", ICCV 2025, arXiv 2504.21292, section 4. Parameter names follow the authors' release; kernels
-are stored as Conv2d weights (channels, 1, K, K). Unlike in the release, a stage never shrinks to zero rows or
+Convolutions", ICCV 2025, arXiv 2504.21292, section 4. Parameter names follow the authors' code; kernels
+are stored as Conv2d weights (channels, 1, K, K). Unlike in theirs, a stage never shrinks to zero rows or
 columns, and float16 does not overflow. `reference.py` is the specification of this fast path.
 """
 

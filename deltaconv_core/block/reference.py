@@ -1,6 +1,6 @@
 """The slow block, the specification of the fast one: the formulas written out, one row or tap at a time.
 
-Steps and names follow Dong et al., arXiv 2504.21292, section 4, with the released code's variants where
+Steps and names follow Dong et al., arXiv 2504.21292, section 4, with the variants of the authors' code where
 `BlockSpec` has them. Shares no code with `block.py` and `ops`; plain differentiable tensor arithmetic only.
 """
 
@@ -50,7 +50,7 @@ def reference_block(
         for stage in stages[1:]:  # formula 3
             merged = merged + stage
     else:
-        merged = torch.cat(stages, dim=3)  # released code
+        merged = torch.cat(stages, dim=3)  # authors' code
     local = merged @ w["conv_out.weight"].T + w["conv_out.bias"]  # section 4: 1x1 convolution back to C
 
     mean = x.sum(dim=(1, 2)) / (height * width)  # section 4: low-frequency branch
@@ -114,7 +114,7 @@ def gated(f: Tensor, kind: str) -> Tensor:
     channels = f.shape[3]
     a, b = f[..., : channels // 2], f[..., channels // 2 :]
     if kind == "simple":
-        return a * b * math.sqrt(channels / 2)  # released code
+        return a * b * math.sqrt(channels / 2)  # authors' code
     if kind == "sigmoid":
-        return a / (1 + torch.exp(-b))  # released code, PixArt
+        return a / (1 + torch.exp(-b))  # authors' code, PixArt
     return a * b / math.sqrt(channels)  # section 4: scaled simple gate

@@ -18,16 +18,16 @@ LEAN_RATIO = 0.3
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """The shape of one ΔConvBlock (paper section 4; defaults are those of the authors' release).
+    """The shape of one ΔConvBlock (paper section 4; defaults are those of the authors' code).
 
     Args:
         dim: channels C of the tokens.
         kernel_size: side K of the depth-wise kernels; odd, so that zero padding K // 2 keeps the size.
         scales: one pyramid stage each, 0 < s <= 1; a stage works on max(1, int(H * s)) rows.
-        gate: "simple" a * b * sqrt(inter / 2) (release) | "sigmoid" a * sigmoid(b) (release, PixArt) |
+        gate: "simple" a * b * sqrt(inter / 2) (authors) | "sigmoid" a * sigmoid(b) (authors, PixArt) |
             "scaled" a * b / sqrt(inter) (paper); a and b are the halves of the inter channels.
-        merge: "concat" of the stages on channels (release) | "sum" (paper, formula 3).
-        pooling: "average", adaptive (release) | "bilinear" (the authors' earlier block).
+        merge: "concat" of the stages on channels (authors) | "sum" (paper, formula 3).
+        pooling: "average", adaptive (authors) | "bilinear" (the authors' earlier block).
         depthwise_bias: whether the depth-wise convolutions have a bias.
         ratio: inter = int(dim * ratio) channels between the two projections.
         context: one more stage, without a convolution and not in the paper: what the gate gives at each
@@ -72,7 +72,7 @@ class BlockSpec:
 
     @classmethod
     def lean(cls, dim: int, kernel_size: int) -> BlockSpec:
-        """The block for new distillations: less than 60 % of the release's operations, and a context stage.
+        """The block for new distillations: less than 60 % of the authors' operations, and a context stage.
 
         Its stages are summed as in the paper's formula 3, and inter is the multiple of 16 nearest to
         LEAN_RATIO * dim, so that matrix products stay fast; an even number when dim is below 32.

@@ -127,7 +127,7 @@ def remove(pipeline_or_model: Any) -> None:
 def _base_weights(
     model: nn.Module, checkpoint: Any, before: AppliedBlocks | None, strength: float
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The values for parameters of the model, and what to tell about them."""
+    """The values for parameters of the model, and what to report about them."""
     if not 0.0 <= strength <= 1.0:
         raise DeltaConvError(f"expected 0 <= base_weights_strength <= 1, got {strength}")
     base_weights = checkpoint.base_weights

@@ -263,7 +263,7 @@ class HybridFit:
         return 8 * tokens * own.dim * own.inner + 4 * tokens**2 * own.inner
 
     def save(self, path: Pathlike) -> None:
-        """Writes the sums, so that `restore` goes on after the last picture.
+        """Writes the sums, so that `restore` continues after the last picture.
 
         Raises:
             CheckpointError: the place cannot be written, or a sum is not finite.

@@ -116,7 +116,7 @@ def _check(values: Any) -> None:
         )
     if values["version"] != VERSION:
         raise DeltaConvError(
-            f"this recommendation has version {quoted(values['version'])}, known is {VERSION}; make it anew"
+            f"this recommendation has version {quoted(values['version'])}, known is {VERSION}; make it again"
         )
     kernel_sizes, skip = values["kernel_sizes"], values["skip"]
     if not isinstance(values["architecture"], str):

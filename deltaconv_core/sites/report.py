@@ -14,7 +14,7 @@ from .sampling_range import SamplingRange
 
 @dataclass(frozen=True)
 class Report:
-    """What was done, and what to beware of."""
+    """What was done, and what to watch out for."""
 
     lines: Sequence[str]
     warnings: Sequence[str] = ()

@@ -1,4 +1,4 @@
-"""A lock among threads and processes; the system lets it go when its process ends, however it ends."""
+"""A lock among threads and processes; the system releases it when its process ends, however it ends."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def run(module: str, *arguments: str | Path) -> None:
     command = [sys.executable, "-m", f"demo.study.{module}", *map(str, arguments)]
     print("==>", *command[1:], flush=True)
     if code := subprocess.run(command, check=False).returncode:
-        raise SystemExit(f"error: {module} ended with {code}; the same command goes on from here")
+        raise SystemExit(f"error: {module} ended with {code}; the same command continues from here")
 
 
 def weights_file(folder: Path, arguments: list[str]) -> Path:

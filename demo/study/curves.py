@@ -34,7 +34,7 @@ def read_log(file: Path) -> list[dict[str, str]]:
     missing = [column for column in ("step", "stage", *PANELS) if column not in columns]
     if missing or not rows:
         raise DeltaConvError(
-            f"{file} is no training log: it has {len(rows)} rows and the columns {', '.join(columns)}"
+            f"{file} is not a training log: it has {len(rows)} rows and the columns {', '.join(columns)}"
         )
     return rows
 

@@ -94,7 +94,7 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
             return file.metadata() or {}, shapes
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is no safetensors file ({error})") from error
+        raise CheckpointError(f"{path} is not a safetensors file ({error})") from error
 
 
 def put_linear(model: Any, mixers: Mapping[str, LinearAttention], pack: str) -> Any:

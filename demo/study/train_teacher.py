@@ -155,7 +155,7 @@ def train(
     stop: threading.Event,
     measure: Callable[[Path], dict[str, float]] = draws_right,
 ) -> None:
-    """Train ``model`` to ``args.steps``, or until ``stop`` is set; goes on from the folder's saved state."""
+    """Train ``model`` to ``args.steps``, or until ``stop`` is set; resumes from the folder's saved state."""
     run = Run(args.output)
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
     chosen = optimizers(model, args.lr)

@@ -64,7 +64,7 @@ def test_other_files_are_no_students(tmp_path, text):
     if text:
         file.write_text(text)
     for read in (is_linear, count_weights):
-        with pytest.raises(CheckpointError, match=r"log\.csv is no safetensors file"):
+        with pytest.raises(CheckpointError, match=r"log\.csv is not a safetensors file"):
             read(file)
 
 

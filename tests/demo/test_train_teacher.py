@@ -1,4 +1,4 @@
-"""The teacher's training: what it is shown, how it learns, and that a stopped run goes on as if it had not
+"""The teacher's training: what it is shown, how it learns, and that a stopped run resumes as if it had not
 been."""
 
 import csv

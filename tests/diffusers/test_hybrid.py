@@ -1,4 +1,4 @@
-"""Hybrid mixers on diffusers models: between the attention's own projections, which go on acting."""
+"""Hybrid mixers on diffusers models: between the attention's own projections, which still act."""
 
 from __future__ import annotations
 

@@ -60,5 +60,5 @@ def read(entry: Path) -> dict[str, Tensor]:
         return read_file(entry, numbers=True)[1]
     except CheckpointError as error:
         raise DeltaConvError(
-            f"the cache has no whole {entry} any more; delete that file, if it is there, and start again"
+            f"{entry} in the cache is no longer whole; delete that file, if it is there, and start again"
         ) from error

@@ -155,7 +155,7 @@ def open_picture(path: Path) -> Any:
     """The upright picture as PIL has it, in RGB; what is transparent becomes white.
 
     Raises:
-        DeltaConvError: a file that is no whole picture, or has more than 8 bits a color.
+        DeltaConvError: a file that is not a whole picture, or has more than 8 bits a color.
     """
     with _reading(path) as image:
         from PIL import Image, ImageOps
@@ -186,7 +186,7 @@ def _reading(path: Path) -> Iterator[Any]:
     except DeltaConvError:
         raise
     except Exception as error:  # PIL raises many kinds
-        raise DeltaConvError(f"{path} is no picture that can be read ({error})") from error
+        raise DeltaConvError(f"{path} is not a picture that can be read ({error})") from error
 
 
 def _look_at(path: Path, caption: str) -> Picture:
@@ -238,7 +238,7 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = parse_json(line)
         except ValueError as error:
-            raise DeltaConvError(f"{table}, line {number} is no JSON ({error})") from error
+            raise DeltaConvError(f"{table}, line {number} is not JSON ({error})") from error
         if not isinstance(row, dict):
             raise DeltaConvError(f"{table}, line {number}: expected an object, got {quoted(row, 200)}")
         yield number, row

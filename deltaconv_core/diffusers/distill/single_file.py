@@ -144,7 +144,7 @@ def width_of(file: Path) -> int:
             width = int(opened.get_slice(CONTEXT).get_shape()[-1])
     except (SafetensorError, OSError) as error:
         raise DeltaConvError(
-            f"{file} is no whole Stable Diffusion model in one file ({error}); for other models name the "
+            f"{file} is not a whole Stable Diffusion model in one file ({error}); for other models name the "
             "folder of a diffusers pipeline"
         ) from error
     if width not in FAMILIES:

@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def locked(path: Path, check: Callable[[], None]) -> Iterator[None]:
-    """Hold `.<name>.lock` beside the file. The system lets it go when the process ends, however it ends.
+    """Hold `.<name>.lock` beside the file. The system releases it when the process ends, however it ends.
 
     Args:
         path: the file that is going to be fetched.

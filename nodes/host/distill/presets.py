@@ -1,4 +1,4 @@
-"""Settings for the memory of a graphics card, and the memory they need as far as arithmetic tells."""
+"""Settings for the memory of a graphics card, and the memory they need as far as arithmetic can say."""
 
 from __future__ import annotations
 

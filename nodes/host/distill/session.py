@@ -74,7 +74,7 @@ class Distillation:
 
     @property
     def memory(self) -> tuple[int, int]:
-        """Bytes that the blocks' training and one batch need beside the MODEL, as far as arithmetic tells."""
+        """Bytes that the blocks' training and one batch need beside the MODEL, by arithmetic."""
         shape = [self.job.batch_size, *self.dataset.largest[1:]]
         return training_bytes(self.specs, self.settings), activation_bytes(self.model, shape, self.settings)
 
@@ -105,7 +105,7 @@ class Distillation:
         return Checkpoint(self.found.architecture, blocks, {}, self._metadata(result)), result
 
     def patched(self, checkpoint: Checkpoint) -> tuple[Any, Report]:
-        """The MODEL with the blocks in place of its attention, and what to tell."""
+        """The MODEL with the blocks in place of its attention, and what to report."""
         settings = PatchSettings(",".join(self.specs), SamplingRange(), None)
         return apply_checkpoint(self.model, self.found, checkpoint, settings)
 

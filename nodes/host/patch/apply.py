@@ -1,4 +1,4 @@
-"""From a MODEL, trained blocks and the node's settings to the patched clone and what to tell the user."""
+"""From a MODEL, trained blocks and the node's settings to the patched clone and what to report."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ CLONED = [
     for name in ("ON_CLONE", "ON_DEEPCLONE_MULTIGPU", "ON_MATCH_MULTIGPU_CLONES")
     if hasattr(CallbacksMP, name)
 ]
-"""When ComfyUI tells that it made a clone; older versions know one GPU only."""
+"""When ComfyUI says that it made a clone; older versions know one GPU only."""
 
 REMEDY = "use that node and ΔConv on MODELs of their own, or leave the site out with the input `blocks`"
 

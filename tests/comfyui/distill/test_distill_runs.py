@@ -1,4 +1,4 @@
-"""Runs of ΔConv Distill: going on, what cannot go on, folders, and runs that end early."""
+"""Runs of ΔConv Distill: resuming, what cannot be resumed, folders, and runs that end early."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5])
-def test_a_stopped_run_goes_on_bit_by_bit(pack, unet, output, stop_after, step):
+def test_a_stopped_run_resumes_bit_by_bit(pack, unet, output, stop_after, step):
     """Over both stages, several sizes, accumulation and dropped captions."""
     job = {
         "data": latents((3, 4, 16, 16), (2, 4, 12, 20)),

@@ -1,4 +1,4 @@
-"""Hybrid mixers on ComfyUI's MODELs: the attention's own layers go on running around them."""
+"""Hybrid mixers on ComfyUI's MODELs: the attention's own layers still run around them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs: what a step does, what is kept, and that going on is the same as never having stopped."""
+"""Runs: what a step does, what is kept, and that resuming is the same as never having stopped."""
 
 import copy
 import math
@@ -222,7 +222,7 @@ def test_nan_stops_with_the_last_good_weights(tmp_path, caplog):
     assert result.step == len(result.rows) == 3 and "the weights of step 3 are kept" in result.stopped
     assert "learning_rate" in caplog.text
     assert all(torch.isfinite(w).all() for w in weights(mixers).values())
-    assert same(trained(folder=RunFolder(tmp_path))[0], trained()[0])  # it goes on from step 3
+    assert same(trained(folder=RunFolder(tmp_path))[0], trained()[0])  # it resumes from step 3
     assert trained(data=poisoned)[1].step == 5  # nothing was saved that it could go back to
 
 

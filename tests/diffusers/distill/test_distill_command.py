@@ -1,4 +1,4 @@
-"""`python -m deltaconv_core distill`: runs that end well, runs that go on, and what is refused."""
+"""`python -m deltaconv_core distill`: runs that end well, runs that resume, and what is refused."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def change(file, **values):
         (None, {"caption_dropout": 1.5}, "caption_dropout from 0 to 1"),
         (None, {"max_ratio": 0.5}, "max_ratio to be at least 1"),
         (None, {"config": "gone.json"}, "cannot read the options in gone.json"),
-        (broken_picture, {}, "3.png is no picture that can be read"),
+        (broken_picture, {}, "3.png is not a picture that can be read"),
         (no_weights, {}, "diffusers cannot load"),
         (pickled_weights, {}, "diffusers cannot load"),
         (lambda folder: (folder / "model/model_index.json").unlink(), {}, "there is no"),

@@ -164,11 +164,11 @@ def table_without_json(folder):
         (no_folder, "there is no folder"),
         (lambda folder: None, "there are no pictures in"),
         (no_captions, "5 of 5 pictures .* have no caption: a.png, b.png, c.png and 2 more"),
-        (no_picture_any_more, "a.png is no picture that can be read"),
+        (no_picture_any_more, "a.png is not a picture that can be read"),
         (not_utf8, "a.txt is no UTF-8 text"),
         (table_of_others, "line 1: there is no file .*b.png"),
         (table_without_text, "line 1: expected texts for file_name and text"),
-        (table_without_json, "line 2 is no JSON"),
+        (table_without_json, "line 2 is not JSON"),
     ],
 )
 def test_bad_data(tmp_path, spoil, message):
@@ -184,7 +184,7 @@ def test_pictures_that_break_off_or_are_deep(tmp_path):
     Image.effect_noise((64, 64), 50).save(tmp_path / "b.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:2000])
     Image.new("I;16", (8, 8)).save(tmp_path / "c.png")
-    with pytest.raises(DeltaConvError, match=r"b\.png is no picture that can be read"):
+    with pytest.raises(DeltaConvError, match=r"b\.png is not a picture that can be read"):
         open_picture(tmp_path / "b.png")
     with pytest.raises(DeltaConvError, match=r"c\.png has more than 8 bits"):
         open_picture(tmp_path / "c.png")
@@ -264,9 +264,9 @@ def test_the_content_decides_and_no_program_is_started(tmp_path, monkeypatch, co
     for name in ("a.png", "b.jpg", "c.tiff"):
         (data / name).write_bytes(content)
         (data / name).with_suffix(".txt").write_text("x")
-        with pytest.raises(DeltaConvError, match=f"{name} is no picture that can be read"):
+        with pytest.raises(DeltaConvError, match=f"{name} is not a picture that can be read"):
             open_picture(data / name)
-    with pytest.raises(DeltaConvError, match="a.png is no picture that can be read"):
+    with pytest.raises(DeltaConvError, match="a.png is not a picture that can be read"):
         find_pictures(data)
     assert not ran.exists()
 
@@ -299,8 +299,8 @@ def caption_that_is_a_loop(data):
     [
         (link_to_nothing, "cannot read .*x.png: no file, or a link to one that is not there"),
         (table_with_a_long_name, "line 1: there is no file"),
-        (table_with_half_a_letter, "line 1 is no JSON .*surrogates"),
-        (deep_table, "line 1 is no JSON .*levels deep"),
+        (table_with_half_a_letter, "line 1 is not JSON .*surrogates"),
+        (deep_table, "line 1 is not JSON .*levels deep"),
         (caption_that_is_a_loop, "0.png"),
     ],
 )

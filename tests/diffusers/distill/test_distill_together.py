@@ -1,4 +1,4 @@
-"""Several processes: they train what one would, stop when one of them is gone, and go on."""
+"""Several processes: they train what one would, stop when one of them is gone, and resume."""
 
 from __future__ import annotations
 
