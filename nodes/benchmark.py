@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
 from ..deltaconv_core.bench import device_name, layer_table
 from ..deltaconv_core.bench.layers import ATTENTION, DELTACONV
 from ..deltaconv_core.sites.choose_specs import FORMS, LEAN
+from ..deltaconv_core.weights.checkpoint import Checkpoint
 from .host.bench.measure import NOTHING, Measured, MeasureSettings, measure
 from .host.patch.blocks import network_dtype
 from .host.report import Report, left_out, tell
@@ -81,13 +81,13 @@ class Benchmark(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
+        model: ModelPatcher,
         width: int,
         height: int,
         batch_size: int,
         repeats: int,
         form: str = LEAN,
-        deltaconv: Any = None,
+        deltaconv: Checkpoint | None = None,
     ) -> io.NodeOutput:
         settings = MeasureSettings(width, height, batch_size, repeats, form)
         measured = measure(model, deltaconv, settings)
@@ -96,7 +96,7 @@ class Benchmark(io.ComfyNode):
         return io.NodeOutput(model, f"{table}\n\n{LEGEND}", ui=ui.PreviewText(tell(report, cls.hidden)))
 
 
-def _title(model: Any, measured: Measured, settings: MeasureSettings) -> str:
+def _title(model: ModelPatcher, measured: Measured, settings: MeasureSettings) -> str:
     dtype = str(network_dtype(model) or model.model_dtype()).removeprefix("torch.")
     return (
         f"{measured.architecture}, {settings.width} × {settings.height}, batch {settings.batch}, {dtype}, "

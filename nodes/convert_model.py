@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
 from ..deltaconv_core.distill.conversion import QUALITY, SPEED, Wishes
@@ -108,7 +109,7 @@ class ConvertModel(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
+        model: ModelPatcher,
         positive: Any,
         latent: dict[str, Any],
         budget: str,

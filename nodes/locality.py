@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
 from ..deltaconv_core.locality import Recommendation, check_limit, recommend
@@ -75,7 +76,7 @@ class AttentionLocality(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
+        model: ModelPatcher,
         positive: Any,
         latent: dict[str, Any],
         seed: int,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
 from .host.patch.neighborhood import add_neighborhood
@@ -40,6 +39,6 @@ class NeighborhoodAttention(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, kernel_size: int, blocks: str) -> io.NodeOutput:
+    def execute(cls, model: ModelPatcher, kernel_size: int, blocks: str) -> io.NodeOutput:
         clone, report = add_neighborhood(model, kernel_size, blocks)
         return io.NodeOutput(clone, ui=ui.PreviewText(tell(report, cls.hidden)))

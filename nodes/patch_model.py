@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
 from ..deltaconv_core.errors import DeltaConvError
 from ..deltaconv_core.sites.sampling_range import SamplingRange
+from ..deltaconv_core.weights.checkpoint import Checkpoint
 from .host.files import model_folder
 from .host.files.choice import FileChoice
 from .host.model.sites import find_sites
@@ -95,14 +97,14 @@ class PatchModel(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
+        model: ModelPatcher,
         weights: str,
         blocks: str,
         start_percent: float,
         end_percent: float,
         base_weights: str,
         base_weights_strength: float,
-        deltaconv: Any = None,
+        deltaconv: Checkpoint | None = None,
     ) -> io.NodeOutput:
         # Older versions of ComfyUI do not check the choice in a list.
         if base_weights not in (APPLY, LEAVE_OUT):

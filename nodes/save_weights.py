@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from comfy_api.latest import io, ui
 
 from ..deltaconv_core.util.whole_file import release
-from ..deltaconv_core.weights.checkpoint import save_checkpoint
+from ..deltaconv_core.weights.checkpoint import Checkpoint, save_checkpoint
 from .host.files import model_folder
 from .host.files.save import SHORT_DTYPES, prepared
 from .host.report import Report, tell
@@ -65,7 +63,7 @@ class SaveWeights(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        deltaconv: Any,
+        deltaconv: Checkpoint,
         filename_prefix: str,
         dtype: str,
         title: str = "",

@@ -202,7 +202,7 @@ def _spec(path: str, site: str, own: Mapping[str, Tensor], stages: int, hints: S
             **{key: value for key, value in asdict(hints).items() if value is not None},
         )
     except DeltaConvError as error:
-        raise CheckpointError(f"{path}: the block at {site} cannot be: {error}") from error
+        raise CheckpointError(f"{path}: the block at {site} is impossible: {error}") from error
 
 
 def _own_name(name: str) -> str:

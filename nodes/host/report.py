@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+
+from comfy_api.latest import io
 
 from ...deltaconv_core.sites.report import Report
 from ...deltaconv_core.util.text import listing
@@ -11,7 +12,7 @@ from ...deltaconv_core.util.text import listing
 log = logging.getLogger(__name__)
 
 
-def tell(report: Report, hidden: Any) -> str:
+def tell(report: Report, hidden: io.HiddenHolder | None) -> str:
     """Logs the report and shows it under the node; returns its text for the node's outputs.
 
     Args:
@@ -33,7 +34,7 @@ def left_out(unseen: list[str]) -> list[str]:
     return [f"{what}: {listing(unseen)}"]
 
 
-def show(text: str, hidden: Any) -> None:
+def show(text: str, hidden: io.HiddenHolder | None) -> None:
     """Shows a text under the node, in place of what was there; `hidden` as in `tell`."""
     if hidden is None or hidden.unique_id is None:
         return

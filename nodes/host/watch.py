@@ -9,6 +9,7 @@ from typing import Any
 import comfy.sample
 import comfy.samplers
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from .model.attend import Forward, intercepted
@@ -25,7 +26,7 @@ See = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, int], 
 """Is told (site id, q, k, v (B, heads, N, d), grid, mask or None) of a call."""
 
 
-def plain(model: Any) -> Any:
+def plain(model: ModelPatcher) -> ModelPatcher:
     """A clone without ΔConv, compiled code, which would hide the attention, and additions to guidance."""
     clone = uncompiled(without_blocks(model).clone())
     clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILED)
@@ -35,7 +36,7 @@ def plain(model: Any) -> Any:
 
 
 def watch_sites(
-    clone: Any, sites: Iterable[Site], see: See, wanted: Callable[[], bool] = lambda: True
+    clone: ModelPatcher, sites: Iterable[Site], see: See, wanted: Callable[[], bool] = lambda: True
 ) -> None:
     """Has `see` told of every call of the attentions, before they answer.
 
@@ -64,7 +65,7 @@ def _watched(site: Site, forward: Forward, see: See, wanted: Callable[[], bool])
     return run
 
 
-def fitting(model: Any, latent: dict[str, Any]) -> torch.Tensor:
+def fitting(model: ModelPatcher, latent: dict[str, Any]) -> torch.Tensor:
     """An empty latent in the model's channels and, where this ComfyUI knows how, at the model's scale."""
     fix = comfy.sample.fix_empty_latent_channels
     known = {name: latent[name] for name in inspect.signature(fix).parameters if name in latent}
@@ -72,7 +73,7 @@ def fitting(model: Any, latent: dict[str, Any]) -> torch.Tensor:
 
 
 def sample(
-    clone: Any,
+    clone: ModelPatcher,
     conditions: dict[str, Any],
     samples: torch.Tensor,
     steps: int,

@@ -208,7 +208,7 @@ def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DeltaConvError(f"{file} is no UTF-8 text ({error})") from error
+        raise DeltaConvError(f"{file} is not UTF-8 text ({error})") from error
     except OSError as error:
         raise DeltaConvError(f"cannot read {file} ({error.strerror})") from error
 

@@ -178,7 +178,7 @@ def check_parts(file: Path, width: int) -> None:
         if not any(name.startswith(prefixes) for name in names)
     ]
     if "edm_mean" in names or "edm_vpred.sigma_max" in names:
-        lacks.append("noise levels of another kind (EDM, as in Playground 2.5), which cannot be learned with")
+        lacks.append("noise levels of another kind (EDM, as in Playground 2.5), which this cannot learn from")
     if "scaled_fp8" in names or any(name.endswith((".scale_weight", ".comfy_quant")) for name in names):
         lacks.append("quantised weights, which only ComfyUI reads; take the file with float16 weights")
     if width == 1024 and any(name.startswith("conditioner.") for name in names):
@@ -306,8 +306,8 @@ def _tokenizer(folder: Path | None, **options: Any) -> Any:
         return CLIPTokenizer.from_pretrained(place, model_max_length=TOKENS, **options)
     except (OSError, ValueError) as error:
         raise DeltaConvError(
-            f"a model in one file has no tokenizer, and {place} cannot be had ({error}); name a folder with "
-            "CLIP's with --tokenizer, such as ComfyUI/comfy/sd1_tokenizer"
+            f"a model in one file has no tokenizer, and {place} cannot be loaded ({error}); name "
+            "a folder with CLIP's with --tokenizer, such as ComfyUI/comfy/sd1_tokenizer"
         ) from error
 
 

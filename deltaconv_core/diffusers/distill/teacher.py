@@ -102,7 +102,7 @@ def load_teacher(options: Options | Source, dtype: torch.dtype) -> Teacher:
     if getattr(pipeline, "vae", None) is None or pipeline.vae.config.get("latents_mean") is not None:
         raise DeltaConvError(
             f"this teacher ({type(pipeline).__name__}) has another kind of latents than Stable Diffusion and "
-            "PixArt have, which cannot be learned with"
+            "PixArt have, which distill does not support"
         )
     alphas, prediction = _noise(pipeline.scheduler, options.prediction)
     if network.dtype != dtype:  # a single file's weights come as they are stored

@@ -39,7 +39,7 @@ def resolve(
             stop at once. The part is kept.
 
     Raises:
-        FetchError: the file cannot be had or is not what the record promises. The text names the address,
+        FetchError: the file cannot be fetched or is not what the record promises. The text names the address,
             the folder for a file placed by hand, and the size and hash that are expected.
     """
     path = record.local_path(folder)

@@ -11,6 +11,7 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ....deltaconv_core.bench import LATENT, Layer, LayerCost, layer_cost
 from ....deltaconv_core.bench.layers import ATTENTION, DELTACONV
@@ -20,7 +21,7 @@ from ....deltaconv_core.sites import part_of
 from ....deltaconv_core.sites.choose_specs import AUTO, LEAN, block_specs
 from ....deltaconv_core.sites.match import matching_sites
 from ....deltaconv_core.sites.sampling_range import SamplingRange
-from ....deltaconv_core.weights.checkpoint import check_deltaconv
+from ....deltaconv_core.weights.checkpoint import Checkpoint, check_deltaconv
 from ..model.sites import Sites, find_sites, uncompiled
 from ..patch.applied import blocks_on, with_blocks, without_blocks
 from .passes import Clock, Given, one_pass, random_input, without_attention
@@ -67,7 +68,7 @@ class Measured:
     unseen: list[str]
 
 
-def measure(model: Any, checkpoint: Any, settings: MeasureSettings) -> Measured:
+def measure(model: ModelPatcher, checkpoint: Checkpoint | None, settings: MeasureSettings) -> Measured:
     """Passes of the network with random input, by turns; the first of each kind is not counted.
 
     Args:
@@ -106,7 +107,7 @@ def measure(model: Any, checkpoint: Any, settings: MeasureSettings) -> Measured:
     return Measured(found.architecture, _costs(layers, seconds, settings.batch), passes, origin, unseen)
 
 
-def _latent_size(model: Any, settings: MeasureSettings) -> tuple[int, int]:
+def _latent_size(model: ModelPatcher, settings: MeasureSettings) -> tuple[int, int]:
     ratio = getattr(model.model.latent_format, "spacial_downscale_ratio", LATENT)
     height, width = settings.height // ratio, settings.width // ratio
     if model.load_device.type == "cpu" and height * width > MOST_ON_CPU:
@@ -117,7 +118,9 @@ def _latent_size(model: Any, settings: MeasureSettings) -> tuple[int, int]:
     return height, width
 
 
-def _blocks(model: Any, found: Sites, checkpoint: Any, form: str) -> tuple[dict[str, Any], str]:
+def _blocks(
+    model: ModelPatcher, found: Sites, checkpoint: Checkpoint | None, form: str
+) -> tuple[dict[str, Any], str]:
     """Site id -> block, and where they come from."""
     if checkpoint is not None:
         check_deltaconv(checkpoint, "ΔConv Benchmark")

@@ -11,6 +11,7 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from comfy.ldm.pixart.pixartms import PixArtMS
+from comfy.model_patcher import ModelPatcher
 
 from ....deltaconv_core.bench import Span
 from ..model.sampler_call import encode_condition, sampler_options
@@ -37,7 +38,7 @@ class Given:
 
 
 @torch.inference_mode()
-def random_input(model: Any, batch: int, size: tuple[int, int]) -> Given:
+def random_input(model: ModelPatcher, batch: int, size: tuple[int, int]) -> Given:
     """Random input for a MODEL.
 
     Args:
@@ -57,7 +58,7 @@ def random_input(model: Any, batch: int, size: tuple[int, int]) -> Given:
     return Given(latent, sigmas[len(sigmas) // 2].to(device).expand(batch), conditions)
 
 
-def _text_width(model: Any) -> int | None:
+def _text_width(model: ModelPatcher) -> int | None:
     network = network_of(model)
     if isinstance(network, PixArtMS):
         return int(network.y_embedder.y_proj.fc1.in_features)
@@ -66,7 +67,7 @@ def _text_width(model: Any) -> int | None:
 
 
 @torch.inference_mode()
-def one_pass(model: Any, given: Given) -> Span:
+def one_pass(model: ModelPatcher, given: Given) -> Span:
     """Runs the network of a MODEL, which ComfyUI loads before; the time is that of the network alone.
 
     Code that torch.compile made is left out.
@@ -87,7 +88,7 @@ def one_pass(model: Any, given: Given) -> Span:
         model.cleanup()
 
 
-def without_attention(model: Any, sites: Iterable[Site]) -> Any:
+def without_attention(model: ModelPatcher, sites: Iterable[Site]) -> ModelPatcher:
     """A clone whose self-attention costs nothing: what comes in goes out. No replacement can be faster."""
     clone = model.clone()
     for site in sites:
@@ -106,7 +107,7 @@ class Clock:
         self.spans: dict[str, list[Span]] = {}
         self.grids: dict[str, tuple[int, int]] = {}
 
-    def put_on(self, model: Any, sites: Iterable[Site]) -> Any:
+    def put_on(self, model: ModelPatcher, sites: Iterable[Site]) -> ModelPatcher:
         """A clone of the MODEL in which the calls are timed, whatever stands at the sites."""
         clone = model.clone()
         for site in sites:
@@ -115,7 +116,7 @@ class Clock:
         return clone
 
     def _timed(
-        self, model: Any, site: Site, patch: Callable[..., torch.Tensor] | None
+        self, model: ModelPatcher, site: Site, patch: Callable[..., torch.Tensor] | None
     ) -> Callable[..., torch.Tensor]:
         def run(x: torch.Tensor, *args: Any, **call: Any) -> torch.Tensor:
             self.grids[site.id] = site.grid_of(x, call)

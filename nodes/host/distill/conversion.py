@@ -11,6 +11,7 @@ import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ....deltaconv_core.bench import LATENT
 from ....deltaconv_core.distill import conversion, conversion_report
@@ -57,14 +58,14 @@ class Converted:
         table: a line for each self-attention.
     """
 
-    model: Any
+    model: ModelPatcher
     checkpoint: Checkpoint
     report: Report
     table: str
 
 
 def convert(
-    model: Any, positive: Any, negative: Any, latent: dict[str, Any], job: ConversionJob, hidden: Any
+    model: ModelPatcher, positive: Any, negative: Any, latent: dict[str, Any], job: ConversionJob, hidden: Any
 ) -> Converted:
     """Converts a MODEL, which stays as it is, also when the user stops it.
 
@@ -105,7 +106,7 @@ def convert(
 
 
 def _fit(
-    clone: Any,
+    clone: ModelPatcher,
     found: Sites,
     chosen: tuple[str, ...],
     conditions: tuple[Any, Any],
@@ -147,7 +148,7 @@ def _fit(
     return conversion.fit_and_choose(sites, watched, draw, job.wishes, _attention_of(clone), check, drawn)
 
 
-def _shape(clone: Any, site: Site) -> tuple[int, int, int]:
+def _shape(clone: ModelPatcher, site: Site) -> tuple[int, int, int]:
     """Channels of the tokens, heads, and channels of a head."""
     heads = heads_of(clone, site)
     width = getattr(clone.get_model_object(site.path), "dim_head", site.channels // heads)
@@ -166,7 +167,7 @@ def _of_keys(id: str, mask: torch.Tensor | None, q: torch.Tensor) -> torch.Tenso
     return mask[:, 0, 0].expand(len(q), -1)
 
 
-def _attention_of(clone: Any) -> conversion.Attending:
+def _attention_of(clone: ModelPatcher) -> conversion.Attending:
     """ComfyUI's attention as the MODEL's layers call it, with what other nodes put in its place."""
     options = {OVERRIDE: clone.model_options["transformer_options"].get(OVERRIDE)}
     given = {"transformer_options": options} if options[OVERRIDE] else {}

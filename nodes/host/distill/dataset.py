@@ -13,6 +13,7 @@ from typing import Any
 
 import comfy.sampler_helpers
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ....deltaconv_core.distill import Batch
@@ -52,13 +53,13 @@ class Dataset:
     def __post_init__(self) -> None:
         self.sizes = {}
         for sample in self.samples:
-            size = tuple(sample.latent.shape[-2:])
+            size = (sample.latent.shape[-2], sample.latent.shape[-1])
             self.sizes[size] = self.sizes.get(size, 0) + 1
 
     @property
     def largest(self) -> list[int]:
         """Shape of the latent with the most values."""
-        return list(max((sample.latent.shape for sample in self.samples), key=lambda shape: shape.numel()))
+        return list(max((sample.latent for sample in self.samples), key=torch.Tensor.numel).shape)
 
     @property
     def fingerprint(self) -> str:
@@ -75,7 +76,9 @@ class Dataset:
         return f"{len(self.samples)} latents ({sizes})"
 
 
-def read_dataset(model: Any, latents: Sequence[Any], positive: Sequence[Any], negative: Any) -> Dataset:
+def read_dataset(
+    model: ModelPatcher, latents: Sequence[Any], positive: Sequence[Any], negative: Any
+) -> Dataset:
     """The samples in lists of LATENTs and CONDITIONINGs: single ones, batches, one per bucket, mixed sizes.
 
     One condition serves all latents; else there must be as many.
@@ -142,8 +145,9 @@ class Batches:
         noise, levels, dropped = draw(
             self.seed, number, clean.shape, count, self.dropout, by_batch=self.by_batch
         )
+        empty = self.dataset.empty
         encoded = [
-            self.network.encode(self.dataset.empty if drop else sample.condition, sample.latent)
+            self.network.encode(empty if drop and empty is not None else sample.condition, sample.latent)
             for sample, drop in zip(samples, dropped.tolist(), strict=True)
         ]
         device = self.network.device
@@ -163,7 +167,7 @@ class Batches:
         return [members for _, _, members in groups]
 
 
-def _pictures(model: Any, samples: Tensor) -> Iterator[Tensor]:
+def _pictures(model: ModelPatcher, samples: Tensor) -> Iterator[Tensor]:
     channels = model.get_model_object("latent_format").latent_channels
     if samples.ndim != 4 or samples.shape[1] != channels:
         raise DeltaConvError(

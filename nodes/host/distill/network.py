@@ -20,6 +20,7 @@ import comfy.utils
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock, attention_pytorch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ....deltaconv_core.distill import Batch
@@ -42,7 +43,7 @@ class ComfyNetwork:
 
     prediction = "epsilon"
 
-    def __init__(self, model: Any, sites: Mapping[str, Site]) -> None:
+    def __init__(self, model: ModelPatcher, sites: Mapping[str, Site]) -> None:
         self.model = model
         self.base = model.model
         self.device = model.load_device
@@ -56,7 +57,7 @@ class ComfyNetwork:
 
     @property
     def segments(self) -> Iterable[torch.nn.Module]:
-        network = network_of(self.model)
+        network: Any = network_of(self.model)
         if isinstance(network, UNetModel):
             return [m for m in network.modules() if isinstance(m, (BasicTransformerBlock, ResBlock))]
         return list(network.blocks)
@@ -119,7 +120,7 @@ def _stream(base: torch.nn.Module, site: Site) -> torch.nn.Module:
     return block.norm3 if block.attn2 is None else block.norm2
 
 
-def _sampler_options(model: Any) -> dict[str, Any]:
+def _sampler_options(model: ModelPatcher) -> dict[str, Any]:
     """The MODEL's options as a sampler would use them, but for code that gradients cannot pass."""
     options = sampler_options(model)
     options["transformer_options"]["optimized_attention_override"] = _differentiable_attention
@@ -131,7 +132,7 @@ def _differentiable_attention(chosen: Any, *args: Any, **kwargs: Any) -> Tensor:
     return attention_pytorch(*args, **kwargs)
 
 
-def _check(model: Any, sites: Mapping[str, Site]) -> None:
+def _check(model: ModelPatcher, sites: Mapping[str, Site]) -> None:
     replace = model.model_options["transformer_options"].get("patches_replace", {}).get("attn1", {})
     if sentence := replacements(replace, sites):
         raise DeltaConvError(f"{sentence}, so it cannot learn there: take that node off the MODEL")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
-from typing import Any
 
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ....deltaconv_core.block.spec import BlockSpec
 from ....deltaconv_core.distill import Settings
@@ -75,7 +75,7 @@ def training_bytes(specs: Mapping[str, BlockSpec], settings: Settings) -> int:
     return weights * (4 + 4 + moments + (4 if settings.ema else 0))
 
 
-def activation_bytes(model: Any, shape: list[int], settings: Settings) -> int:
+def activation_bytes(model: ModelPatcher, shape: list[int], settings: Settings) -> int:
     """A guess at what one batch needs on top: ComfyUI's own for sampling, several times over for gradients.
 
     Args:

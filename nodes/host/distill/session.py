@@ -11,6 +11,8 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
 
 from ....deltaconv_core.block import DeltaConvBlock
 from ....deltaconv_core.block.spec import BlockSpec
@@ -53,7 +55,7 @@ class Distillation:
         DeltaConvError: they do not go together.
     """
 
-    def __init__(self, model: Any, dataset: Dataset, job: Widgets) -> None:
+    def __init__(self, model: ModelPatcher, dataset: Dataset, job: Widgets) -> None:
         self.model = without_blocks(model)
         self.dataset = dataset
         self.job = job
@@ -78,7 +80,7 @@ class Distillation:
         shape = [self.job.batch_size, *self.dataset.largest[1:]]
         return training_bytes(self.specs, self.settings), activation_bytes(self.model, shape, self.settings)
 
-    def run(self, folder: RunFolder, hidden: Any) -> tuple[Checkpoint, Result]:
+    def run(self, folder: RunFolder, hidden: io.HiddenHolder | None) -> tuple[Checkpoint, Result]:
         """Trains; afterwards the MODEL is as it was, whatever happens.
 
         Args:
@@ -104,7 +106,7 @@ class Distillation:
             raise DeltaConvError(f"nothing was learned: {result.stopped}")
         return Checkpoint(self.found.architecture, blocks, {}, self._metadata(result)), result
 
-    def patched(self, checkpoint: Checkpoint) -> tuple[Any, Report]:
+    def patched(self, checkpoint: Checkpoint) -> tuple[ModelPatcher, Report]:
         """The MODEL with the blocks in place of its attention, and what to report."""
         settings = PatchSettings(",".join(self.specs), SamplingRange(), None)
         return apply_checkpoint(self.model, self.found, checkpoint, settings)
@@ -153,7 +155,7 @@ def loss_map(rows: Iterable[Row]) -> dict[str, list[float]]:
 class _Progress:
     """Called after every step: the bar, the text under the node, previews, and the user's wish to stop."""
 
-    def __init__(self, preview: Preview | None, job: Widgets, hidden: Any) -> None:
+    def __init__(self, preview: Preview | None, job: Widgets, hidden: io.HiddenHolder | None) -> None:
         self.preview = preview
         self.job = job
         self.hidden = hidden
@@ -182,7 +184,7 @@ class _Progress:
             return None
 
 
-def _say_how_to_resume(folder: RunFolder, error: BaseException, hidden: Any) -> None:
+def _say_how_to_resume(folder: RunFolder, error: BaseException, hidden: io.HiddenHolder | None) -> None:
     name = folder.path.relative_to(runs_folder()).as_posix()
     stopped = isinstance(error, comfy.model_management.InterruptProcessingException)
     what = "ΔConv distillation was stopped" if stopped else "ΔConv distillation failed"
@@ -197,7 +199,7 @@ def _say_how_to_resume(folder: RunFolder, error: BaseException, hidden: Any) -> 
     show(text, hidden)
 
 
-def _fingerprint(model: Any) -> str:
+def _fingerprint(model: ModelPatcher) -> str:
     """Differs for another base model, other patches (LoRAs) or strengths, or another kind of prediction or
     schedule: from the first values of every tensor."""
     weights = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from ....deltaconv_core.errors import DeltaConvError
 from ....deltaconv_core.util.devices import SHORT_DTYPES
@@ -12,7 +11,9 @@ from ....deltaconv_core.weights.cast import cast
 from ....deltaconv_core.weights.checkpoint import Checkpoint
 
 
-def prepared(checkpoint: Any, dtype: str, texts: Mapping[str, str], keep_base_weights: bool) -> Checkpoint:
+def prepared(
+    checkpoint: Checkpoint, dtype: str, texts: Mapping[str, str], keep_base_weights: bool
+) -> Checkpoint:
     """A copy of a checkpoint with numbers of another dtype and more texts.
 
     Args:

@@ -8,6 +8,7 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ....deltaconv_core.errors import DeltaConvError
@@ -59,7 +60,7 @@ class Look:
     replaceable: bool
 
 
-def look(model: Any, positive: Any, latent: dict[str, Any], settings: LookSettings) -> Look:
+def look(model: ModelPatcher, positive: Any, latent: dict[str, Any], settings: LookSettings) -> Look:
     """Samples with the positive conditioning alone and gathers statistics of the self-attention on the way.
 
     Args:
@@ -72,22 +73,20 @@ def look(model: Any, positive: Any, latent: dict[str, Any], settings: LookSettin
         DeltaConvError: a MODEL whose attention cannot be looked at, or a selection that names no site.
     """
     clone = plain(model)
-    joint = find_joint_sites(network_of(clone))
-    found = find_sites(clone) if joint is None else None
-    channels = found.channels if found else {id: site.channels for site in joint.sites for id in site.ids}
-    chosen = select(settings.blocks, channels)
+    found = find_joint_sites(network_of(clone)) or find_sites(clone)
+    chosen = select(settings.blocks, found.channels)
     samples = fitting(clone, latent)
-    paths = [found.sites[id].path for id in chosen] if found else [site.path for site in joint.sites]
-    check_reach(clone, paths, "look at the MODEL without that node")
+    places = found.sites if isinstance(found, JointSites) else [found.sites[id] for id in chosen]
+    check_reach(clone, [place.path for place in places], "look at the MODEL without that node")
     at = spread(settings.steps, settings.looks)
     watch = LocalityWatch.of(
-        {id: channels[id] for id in chosen}, total=settings.steps + len(at) * len(chosen)
+        {id: found.channels[id] for id in chosen}, total=settings.steps + len(at) * len(chosen)
     )
-    if found:
+    if isinstance(found, JointSites):
+        _watch_joint(clone, watch, found)
+    else:
         sites = [found.sites[id] for id in chosen]
         watch_sites(clone, sites, watch.see_site, lambda: watch.moment is not None)
-    else:
-        _watch_joint(clone, watch, joint)
     try:
         sample(
             clone,
@@ -100,7 +99,7 @@ def look(model: Any, positive: Any, latent: dict[str, Any], settings: LookSettin
     finally:
         clone.unpatch_model(unpatch_weights=False)
     size = (samples.shape[-2], samples.shape[-1])
-    return _result(watch, found.architecture if found else joint.name, size, found is not None)
+    return _result(watch, found.architecture, size, not isinstance(found, JointSites))
 
 
 @dataclass
@@ -147,11 +146,11 @@ class LocalityWatch:
     ) -> None:
         """One attention of the running call."""
         if id in self.statistics:
-            self.statistics[id].add(q, k, grid, self.moment, image, mask)
+            self.statistics[id].add(q, k, grid, self.moment or "", image, mask)
             self.bar.update(1)
 
 
-def _watch_joint(clone: Any, watch: LocalityWatch, found: JointSites) -> None:
+def _watch_joint(clone: ModelPatcher, watch: LocalityWatch, found: JointSites) -> None:
     def wrapper(executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         watch.tokens = found.tokens(x)
         return executor(x, *args, **kwargs)
@@ -164,13 +163,14 @@ def _watch_joint(clone: Any, watch: LocalityWatch, found: JointSites) -> None:
 
 def _watched_joint(watch: LocalityWatch, site: JointSite, forward: Forward) -> Forward:
     def run(*args: Any, **call: Any) -> Any:
-        if watch.moment is None:
+        tokens = watch.tokens
+        if watch.moment is None or tokens is None:
             return forward(*args, **call)
         ids = iter(site.ids)
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> None:
-            image = site.locate(args, call, q.shape[2], watch.tokens)
-            watch.see(next(ids), q, k, watch.tokens.grid, image, mask)
+            image = site.locate(args, call, q.shape[2], tokens)
+            watch.see(next(ids), q, k, tokens.grid, image, mask)
 
         return intercepted(forward, attend)(*args, **call)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from comfy.ldm.pixart.blocks import AttentionKVCompress
+from comfy.model_patcher import ModelPatcher
 
 from ....deltaconv_core.errors import DeltaConvError
 from .sites import Site
@@ -30,8 +31,9 @@ def intercepted(forward: Forward, attend: Attend) -> Forward:
             bound to the module.
         attend: called for every attention inside.
     """
-    if isinstance(forward.__self__, AttentionKVCompress):
-        return _pixart(forward, attend)
+    module = getattr(forward, "__self__", None)
+    if isinstance(module, AttentionKVCompress):
+        return _pixart(module, forward, attend)
 
     def run(*args: Any, **call: Any) -> torch.Tensor:
         options = call.get("transformer_options") or {}
@@ -54,10 +56,8 @@ def _override(attend: Attend, before: Forward | None) -> Forward:
         **more: Any,
     ) -> torch.Tensor:
         split = more.get("skip_reshape", False)
-        by_head = (
-            (q, k, v) if split else tuple(t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-        )
-        out = attend(*by_head, _four_dimensional(mask))
+        by_head = [t if split else t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
+        out = attend(by_head[0], by_head[1], by_head[2], _four_dimensional(mask))
         if out is not None:
             return out if more.get("skip_output_reshape", False) else out.transpose(1, 2).flatten(2)
         if before is not None:
@@ -74,9 +74,8 @@ def _four_dimensional(mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask[None, None] if mask.ndim == 2 else mask[:, None]
 
 
-def _pixart(forward: Forward, attend: Attend) -> Forward:
+def _pixart(module: AttentionKVCompress, forward: Forward, attend: Attend) -> Forward:
     """The forward of PixArt's attention, done by `attend`."""
-    module = forward.__self__
     if module.sr_ratio > 1:
         raise DeltaConvError(
             f"this PixArt shrinks the keys of its self-attention ({module.sr_ratio} x); only attention whose "
@@ -86,17 +85,17 @@ def _pixart(forward: Forward, attend: Attend) -> Forward:
     def run(x: torch.Tensor, *args: Any, **call: Any) -> torch.Tensor:
         batch, tokens, _ = x.shape
         q, k, v = module.qkv(x).unflatten(2, (3, -1)).unbind(2)
-        by_head = [
+        q, k, v = (
             t.reshape(batch, tokens, module.num_heads, -1).transpose(1, 2)
             for t in (module.q_norm(q), module.k_norm(k), v)
-        ]
-        out = attend(*by_head, None)
+        )
+        out = attend(q, k, v, None)
         return forward(x, *args, **call) if out is None else module.proj(out.transpose(1, 2).flatten(2))
 
     return run
 
 
-def heads_of(model: Any, site: Site) -> int:
+def heads_of(model: ModelPatcher, site: Site) -> int:
     """Heads of the attention at a site of a ModelPatcher."""
     attention = model.get_model_object(site.path)
     return attention.num_heads if isinstance(attention, AttentionKVCompress) else attention.heads

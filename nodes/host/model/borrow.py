@@ -9,12 +9,13 @@ from typing import Any
 import comfy.model_management
 import comfy.model_patcher
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ....deltaconv_core.errors import DeltaConvError
 
 
 @contextmanager
-def borrowed_model(model: Any, dtype: torch.dtype, memory: float) -> Iterator[Any]:
+def borrowed_model(model: ModelPatcher, dtype: torch.dtype, memory: float) -> Iterator[ModelPatcher]:
     """A loaded clone of the MODEL that gradients can pass through; whatever happens, all is put back.
 
     Nodes run in inference mode, where ComfyUI makes and moves its weights; so the clone is loaded in the
@@ -55,7 +56,8 @@ def open_to_gradients(model: torch.nn.Module) -> Iterator[None]:
     swapped: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] = []
     try:
         for module in model.modules():
-            for table in (module._parameters, module._buffers):
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for table in tables:
                 for name, tensor in table.items():
                     if _can_be_wrapped(tensor):
                         swapped.append((table, name, tensor, _wrapped(tensor)))
@@ -68,8 +70,9 @@ def open_to_gradients(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _can_be_wrapped(tensor: torch.Tensor | None) -> bool:
-    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)  # quantized ones look after themselves
-    return plain and (tensor.is_inference() or tensor.requires_grad)
+    if tensor is None or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return False  # quantized ones look after themselves
+    return tensor.is_inference() or tensor.requires_grad
 
 
 def _wrapped(tensor: torch.Tensor) -> torch.Tensor:
@@ -80,7 +83,7 @@ def _wrapped(tensor: torch.Tensor) -> torch.Tensor:
     return wrapped
 
 
-def _clone(model: Any) -> Any:
+def _clone(model: ModelPatcher) -> ModelPatcher:
     """A clone of the plain kind.
 
     Newer versions of ComfyUI page the weights of some MODELs in and out under the layers ("dynamic"), which

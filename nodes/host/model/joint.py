@@ -62,14 +62,18 @@ class JointSites:
     """The joint attentions of one network.
 
     Args:
-        name: of the model family.
+        architecture: name of the model family.
         patch_size: side of a token in latents.
         sites: in the order of the network.
     """
 
-    name: str
+    architecture: str
     patch_size: int
     sites: list[JointSite] = field(default_factory=list)
+
+    @property
+    def channels(self) -> dict[str, int]:
+        return {id: site.channels for site in self.sites for id in site.ids}
 
     def tokens(self, x: torch.Tensor) -> Tokens:
         """The image's tokens for latents (B, C, ..., H, W), which the network pads to whole patches."""

@@ -8,6 +8,7 @@ import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.samplers
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
@@ -15,7 +16,7 @@ COMPILED = "torch.compile"
 """ComfyUI's key of the wrapper that runs compiled code, which would not see what stands at the sites."""
 
 
-def sampler_options(model: Any) -> dict[str, Any]:
+def sampler_options(model: ModelPatcher) -> dict[str, Any]:
     """The MODEL's options as a sampler would use them, with its wrappers but for compiled code."""
     options = comfy.model_patcher.create_model_options_clone(model.model_options)
     transformer = options.setdefault("transformer_options", {})

@@ -13,6 +13,7 @@ import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
 from comfy.ldm.pixart.pixartms import PixArtMS
+from comfy.model_patcher import ModelPatcher
 
 from ....deltaconv_core.errors import DeltaConvError
 from ....deltaconv_core.sites import identify
@@ -70,12 +71,12 @@ class Sites:
         return {id: site.channels for id, site in self.sites.items()}
 
 
-def network_of(model: Any) -> torch.nn.Module:
+def network_of(model: ModelPatcher) -> torch.nn.Module:
     """The network of a ModelPatcher, out of `torch.compile`'s wrapper, which some nodes put in its place."""
     return inside(model.get_model_object("diffusion_model"))
 
 
-def uncompiled(model: Any) -> Any:
+def uncompiled(model: ModelPatcher) -> ModelPatcher:
     """A ModelPatcher that calls its network without the wrapper around it; itself where there is none."""
     network = network_of(model)
     if network is model.get_model_object("diffusion_model"):
@@ -85,7 +86,7 @@ def uncompiled(model: Any) -> Any:
     return clone
 
 
-def find_sites(model: Any) -> Sites:
+def find_sites(model: ModelPatcher) -> Sites:
     """The sites of a ModelPatcher.
 
     Raises:
@@ -141,7 +142,7 @@ def _read_blocks(blocks: Any, side: str, host_name: str, diffusers_name: str, fo
                 found.sites[id] = Site(id, attention, channels, grids.of_unet, (side, number, depth))
 
 
-def _walk(blocks: Any) -> Iterator[tuple[int, int, int, int, torch.nn.Module]]:
+def _walk(blocks: Any) -> Iterator[tuple[int, int, int, int, Any]]:
     """(block number, position in it, stage, ResNet number in the stage, layer) of ResNets and transformers.
 
     A stage ends where the size changes: at the Downsample or Upsample, or the ResNet that does its work.
@@ -160,6 +161,7 @@ def _walk(blocks: Any) -> Iterator[tuple[int, int, int, int, torch.nn.Module]]:
 
 def _read_pixart(network: PixArtMS, found: Sites) -> None:
     grid_of = grids.of_patches(network.patch_size)
-    for number, block in enumerate(map(inside, network.blocks)):
-        id = f"transformer_blocks.{number}.attn1"
-        found.sites[id] = Site(id, f"diffusion_model.blocks.{number}.attn", block.hidden_size, grid_of)
+    blocks: list[Any] = [inside(block) for block in network.blocks]
+    for number, block in enumerate(blocks):
+        id, width = f"transformer_blocks.{number}.attn1", block.hidden_size
+        found.sites[id] = Site(id, f"diffusion_model.blocks.{number}.attn", width, grid_of)

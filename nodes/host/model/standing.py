@@ -12,13 +12,14 @@ from typing import Any
 
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ....deltaconv_core.errors import DeltaConvError
 
 Forward = Callable[..., torch.Tensor]
 
 
-def check_reach(model: Any, paths: Iterable[str], remedy: str) -> None:
+def check_reach(model: ModelPatcher, paths: Iterable[str], remedy: str) -> None:
     """Checks that patches at these modules would act on the base model's own ones.
 
     Args:
@@ -42,7 +43,7 @@ def check_reach(model: Any, paths: Iterable[str], remedy: str) -> None:
             )
 
 
-def standing_forward(model: Any, path: str) -> Forward:
+def standing_forward(model: ModelPatcher, path: str) -> Forward:
     """The forward that the base model itself has at a module, set on the module or its class's.
 
     Args:
@@ -54,7 +55,7 @@ def standing_forward(model: Any, path: str) -> Forward:
     return _reached(model.model, path, before).forward if forward is None else forward
 
 
-def forward_set_on(model: Any, path: str) -> Forward | None:
+def forward_set_on(model: ModelPatcher, path: str) -> Forward | None:
     """The forward that was set on a module of the base model in place; None where it is its class's.
 
     Args:
@@ -75,7 +76,7 @@ def own_forward(model: torch.nn.Module, path: str) -> Forward:
 
 
 @contextmanager
-def own_modules(model: Any) -> Iterator[None]:
+def own_modules(model: ModelPatcher) -> Iterator[None]:
     """Inside, the base model has its own modules, whatever modules a loaded clone put in their place."""
     before = model.object_patches_backup.items()
     own = [(key, module) for key, module in before if isinstance(module, torch.nn.Module)]
@@ -89,7 +90,8 @@ def own_modules(model: Any) -> Iterator[None]:
 
 def _reached(base: torch.nn.Module, path: str, objects: Mapping[str, Any]) -> Any:
     """What a path leads to where `objects` stand, by path; None where it leads nowhere."""
-    reached, parts = base, path.split(".")
+    reached: Any = base
+    parts = path.split(".")
     for i, part in enumerate(parts, 1):
         key = ".".join(parts[:i])
         reached = objects[key] if key in objects else getattr(reached, part, None)

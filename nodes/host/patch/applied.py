@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ....deltaconv_core.sites.sampling_range import SamplingRange
@@ -16,9 +17,12 @@ from ..model.sites import Site
 from ..model.standing import check_reach
 from . import site_patch
 from .base_weights import remove_base_weights
-from .blocks import build_blocks, build_blocks_again, kind_of_patcher, network_dtype, own_patcher
+from .blocks import PatcherKind, build_blocks, build_blocks_again, kind_of_patcher, network_dtype, own_patcher
 from .forwards import HybridForward, MixerForward, RangedForward
 from .site_patch import REMEDY, SitePatch, forward_key
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 KEY = "deltaconv"
 
@@ -35,19 +39,23 @@ class AppliedBlocks(SitePatch):
     key = KEY
 
     def __init__(
-        self, patcher: Any, sites: Mapping[str, Site], sampling: SamplingRange, covered: Mapping[str, Any]
+        self,
+        patcher: ModelPatcher,
+        sites: Mapping[str, Site],
+        sampling: SamplingRange,
+        covered: Mapping[str, Any],
     ) -> None:
         super().__init__(sites, sampling, covered)
         self.patcher = patcher
         self.base_weights: dict[str, Any] = {}
         """ComfyUI's key -> weight patch that came with the blocks."""
-        self._patchers = WeakValueDictionary({kind_of_patcher(patcher): patcher})
+        self._patchers = WeakValueDictionary[PatcherKind, ModelPatcher]({kind_of_patcher(patcher): patcher})
         """Of the same blocks, for clones that need others; shared by all clones."""
 
-    def models(self) -> list[Any]:
+    def models(self) -> list[ModelPatcher]:
         return [*super().models(), self.patcher]
 
-    def for_clone(self, clone: Any) -> SitePatch:
+    def for_clone(self, clone: ModelPatcher) -> Self:
         """With blocks of its own where the clone runs on another device, or keeps weights in another way."""
         own = super().for_clone(clone)
         kind = kind_of_patcher(clone)
@@ -75,8 +83,8 @@ class AppliedBlocks(SitePatch):
 
 
 def with_blocks(
-    model: Any, sites: Mapping[str, Site], trained: Mapping[str, Any], sampling: SamplingRange
-) -> tuple[Any, AppliedBlocks]:
+    model: ModelPatcher, sites: Mapping[str, Site], trained: Mapping[str, Any], sampling: SamplingRange
+) -> tuple[ModelPatcher, AppliedBlocks]:
     """A clone of the MODEL in which the blocks stand at the sites, and the patch that is on it.
 
     Args:
@@ -102,13 +110,13 @@ def with_blocks(
     return clone, site_patch.put_on(clone, patch)
 
 
-def blocks_on(model: Any) -> AppliedBlocks | None:
+def blocks_on(model: ModelPatcher) -> AppliedBlocks | None:
     """The ΔConv on this MODEL, if any."""
     patches = site_patch.patches_of(model, KEY)
     return patches[-1] if patches else None
 
 
-def without_blocks(model: Any) -> Any:
+def without_blocks(model: ModelPatcher) -> ModelPatcher:
     """A clone of the MODEL without ΔConv; the MODEL itself where it has none."""
     patch = blocks_on(model)
     if patch is None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ....deltaconv_core.errors import DeltaConvError
@@ -12,7 +12,7 @@ from ....deltaconv_core.sites import report
 from ....deltaconv_core.sites.match import check_heads, matching_sites
 from ....deltaconv_core.sites.report import Report
 from ....deltaconv_core.sites.sampling_range import SamplingRange
-from ....deltaconv_core.weights.checkpoint import HYBRID_KIND
+from ....deltaconv_core.weights.checkpoint import HYBRID_KIND, Checkpoint
 from ..model.attend import heads_of
 from ..model.sites import Sites
 from .applied import KEY, AppliedBlocks, blocks_on, with_blocks, without_blocks
@@ -36,8 +36,8 @@ class PatchSettings:
 
 
 def apply_checkpoint(
-    model: Any, found: Sites, checkpoint: Any, settings: PatchSettings
-) -> tuple[Any, Report]:
+    model: ModelPatcher, found: Sites, checkpoint: Checkpoint, settings: PatchSettings
+) -> tuple[ModelPatcher, Report]:
     """Puts ΔConv on a clone of the MODEL, in place of one that may be there already.
 
     Args:
@@ -70,7 +70,7 @@ def apply_checkpoint(
 
 
 def _base_weights(
-    clone: Any, patch: AppliedBlocks, found: Sites, checkpoint: Any, strength: float | None
+    clone: ModelPatcher, patch: AppliedBlocks, found: Sites, checkpoint: Checkpoint, strength: float | None
 ) -> list[str]:
     count = len(checkpoint.base_weights)
     if not count:

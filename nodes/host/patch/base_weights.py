@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import comfy.model_patcher
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ....deltaconv_core.sites.base_weights import check_fit, check_unpacked, difference
@@ -30,7 +31,7 @@ class BaseWeights:
         DeltaConvError: a name that the model does not have, or another shape.
     """
 
-    def __init__(self, model: Any, found: Sites, base_weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: ModelPatcher, found: Sites, base_weights: Mapping[str, Tensor]) -> None:
         self.base_weights = base_weights
         self.model = f"this MODEL ({found.architecture})"
         self.keys = _host_keys(found, base_weights)
@@ -39,7 +40,7 @@ class BaseWeights:
         self.difference = difference(base_weights, self.loaded)
         """How far the base weights are from the loaded ones; None where these are packed."""
 
-    def add_to(self, clone: Any, strength: float) -> dict[str, Any]:
+    def add_to(self, clone: ModelPatcher, strength: float) -> dict[str, Any]:
         """Patches the weights to loaded * (1 - strength) + base * strength.
 
         Returns:
@@ -64,7 +65,7 @@ class BaseWeights:
         return values
 
 
-def remove_base_weights(clone: Any, added: Mapping[str, Any]) -> None:
+def remove_base_weights(clone: ModelPatcher, added: Mapping[str, Any]) -> None:
     """Takes away what `BaseWeights.add_to` added."""
     for key, value in added.items():
         rest = [patch for patch in clone.patches.pop(key, []) if patch[1] is not value]
@@ -72,7 +73,7 @@ def remove_base_weights(clone: Any, added: Mapping[str, Any]) -> None:
             clone.patches[key] = rest
 
 
-def _unpacks(model: Any) -> bool:
+def _unpacks(model: ModelPatcher) -> bool:
     """Whether a MODEL's loader brings its own way to patch weights, as those of packed ones do (GGUF)."""
     return type(model).patch_weight_to_device.__module__ != comfy.model_patcher.__name__
 
@@ -94,7 +95,7 @@ def _host_keys(found: Sites, names: Iterable[str]) -> dict[str, str]:
     return keys
 
 
-def _loaded_weights(model: Any, keys: Mapping[str, str]) -> dict[str, Tensor]:
+def _loaded_weights(model: ModelPatcher, keys: Mapping[str, str]) -> dict[str, Tensor]:
     """The MODEL's weights without any patch, on whatever device they lie."""
     own = model.get_key_patches("diffusion_model.")
     originals = {name: own[key][0] for name, key in keys.items()}

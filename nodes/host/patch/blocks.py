@@ -7,6 +7,7 @@ from typing import Any
 
 import comfy.model_patcher
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ....deltaconv_core.block.module import HALF_OR_MORE, shared_copy
 from ....deltaconv_core.mixers.hybrid.module import shared_hybrid
@@ -37,13 +38,13 @@ def _copy(block: Any, dtype: torch.dtype | None) -> torch.nn.Module:
     return shared_hybrid(block) if block.kind == HYBRID_KIND else shared_copy(block, None, dtype, Layers)
 
 
-def network_dtype(model: Any) -> torch.dtype | None:
+def network_dtype(model: ModelPatcher) -> torch.dtype | None:
     """The dtype that the MODEL's network computes in; None where it is not an ordinary floating point one."""
     dtype = model.get_model_object("manual_cast_dtype") or model.model_dtype()
     return dtype if dtype in HALF_OR_MORE else None
 
 
-def own_patcher(blocks: Mapping[str, torch.nn.Module], model: Any) -> Any:
+def own_patcher(blocks: Mapping[str, torch.nn.Module], model: ModelPatcher) -> ModelPatcher:
     """A ModelPatcher for the blocks, on the devices of the MODEL and of its kind (see `kind_of_patcher`)."""
     patcher_class = comfy.model_patcher.ModelPatcher
     if kind_of_patcher(model)[1]:
@@ -52,14 +53,17 @@ def own_patcher(blocks: Mapping[str, torch.nn.Module], model: Any) -> Any:
     return patcher_class(net, load_device=model.load_device, offload_device=model.offload_device)
 
 
-def build_blocks_again(ids: Iterable[str], patcher: Any) -> dict[str, torch.nn.Module]:
+def build_blocks_again(ids: Iterable[str], patcher: ModelPatcher) -> dict[str, torch.nn.Module]:
     """The blocks of a patcher once more, by site id and in its order, for a patcher of their own."""
     with torch.inference_mode(False):
         blocks = build_blocks(dict(zip(ids, patcher.model.blocks, strict=True)), None)
         return {id: block.to(patcher.offload_device) for id, block in blocks.items()}
 
 
-def kind_of_patcher(patcher: Any) -> tuple[torch.device, bool]:
+PatcherKind = tuple[torch.device, bool]
+
+
+def kind_of_patcher(patcher: ModelPatcher) -> PatcherKind:
     """Where it loads its model, and whether it pages weights in and out under the layers ("dynamic VRAM").
 
     One plain model among those that a sampling needs makes ComfyUI unload dynamic ones; and compiled code can

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
+from comfy.model_patcher import ModelPatcher
+
 from ..model.sites import Site
 from ..model.standing import forward_set_on
 from .forwards import MixerForward
@@ -23,7 +25,7 @@ GUIDANCE_KEYS = (
 log = logging.getLogger(__name__)
 
 
-def conflicts(model: Any, sites: Mapping[str, Site], keeps_projections: bool) -> list[str]:
+def conflicts(model: ModelPatcher, sites: Mapping[str, Site], keeps_projections: bool) -> list[str]:
     """One sentence for each, naming both.
 
     Args:
@@ -86,13 +88,13 @@ def warn_once(sentence: str, said: set[str]) -> None:
         log.warning("ΔConv: %s", sentence)
 
 
-def foreign_forward(model: Any, site: Site) -> Any:
+def foreign_forward(model: ModelPatcher, site: Site) -> Any:
     """What stands as the forward of a self-attention, put there by a patch or in place; None: its class's."""
     patch = model.object_patches.get(forward_key(site))
     return patch if patch is not None else forward_set_on(model, site.path)
 
 
-def _weight_patches(model: Any, sites: Mapping[str, Site]) -> str:
+def _weight_patches(model: ModelPatcher, sites: Mapping[str, Site]) -> str:
     prefixes = tuple(f"{site.path}." for site in sites.values())
     keys = [key for key in model.patches if key.startswith(prefixes)]
     if not keys:
@@ -104,7 +106,7 @@ def _weight_patches(model: Any, sites: Mapping[str, Site]) -> str:
     )
 
 
-def _forwards(model: Any, sites: Mapping[str, Site]) -> str:
+def _forwards(model: ModelPatcher, sites: Mapping[str, Site]) -> str:
     prefixes = tuple(f"{site.path}." for site in sites.values())
     patches = [patch for key, patch in model.object_patches.items() if f"{key}.".startswith(prefixes)]
     covered = [forward_set_on(model, site.path) for site in sites.values()]
@@ -114,7 +116,7 @@ def _forwards(model: Any, sites: Mapping[str, Site]) -> str:
     return f"{_list(foreign)} replaces self-attention where ΔConv stands; only one of the two can act"
 
 
-def _forwards_around(model: Any, sites: Mapping[str, Site]) -> str:
+def _forwards_around(model: ModelPatcher, sites: Mapping[str, Site]) -> str:
     """Patches of the blocks that the sites are in, and of what these are in, but for the whole network."""
     parts = [site.path.split(".") for site in sites.values()]
     around = {f"{'.'.join(p[:end])}.forward" for p in parts for end in range(2, len(p))}
@@ -172,7 +174,7 @@ def _guidance(names: Iterable[str]) -> str:
     )
 
 
-def _guides(model: Any) -> list[Callable[..., Any]]:
+def _guides(model: ModelPatcher) -> list[Callable[..., Any]]:
     """The guidance on a MODEL whose code has to do with attn1 patches."""
     options = model.model_options
     functions = [options[key] for key in GUIDANCE_KEYS if key in options]
@@ -213,7 +215,7 @@ def _filled(cell: CellType) -> bool:
     return True
 
 
-def _of_pass(model: Any, options: Mapping[str, Any], sites: Mapping[str, Site]) -> set[str]:
+def _of_pass(model: ModelPatcher, options: Mapping[str, Any], sites: Mapping[str, Site]) -> set[str]:
     """What acts on the sites' self-attention in one pass, but not on the MODEL itself.
 
     Left out are those of a package whose guidance was recognised by its code.

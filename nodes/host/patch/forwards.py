@@ -69,8 +69,7 @@ class HybridForward(MixerForward):
             own = run.own[self.site.path]
             return intercepted(own, partial(self._between, grid))(x, *args, **call)
 
-        behind = run.behind.get(self.site.path)
-        return answer(run.choice, mixer=mixed, attention=lambda: behind(x, *args, **call))
+        return answer(run.choice, mixer=mixed, attention=lambda: run.behind[self.site.path](x, *args, **call))
 
     def _between(
         self,
@@ -108,7 +107,7 @@ class BorrowedWeights:
 class LendsWeights:
     """A castable layer whose weights can be used without calling it; see `deltaconv_core.block.steps`."""
 
-    def lend_weights(self, x: torch.Tensor) -> BorrowedWeights:
+    def lend_weights(self: Any, x: torch.Tensor) -> BorrowedWeights:
         return BorrowedWeights(self, x)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ....deltaconv_core.errors import DeltaConvError
 from ....deltaconv_core.mixers.neighborhood import check_kernel_size, neighborhood_attention
@@ -55,7 +56,7 @@ class NeighborhoodForward:
         return intercepted(run.own[self.site.path], attend)(x, *args, **call)
 
 
-def add_neighborhood(model: Any, kernel_size: int, blocks: str) -> tuple[Any, Report]:
+def add_neighborhood(model: ModelPatcher, kernel_size: int, blocks: str) -> tuple[ModelPatcher, Report]:
     """A clone of the MODEL whose self-attention looks at K x K tokens around every query only.
 
     Args:
@@ -86,7 +87,7 @@ def add_neighborhood(model: Any, kernel_size: int, blocks: str) -> tuple[Any, Re
     return clone, Report([line], _covered(model, sites))
 
 
-def _covered(model: Any, sites: Iterable[Site]) -> list[str]:
+def _covered(model: ModelPatcher, sites: Iterable[Site]) -> list[str]:
     before = [forward for site in sites if (forward := foreign_forward(model, site)) is not None]
     if not before:
         return []

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ....deltaconv_core.sites.sampling_range import Choice, SamplingRange
@@ -15,6 +17,10 @@ from ..model.sites import Site
 from ..model.standing import Forward, check_reach, own_forward, standing_forward
 from .current_call import Call, running
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Patch = TypeVar("Patch", bound="SitePatch")
 CLONED = [
     getattr(CallbacksMP, name)
     for name in ("ON_CLONE", "ON_DEEPCLONE_MULTIGPU", "ON_MATCH_MULTIGPU_CLONES")
@@ -36,8 +42,6 @@ class SitePatch:
 
     key: str
     """Of this kind of patch among those of a MODEL."""
-    keeps_projections = False
-    """Whether what stands at the sites runs inside the attention's own forward."""
 
     def __init__(
         self, sites: Mapping[str, Site], sampling: SamplingRange, covered: Mapping[str, Any]
@@ -47,28 +51,33 @@ class SitePatch:
         self.covered = dict(covered)
         self.owner = object()
         """Of the calls; clones share it."""
-        self._model: Callable[[], Any] = lambda: None
+        self._model: Callable[[], ModelPatcher | None] = lambda: None
 
-    def models(self) -> list[Any]:
+    def models(self) -> list[ModelPatcher]:
         model = self._model()
         if model is not None:
             stands = [site.path for site in self.sites.values() if forward_key(site) in model.object_patches]
             check_reach(model, stands, REMEDY)
         return []
 
-    def to(self, device_or_dtype: Any) -> SitePatch:
+    def to(self, device_or_dtype: Any) -> Self:
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SitePatch:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # Up to ComfyUI 0.12, cloning a MODEL deep-copies its options; what a clone needs of its own is made
         # in `for_clone`.
         return self
 
-    def for_clone(self, clone: Any) -> SitePatch:
+    def for_clone(self, clone: ModelPatcher) -> Self:
         """This patch as it belongs to a clone of the MODEL, or to the MODEL itself."""
         own = copy.copy(self)
         own._model = weakref.ref(clone)
         return own
+
+    @property
+    def keeps_projections(self) -> bool:
+        """Whether what stands at the sites runs inside the attention's own forward."""
+        return False
 
     def watch(self) -> Callable[..., torch.Tensor]:
         """An APPLY_MODEL wrapper that says at every call of the model what the call is."""
@@ -81,7 +90,7 @@ class SitePatch:
 
         return wrapper
 
-    def _call(self, base: torch.nn.Module, sigmas: torch.Tensor) -> Call:
+    def _call(self, base: BaseModel, sigmas: torch.Tensor) -> Call:
         choice: Choice = True
         if not self.sampling.is_everything:
             choice = self.sampling.choose(sigmas, base.model_sampling.percent_to_sigma)
@@ -90,7 +99,7 @@ class SitePatch:
         behind = {site.path: self._behind(base, site) for site in sites if choice is not True}
         return Call(choice, own, behind)
 
-    def _behind(self, base: torch.nn.Module, site: Site) -> Forward:
+    def _behind(self, base: BaseModel, site: Site) -> Forward:
         """What would run at a site without this patch."""
         if forward_key(site) in self.covered:
             return self.covered[forward_key(site)]
@@ -103,30 +112,31 @@ def forward_key(site: Site) -> str:
     return f"{site.path}.forward"
 
 
-def patches_of(model: Any, key: str) -> list[Any]:
+def patches_of(model: ModelPatcher, key: str) -> list[Any]:
     """What stands on this MODEL under a key, in the order in which it was put there."""
     return model.model_options["transformer_options"].get("patches", {}).get(key, [])
 
 
-def put_on(clone: Any, patch: SitePatch) -> SitePatch:
+def put_on(clone: ModelPatcher, patch: Patch) -> Patch:
     """Puts a patch on a clone of a MODEL, and on its clones to come; returns it as it is on this one."""
     clone.set_model_patch(patch, patch.key)
     if not clone.get_callbacks(CLONED[0], patch.key):
         for kind in CLONED:
             clone.add_callback_with_key(kind, patch.key, lambda _, new, key=patch.key: _renew(new, key))
     _renew(clone, patch.key)
-    return patches_of(clone, patch.key)[-1]
+    own: Patch = patches_of(clone, patch.key)[-1]
+    return own
 
 
-def take_off(clone: Any, key: str) -> None:
-    """Takes off what `add` put on a clone of a MODEL under a key."""
+def take_off(clone: ModelPatcher, key: str) -> None:
+    """Takes off what `put_on` put on a clone of a MODEL under a key."""
     del clone.model_options["transformer_options"]["patches"][key]
     clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, key)
     for kind in CLONED:
         clone.remove_callbacks_with_key(kind, key)
 
 
-def _renew(clone: Any, key: str) -> None:
+def _renew(clone: ModelPatcher, key: str) -> None:
     """Gives a clone patches of its own in place of those that it shares with the MODEL it was made from."""
     own = [patch.for_clone(clone) for patch in patches_of(clone, key)]
     options = clone.model_options["transformer_options"]

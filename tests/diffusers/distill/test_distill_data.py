@@ -165,7 +165,7 @@ def table_without_json(folder):
         (lambda folder: None, "there are no pictures in"),
         (no_captions, "5 of 5 pictures .* have no caption: a.png, b.png, c.png and 2 more"),
         (no_picture_any_more, "a.png is not a picture that can be read"),
-        (not_utf8, "a.txt is no UTF-8 text"),
+        (not_utf8, "a.txt is not UTF-8 text"),
         (table_of_others, "line 1: there is no file .*b.png"),
         (table_without_text, "line 1: expected texts for file_name and text"),
         (table_without_json, "line 2 is not JSON"),
