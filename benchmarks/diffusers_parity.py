@@ -202,11 +202,11 @@ def unet_config(name: str, config: dict[str, Any]) -> dict[str, Any]:
         # What diffusers calls the dimension of a head is the number of heads.
         "attention_head_dim": config["num_heads"],
     }
+    if (size := config["num_head_channels"]) > 0:
+        own["attention_head_dim"] = tuple(max(1, channels // size) for channels in levels)
     if name == "sdxl":
-        size = config["num_head_channels"]
         text = 1280 if config["adm_in_channels"] == 2816 else TEXT
         own |= {
-            "attention_head_dim": tuple(max(1, channels // size) for channels in levels),
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": (config["adm_in_channels"] - text) // len(TIME_IDS),
             "projection_class_embeddings_input_dim": config["adm_in_channels"],

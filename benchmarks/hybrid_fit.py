@@ -1,34 +1,33 @@
-"""What fitting hybrid mixers to a whole U-Net takes, on the CPU: memory above the model, and time.
+"""What converting a whole U-Net takes, on the CPU: time in forward passes, and memory above the model.
 
-    python -m benchmarks.hybrid_fit [--latent 64] [--passes 3] [--landmarks 16 64 144] [--small]
+    python -m benchmarks.hybrid_fit [--latent 64] [--pictures 8] [--steps 5] [--small]
 
-diffusers' own class in SD 1.5's size with random float32 weights, which say nothing about quality. Passes of
-two samples run plainly, then watched by a fit of one mixer for each number of landmarks at every site (by
-head, 5 x 5 kernels at two scales and the mean: the largest sums that are likely). Prints the peak of the
-process's memory above the model for both, what the fit's sums take as computed beforehand, and the median
-seconds of a pass. Exits with status 1 when the fit takes 1 GiB or more beyond what a plain pass takes. Memory
-is read from /proc, so on Linux.
+diffusers' own class in SD 1.5's size with random float32 weights, which say nothing about quality. One pass
+of a sample runs plainly; then the conversion of `deltaconv_core.distill.conversion`, with the mixers and the
+numbers of pictures and steps that ΔConv Convert Model has, runs from the first pass to the choice. Prints
+how long it takes in units of a pass of the same run without the fit, the peak of the process's memory above
+the model for both, and what the sums of the fit take as computed beforehand. Exits with status 1 when the
+conversion takes more than 60 passes, or 1 GiB or more above the model. Memory is read from /proc, so on
+Linux.
 """
 
 from __future__ import annotations
 
 import gc
-import statistics
 import sys
 import time
-from collections.abc import Callable
 
 import torch
 
 from deltaconv_core.diffusers.sites import find_sites
 from deltaconv_core.diffusers.watch import watched
-from deltaconv_core.distill.hybrid import FitSettings, HybridFit, sums_bytes
-from deltaconv_core.mixers.hybrid import HybridSpec
+from deltaconv_core.distill.conversion import Wishes, candidates, fit_and_choose
+from deltaconv_core.distill.hybrid import sums_bytes
 from scripts.comfy_host import prepare_torchvision
 
 from .harness import highest, parser, resident, trim
 
-LIMIT = 2**30
+MOST_BYTES, MOST_PASSES = 2**30, 60
 MIB = 2**20
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 
@@ -36,8 +35,8 @@ CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 def main() -> int:
     command = parser(__doc__)
     command.add_argument("--latent", type=int, default=64, help="side of the latent (%(default)s)")
-    command.add_argument("--passes", type=int, default=3, help="of each kind (%(default)s)")
-    command.add_argument("--landmarks", type=int, nargs="+", default=[16, 64, 144], help="(%(default)s)")
+    command.add_argument("--pictures", type=int, default=8, help="(%(default)s)")
+    command.add_argument("--steps", type=int, default=5, help="of each (%(default)s)")
     command.add_argument("--small", action="store_true", help="an eighth of the channels and of the side")
     args = command.parse_args()
     prepare_torchvision()  # diffusers imports it by way of transformers
@@ -56,59 +55,55 @@ def main() -> int:
     model.eval().requires_grad_(False)
     found = find_sites(model)
     side = max(8, args.latent // part)
-    x, context = torch.randn(2, 4, side, side), torch.randn(2, 77, 768 // part)
+    context = torch.randn(1, 77, 768 // part)
 
-    def one() -> None:
+    drawn: list[float] = []  # when each picture was done
+
+    def one_pass(seed: int, step: int) -> None:
+        x = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
-            model(x, 500, encoder_hidden_states=context)
+            model(x, 1000 * (step + 0.5) / args.steps, encoder_hidden_states=context)
 
-    candidates = {
-        site: [
-            HybridSpec(
-                found.channels[site],
-                attention.heads,
-                found.channels[site] // attention.heads,
-                landmarks=landmarks,
-                kernel_size=5,
-                scales=(1.0, 0.5),
-                mean=True,
-            )
-            for landmarks in args.landmarks
-        ]
+    def sample(number: int) -> None:
+        for step in reversed(range(args.steps)):
+            one_pass(number, step)
+        drawn.append(time.perf_counter())
+        print(f"picture {number + 1} of {args.pictures}", file=sys.stderr, flush=True)
+
+    sites = {
+        site: candidates(found.channels[site], attention.heads, found.channels[site] // attention.heads)
         for site, attention in found.attentions.items()
     }
-    fit = HybridFit(candidates, FitSettings())
+    done = []
 
-    def fitting() -> None:
-        fit.picture(fit.pictures)
-        with watched(found, candidates, fit.see):
-            one()
+    def converting() -> None:
+        wishes = Wishes("speed", 0.5, args.pictures)
+        done.append(fit_and_choose(sites, lambda see: watched(found, sites, see), sample, wishes))
 
     trim()
     gc.collect()
     before = resident()
-    plain = measure(one, args.passes, before)
+    plain = highest(lambda: one_pass(0, 0)) - before
     trim()
-    fitted = measure(fitting, args.passes, before)
-    sums = sums_bytes([spec for specs in candidates.values() for spec in specs])
-    print(f"{len(candidates)} sites, {side} x {side}, {len(args.landmarks)} mixers at each")
-    for name, (peak, seconds) in (("plain", plain), ("fitting", fitted)):
-        print(f"a pass, {name}: {peak / MIB:,.0f} MiB above the model, {seconds:.2f} s")
-    print(f"the fit: {(fitted[0] - plain[0]) / MIB:,.0f} MiB more; its sums take {sums / MIB:,.0f} MiB")
-    return int(fitted[0] - plain[0] >= LIMIT)
-
-
-def measure(run: Callable[[], None], passes: int, before: int) -> tuple[int, float]:
-    """The most bytes above those before, and the median seconds."""
-    seconds: list[float] = []
-
-    def all_passes() -> None:
-        for _ in range(passes):
-            start = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - start)
-
-    return highest(all_passes) - before, statistics.median(seconds)
+    start = time.perf_counter()
+    peak = highest(converting) - before
+    seconds = time.perf_counter() - start
+    (result,) = done
+    a_pass = result.picture / args.steps
+    sums = sums_bytes([spec for specs in sites.values() for spec in specs])
+    print(f"{len(sites)} sites, {side} x {side}, {args.pictures} pictures of {args.steps} steps")
+    print(f"a pass: {plain / MIB:,.0f} MiB above the model, {a_pass:.2f} s")
+    print(f"the conversion: {peak / MIB:,.0f} MiB above the model, of which sums {sums / MIB:,.1f} MiB")
+    fitting = drawn[-1] - start
+    print(
+        f"the conversion: {seconds / a_pass:.1f} passes ({seconds:,.0f} s); {fitting / a_pass:.1f} while it "
+        f"samples, for {args.pictures * args.steps}, and {(seconds - fitting) / a_pass:.1f} to solve and time"
+    )
+    print(
+        f"{len(result.mixers)} layers are replaced; a picture takes {result.picture:.1f} s before, "
+        f"{result.seconds[1]:.1f} s after"
+    )
+    return int(peak >= MOST_BYTES or seconds > MOST_PASSES * a_pass)
 
 
 if __name__ == "__main__":

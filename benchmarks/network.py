@@ -10,6 +10,8 @@ Random weights and input, one forward pass of a real MODEL, alternating runs, me
 - LinFusion: its linear attention in place of every self-attention;
 - ΔConv: the authors' blocks in place of every self-attention, by way of ΔConv Patch Model;
 - lean ΔConv: likewise the blocks of new distillations;
+- hybrid: likewise hybrid mixers of the default form, 144 landmarks with Nyström's correction, which keep the
+  attention's projections; everywhere, also where ΔConv Convert Model would leave attention alone;
 - no self-attention: it costs nothing, and hands on what comes in. Nothing that replaces it can be faster.
 
 Prints for each the time of a pass, that as a part of PyTorch attention's and in units of no self-attention's,
@@ -42,7 +44,8 @@ from .harness import Results, add_machine, circumstances, parser, peak, reason
 
 COMFYUI, PYTORCH, HYPERTILE, TOME = "ComfyUI's attention", "PyTorch attention", "HyperTile", "ToMe"
 LINFUSION, DELTACONV, LEAN, NOTHING = "LinFusion", "ΔConv", "lean ΔConv", "no self-attention"
-VARIANTS = (COMFYUI, PYTORCH, HYPERTILE, TOME, LINFUSION, DELTACONV, LEAN, NOTHING)
+HYBRID = "hybrid"
+VARIANTS = (COMFYUI, PYTORCH, HYPERTILE, TOME, LINFUSION, DELTACONV, LEAN, HYBRID, NOTHING)
 QUADRATIC = (COMFYUI, PYTORCH, HYPERTILE, TOME)
 SIZES = {"cpu": ("512", "768")}
 SIZES_ELSEWHERE = ("512", "1024", "2048", "4096", "15360x8640")
@@ -214,17 +217,33 @@ class Host:
             LINFUSION: self.linear,
             DELTACONV: lambda: self.deltaconv("released"),
             LEAN: lambda: self.deltaconv("lean"),
+            HYBRID: self.hybrid,
             NOTHING: lambda: self.passes.without_attention(self.model, self.found.sites.values()),
         }
         return makers[name]() if name in makers else self.model.clone()
 
     def deltaconv(self, form: str) -> Any:
         """Blocks with random weights, put on as ΔConv Patch Model puts them."""
-        core, host = self.module("deltaconv_core"), self.module("nodes.host.patch.apply")
+        core = self.module("deltaconv_core")
         choose = self.module("deltaconv_core.sites.choose_specs")
         specs = choose.block_specs(self.found.shape, self.found.sites, choose.AUTO, form)
         with torch.inference_mode(False):
-            blocks = {id: core.DeltaConvBlock(spec) for id, spec in specs.items()}
+            return self.patched({id: core.DeltaConvBlock(spec) for id, spec in specs.items()})
+
+    def hybrid(self) -> Any:
+        """Hybrid mixers of the default form, likewise."""
+        mixers, attend = self.module("deltaconv_core.mixers.hybrid"), self.module("nodes.host.model.attend")
+        blocks = {}
+        for id, site in self.found.sites.items():
+            heads = attend.heads_of(self.model, site)
+            with torch.inference_mode(False):
+                spec = mixers.HybridSpec(site.channels, heads, site.channels // heads)
+                blocks[id] = mixers.HybridMixer(spec)
+        return self.patched(blocks)
+
+    def patched(self, blocks: dict[str, Any]) -> Any:
+        """Put on as ΔConv Patch Model does."""
+        core, host = self.module("deltaconv_core"), self.module("nodes.host.patch.apply")
         whole = self.module("deltaconv_core.sites.sampling_range").SamplingRange()
         checkpoint = core.Checkpoint(self.found.architecture, blocks)
         settings = host.PatchSettings("all", whole, None)

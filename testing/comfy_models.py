@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, ClassVar
@@ -117,6 +117,26 @@ def make_checkpoint(pack: Any, model: Any, kernel_size: int = 3, **spec: Any) ->
     return core.Checkpoint(found.architecture, blocks)
 
 
+def make_hybrids(pack: Any, model: Any, sites: Collection[str] | None = None, **spec: Any) -> Any:
+    """Hybrid mixers for every site of the model, or for some; with random parameters where they have
+    kernels, else as they start."""
+    core, hybrid = in_pack(pack, "deltaconv_core"), in_pack(pack, "deltaconv_core.mixers.hybrid")
+    found, attend = in_pack(pack, "nodes.host.model.sites").find_sites(model), "nodes.host.model.attend"
+    mixers = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        for id, site in found.sites.items():
+            heads = in_pack(pack, attend).heads_of(model, site)
+            mixers[id] = hybrid.HybridMixer(
+                hybrid.HybridSpec(site.channels, heads, site.channels // heads, **spec)
+            )
+            if "kernel_size" in spec:
+                for parameter in mixers[id].requires_grad_(False).parameters():
+                    parameter.normal_(std=0.3)
+    kept = {id: "it is cheap here" for id in mixers if sites is not None and id not in sites}
+    return core.Checkpoint(found.architecture, {i: m for i, m in mixers.items() if i not in kept}, kept=kept)
+
+
 def patch(pack: Any, model: Any, checkpoint: Any, blocks: str = "all", **options: Any) -> Any:
     """The MODEL out of ΔConv Patch Model."""
     return run_patch_node(pack, model, checkpoint, blocks, **options).args[0]
@@ -152,7 +172,8 @@ def by_hand(model: Any, checkpoint: Any) -> Any:
     if hasattr(network, "blocks"):
         for i, block in enumerate(network.blocks):
             trained = checkpoint.blocks[f"transformer_blocks.{i}.attn1"]
-            block.attn.forward = lambda x, HW, trained=trained, **_: trained(x, (HW[0] // 2, HW[1] // 2))
+            answer = _by_hand(block.attn, trained)
+            block.attn.forward = lambda x, HW, answer=answer, **_: answer(x, (HW[0] // 2, HW[1] // 2))
     else:
         places = {
             "down_blocks.0.attentions.0": network.input_blocks[1][1],
@@ -164,10 +185,28 @@ def by_hand(model: Any, checkpoint: Any) -> Any:
         for name, transformer in places.items():
             trained = checkpoint.blocks[f"{name}.transformer_blocks.0.attn1"]
             attention = transformer.transformer_blocks[0].attn1
-            attention.forward = lambda x, transformer_options, trained=trained, **_: trained(
+            answer = _by_hand(attention, trained)
+            attention.forward = lambda x, transformer_options, answer=answer, **_: answer(
                 x, tuple(transformer_options["activations_shape"][-2:])
             )
     return model
+
+
+def _by_hand(attention: Any, trained: Any) -> Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]:
+    """A block, or a hybrid mixer between the attention's layers, which are called one by one."""
+    if trained.kind != "hybrid":
+        return trained
+
+    def run(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        if hasattr(attention, "qkv"):
+            parts, out = attention.qkv(x).chunk(3, dim=2), attention.proj
+        else:
+            parts = [layer(x) for layer in (attention.to_q, attention.to_k, attention.to_v)]
+            out = attention.to_out
+        by_head = [part.unflatten(2, (trained.spec.heads, -1)).transpose(1, 2) for part in parts]
+        return out(trained(*by_head, grid).transpose(1, 2).flatten(2))
+
+    return run
 
 
 def state(model: Any) -> dict[str, torch.Tensor]:

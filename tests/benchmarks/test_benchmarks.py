@@ -95,13 +95,14 @@ def test_hybrids_beside_others(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from /proc")
-def test_what_fitting_hybrids_takes(monkeypatch, capsys):
+def test_what_converting_takes(monkeypatch, capsys):
     pytest.importorskip("diffusers")
-    monkeypatch.setattr(sys, "argv", ["hybrid_fit.py", "--small", "--passes", "1", "--landmarks", "4"])
+    monkeypatch.setattr(sys, "argv", ["hybrid_fit.py", "--small", "--pictures", "4", "--steps", "1"])
+    monkeypatch.setattr(hybrid_fit, "MOST_PASSES", 10**6)
     assert hybrid_fit.main() == 0
     printed = capsys.readouterr().out
-    assert "16 sites, 8 x 8, 1 mixers at each" in printed and "its sums take 5 MiB" in printed
-    monkeypatch.setattr(hybrid_fit, "LIMIT", -(2**40))
+    assert "16 sites, 8 x 8, 4 pictures of 1 steps" in printed and "layers are replaced" in printed
+    monkeypatch.setattr(hybrid_fit, "MOST_PASSES", 0)
     assert hybrid_fit.main() == 1
 
 

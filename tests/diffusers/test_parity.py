@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -114,6 +115,57 @@ def test_both_hosts_agree_on_hybrid_mixers(pack, name, tmp_path):
     adapter.remove(theirs)
     rows = list(diffusers_parity.Outputs(host, theirs, inputs).rows(name, "removed", before))
     assert not any(row.missed for row in rows), rows
+
+
+def converted_kinds():
+    """Architectures of few channels: two published ones, and SD 2.1, with heads of 64 channels."""
+    known = diffusers_parity.ARCHITECTURES
+    sd21 = {"num_heads": -1, "num_head_channels": 64, "use_linear_in_transformer": True, "context_dim": 1024}
+    return {
+        "sdxl": replace(known["sdxl"], small=known["sdxl"].small | {"adm_in_channels": 2816}),
+        "sd21": replace(
+            known["sd15"],
+            host_class="SD20",
+            config=known["sd15"].config | sd21,
+            small={"model_channels": 64, "context_dim": 16},
+        ),
+        "pixart_sigma": known["pixart_sigma"],
+    }
+
+
+@pytest.mark.parametrize("name", converted_kinds())
+def test_what_is_converted_in_comfyui_is_the_same_in_diffusers(pack, name, tmp_path, monkeypatch):
+    """Through a file. Every mixer counts as faster than attention."""
+
+    def alternate(runs, device, repeats, check=lambda: None):
+        return {key: [0.01 * (int(key) or 20)] for key in runs}
+
+    monkeypatch.setattr(in_pack(pack, "deltaconv_core.distill.conversion"), "alternate", alternate)
+    architecture, latent = converted_kinds()[name], (46, 38) if name == "pixart_sigma" else (33, 27)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        theirs = diffusers_parity.diffusers_model(name, architecture, True)
+        host = diffusers_parity.comfyui_model(theirs, architecture, True)
+    given, other = diffusers_parity.both_inputs(theirs, architecture, True, latent)
+    before = parity.run_loaded(host, given), diffusers_parity.run(theirs, other)
+    positive = [[torch.randn(1, 8, 16), {"pooled_output": torch.randn(1, 1280)}]]
+    with torch.inference_mode():
+        node = in_pack(pack, "nodes.convert_model").ConvertModel
+        size = {"samples": torch.zeros(1, 4, *latent)}
+        patched, checkpoint, _ = node.execute(host, positive, size, "quality", 0.9, 0.5, 4, 1).args
+    assert checkpoint.blocks
+    core = in_pack(pack, "deltaconv_core")
+    core.save_checkpoint(checkpoint, tmp_path / "hybrid.safetensors")
+    loaded = patch(pack, host, core.load_checkpoint(tmp_path / "hybrid.safetensors"))
+    adapter.apply(theirs, tmp_path / "hybrid.safetensors")
+    wanted = diffusers_parity.run(theirs, other)
+    assert largest_error(wanted, before[1]) > 1e-4
+    for model in (patched, loaded):
+        assert largest_error(as_sampled(model, given), wanted) <= parity.LIMIT
+    parity.unload()
+    adapter.remove(theirs)
+    assert torch.equal(parity.run_loaded(host, given), before[0])
+    assert torch.equal(diffusers_parity.run(theirs, other), before[1])
 
 
 def as_sampled(model, inputs):

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from testing.comfy_models import (
+    by_hand,
     in_pack,
+    make_hybrids,
     make_pixart,
     make_unet,
     patch,
@@ -22,26 +24,6 @@ MAKERS = {"unet": make_unet, "pixart": make_pixart}
 SIZES = {"unet": (16, 12), "pixart": (48, 44)}
 
 
-def hybrids(pack, model, sites=None, **spec):
-    """Hybrid mixers with random parameters; those of `EXACT` keep what they start with."""
-    core, hybrid = in_pack(pack, "deltaconv_core"), in_pack(pack, "deltaconv_core.mixers.hybrid")
-    found = in_pack(pack, "nodes.host.model.sites").find_sites(model)
-    mixers = {}
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        for id, site in found.sites.items():
-            attention = model.get_model_object(site.path)
-            heads = getattr(attention, "heads", None) or attention.num_heads
-            mixers[id] = hybrid.HybridMixer(
-                hybrid.HybridSpec(site.channels, heads, site.channels // heads, **spec)
-            )
-            if "kernel_size" in spec:
-                for parameter in mixers[id].requires_grad_(False).parameters():
-                    parameter.normal_(std=0.3)
-    kept = {id: "it is cheap here" for id in mixers if sites is not None and id not in sites}
-    return core.Checkpoint(found.architecture, {i: m for i, m in mixers.items() if i not in kept}, kept=kept)
-
-
 @pytest.fixture(params=MAKERS)
 def kind(request):
     return request.param
@@ -51,7 +33,7 @@ def test_with_a_landmark_for_each_token_pictures_stay_and_the_model_untouched(pa
     model, size = MAKERS[kind](), SIZES[kind]
     before = sample(model, size)
     with untouched(model, size):
-        patched = patch(pack, model, hybrids(pack, model, **EXACT))
+        patched = patch(pack, model, make_hybrids(pack, model, **EXACT))
         own = sample(patched, size)
         patched.detach()
     assert largest_error(own, before) < 1e-4
@@ -60,42 +42,17 @@ def test_with_a_landmark_for_each_token_pictures_stay_and_the_model_untouched(pa
 def test_equals_the_mixer_put_in_by_hand(pack, kind):
     """The layers called one by one."""
     model, size = MAKERS[kind](), SIZES[kind]
-    checkpoint = hybrids(pack, model, **HYBRID)
+    checkpoint = make_hybrids(pack, model, **HYBRID)
     plain, own = sample(model, size), sample(patch(pack, model, checkpoint), size)
     assert largest_error(own, plain) > 1e-3
-    other = MAKERS[kind]()
-    found = in_pack(pack, "nodes.host.model.sites").find_sites(other)
-
-    def heads_of(t, count):
-        return t.unflatten(2, (count, -1)).transpose(1, 2)
-
-    def unet(attention, mixer):
-        def forward(x, transformer_options, **_):
-            parts = [
-                heads_of(f(x), attention.heads) for f in (attention.to_q, attention.to_k, attention.to_v)
-            ]
-            y = mixer(*parts, tuple(transformer_options["activations_shape"][-2:]))
-            return attention.to_out(y.transpose(1, 2).flatten(2))
-
-        return forward
-
-    def pixart(attention, mixer):
-        def forward(x, HW, **_):
-            parts = [heads_of(part, attention.num_heads) for part in attention.qkv(x).chunk(3, dim=2)]
-            return attention.proj(mixer(*parts, (HW[0] // 2, HW[1] // 2)).transpose(1, 2).flatten(2))
-
-        return forward
-
-    for id, site in found.sites.items():
-        attention = other.get_model_object(site.path)
-        attention.forward = (unet if kind == "unet" else pixart)(attention, checkpoint.blocks[id])
+    other = by_hand(MAKERS[kind](), checkpoint)
     assert largest_error(own, sample(other, size)) < 1e-5
 
 
 def test_a_range_and_kept_sites(pack):
     model = make_unet()
-    sites = list(hybrids(pack, model, **HYBRID).blocks)
-    checkpoint = hybrids(pack, model, sites[:2], **HYBRID)
+    sites = list(make_hybrids(pack, model, **HYBRID).blocks)
+    checkpoint = make_hybrids(pack, model, sites[:2], **HYBRID)
     out = run_patch_node(pack, model, checkpoint, end=0.2)
     text = out.ui.as_dict()["text"][0]
     assert f"A hybrid mixer stands in for 2 of {len(sites)}" in text
@@ -108,7 +65,7 @@ def test_a_range_and_kept_sites(pack):
 def test_lora_acts_without_a_warning(pack, layer):
     """As a weight patch, the way that ComfyUI keeps LoRA."""
     model = make_unet()
-    checkpoint = hybrids(pack, model, **HYBRID)
+    checkpoint = make_hybrids(pack, model, **HYBRID)
     before = sample(patch(pack, model, checkpoint))
     found = in_pack(pack, "nodes.host.model.sites").find_sites(model)
     clone = model.clone()
@@ -125,7 +82,7 @@ def test_put_on_over_blocks_and_blocks_over_it(pack):
     from testing.comfy_models import make_checkpoint
 
     model = make_unet()
-    checkpoint, blocks = hybrids(pack, model, **HYBRID), make_checkpoint(pack, model)
+    checkpoint, blocks = make_hybrids(pack, model, **HYBRID), make_checkpoint(pack, model)
     wanted = sample(patch(pack, model, checkpoint)), sample(patch(pack, model, blocks))
     assert torch.equal(sample(patch(pack, patch(pack, model, blocks), checkpoint)), wanted[0])
     assert torch.equal(sample(patch(pack, patch(pack, model, checkpoint), blocks)), wanted[1])
@@ -137,7 +94,7 @@ def test_put_on_over_blocks_and_blocks_over_it(pack):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(pack, dtype):
     model, half = make_unet(), make_unet(dtype)
-    checkpoint = hybrids(pack, model, **HYBRID)
+    checkpoint = make_hybrids(pack, model, **HYBRID)
     whole, own = (sample(patch(pack, m, checkpoint)) for m in (model, half))
     error = (own.float() - whole).norm() / whole.norm()
     rounded = (sample(half).float() - sample(model)).norm() / sample(model).norm()
@@ -149,7 +106,7 @@ def test_saved_and_loaded_by_the_nodes(pack, tmp_path, monkeypatch):
     import folder_paths
 
     model = make_unet()
-    checkpoint = hybrids(pack, model, **HYBRID)
+    checkpoint = make_hybrids(pack, model, **HYBRID)
     folder = in_pack(pack, "nodes.host.files.model_folder")
     monkeypatch.setattr(folder, "path_to_save", lambda prefix: tmp_path / "hybrid.safetensors")
     in_pack(pack, "nodes.save_weights").SaveWeights.execute(checkpoint, "hybrid", "fp16", title="t")
@@ -167,7 +124,7 @@ def test_a_picture_in_other_tokens_is_refused(pack):
 
     assert comfy_nodes
     model = make_unet()
-    patched = patch(pack, model, hybrids(pack, model, **HYBRID))
+    patched = patch(pack, model, make_hybrids(pack, model, **HYBRID))
     tiled = called(HyperTile, "generate", patched, 32, 2, 0, False)
     with pytest.raises(Exception, match="HyperTile"):
         sample(tiled, (64, 64))
@@ -175,7 +132,7 @@ def test_a_picture_in_other_tokens_is_refused(pack):
 
 def test_other_heads_are_refused(pack):
     model = make_unet()
-    checkpoint = hybrids(pack, model, **HYBRID)
+    checkpoint = make_hybrids(pack, model, **HYBRID)
     hybrid = in_pack(pack, "deltaconv_core.mixers.hybrid")
     id, mixer = next(iter(checkpoint.blocks.items()))
     spec = mixer.spec
@@ -190,7 +147,7 @@ def test_the_benchmark_says_that_it_measures_blocks(pack):
     model = make_unet()
     measure = in_pack(pack, "nodes.host.bench.measure")
     found = in_pack(pack, "nodes.host.model.sites").find_sites(model)
-    checkpoint = hybrids(pack, model, **HYBRID)
+    checkpoint = make_hybrids(pack, model, **HYBRID)
     for given in ((model, found, checkpoint, "lean"), (patch(pack, model, checkpoint), found, None, "lean")):
         with pytest.raises(Exception, match="ΔConv Benchmark works on ΔConvBlocks"):
             measure._blocks(*given)

@@ -19,6 +19,7 @@ from testing.comfy_models import (
     called,
     conditioning,
     make_checkpoint,
+    make_hybrids,
     make_unet,
     patch,
     run_patch_node,
@@ -154,8 +155,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_agrees_with_blocks_put_in_by_hand(pack, unet, checkpoint, case):
+COMPILED = [name for name in CASES if "compile" in name]  # which takes most of a minute with hybrids
+ROWS = [("ΔConv", name) for name in CASES] + [
+    pytest.param("hybrid", name, marks=pytest.mark.slow if name in COMPILED else ()) for name in CASES
+]
+
+
+@pytest.mark.parametrize(("mixer", "name"), ROWS)
+def test_agrees_with_blocks_put_in_by_hand(pack, unet, checkpoint, mixer, name):
+    case = CASES[name]
+    if mixer == "hybrid":
+        checkpoint = make_hybrids(pack, unet, landmarks=9, nystrom="none", kernel_size=3, mean=True)
     untouched = case.run(case.after(case.before(unet)))
     patched = case.run(case.after(patch(pack, case.before(unet), checkpoint)))
     expected = case.run(case.after(case.before(by_hand(make_unet(), checkpoint))))
