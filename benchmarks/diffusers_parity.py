@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deltaconv_core import diffusers as adapter
-from testing.authors_block import random_weights, scaled_noise
+from testing.authors_block import published, random_weights, scaled_noise
 from testing.comfy_architectures import (
     ARCHITECTURES,
     Architecture,
@@ -276,7 +276,7 @@ def release_file(theirs: torch.nn.Module, architecture: Architecture, small: boo
     }
     names = convolutions(architecture, small)
     base = {name: scaled_noise(theirs.get_parameter(name).shape) for name in names}
-    return parity.published(blocks, base, form)
+    return published(blocks, base, form)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from testing import authors_block
-from testing.authors_block import Form, Weights, random_weights, scaled_noise
+from testing.authors_block import Form, Weights, published, random_weights, scaled_noise
 from testing.comfy_architectures import (
     ARCHITECTURES,
     Place,
@@ -151,16 +151,6 @@ def stand_in(x: Tensor, *_: Any, weights: Weights, grid: tuple[int, int], form: 
 def nothing(x: Tensor, *_: Any, **__: Any) -> Tensor:
     """A block that gives zero."""
     return torch.zeros_like(x)
-
-
-def published(blocks: dict[str, Weights], base: dict[str, Tensor], form: Form) -> dict[str, Tensor]:
-    """The tensors of the authors' file."""
-    named = {
-        f"{id}.conv1.{key}": tensor
-        for id, weights in blocks.items()
-        for key, tensor in form.layout(weights).items()
-    }
-    return {f"{form.prefix}{key}": tensor for key, tensor in (named | base).items()}
 
 
 def patch_with_file(model: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -56,6 +56,16 @@ class Form:
     spatial_bias: bool = False
 
 
+def published(blocks: dict[str, Weights], base: dict[str, Tensor], form: Form) -> dict[str, Tensor]:
+    """The tensors of the authors' file."""
+    named = {
+        f"{id}.conv1.{key}": tensor
+        for id, weights in blocks.items()
+        for key, tensor in form.layout(weights).items()
+    }
+    return {f"{form.prefix}{key}": tensor for key, tensor in (named | base).items()}
+
+
 def random_weights(channels: int, kernel_size: int, form: Form) -> Weights:
     """Weights of one block that keep unit variance inside and give outputs as large as an attention's."""
     inter = channels // 2

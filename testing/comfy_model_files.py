@@ -25,11 +25,10 @@ from comfy.text_encoders.t5 import T5
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks import parity
 from deltaconv_core.sites import identify
 
 from . import comfy_architectures
-from .authors_block import random_weights, scaled_noise
+from .authors_block import published, random_weights, scaled_noise
 
 WIDTH = 16  # of every text encoder
 POOLED_AND_SIZES = WIDTH + 6 * 256  # what SDXL's network is told beside the text
@@ -214,5 +213,5 @@ def write_blocks(path: Path, name: str) -> str:
     weights = network(name)
     names = comfy_architectures.convolutions(architecture, small=True)
     base = {id: scaled_noise(weights[place].shape) for id, place in names.items()}
-    save_file(parity.published(blocks, base, form), path)
+    save_file(published(blocks, base, form), path)
     return identify({f"{id}.attn1": place.channels for id, place in places.items()})

@@ -29,3 +29,9 @@ def test_no_test_module_imports_another_or_changes_the_path():
     rooms = [REPOSITORY / name for name in ("tests", "testing", "benchmarks")]
     files = [file for room in rooms for file in room.rglob("*.py")]
     assert [str(file) for file in files if wrong.search(file.read_text(encoding="utf-8"))] == []
+
+
+def test_the_test_kit_leans_on_no_benchmark():
+    files = (REPOSITORY / "testing").rglob("*.py")
+    wrong = re.compile(r"^\s*(?:from|import) benchmarks\b", re.M)
+    assert [str(file) for file in files if wrong.search(file.read_text(encoding="utf-8"))] == []
