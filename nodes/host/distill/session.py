@@ -25,6 +25,7 @@ from ....deltaconv_core.util.devices import SHORT_DTYPES
 from ....deltaconv_core.weights.checkpoint import Checkpoint
 from ..model.borrow import borrowed_model
 from ..model.sites import Sites, find_sites
+from ..model.standing import check_reach
 from ..patch.applied import without_blocks
 from ..patch.apply import PatchSettings, apply_checkpoint
 from ..report import Report, show
@@ -37,6 +38,7 @@ from .widgets import Widgets
 
 log = logging.getLogger(__name__)
 
+DISTILL_REMEDY = "distil the MODEL without that node"
 SHOW_EVERY = 1.0
 """Seconds between updates of the text under the node."""
 DROPPED = {"captions_dropped": "one by one"}
@@ -64,6 +66,7 @@ class Distillation:
         chosen = select(job.blocks, self.found.sites)
         self.specs: dict[str, BlockSpec] = block_specs(self.found.shape, chosen, job.kernel_sizes, job.form)
         self.sites = {id: self.found.sites[id] for id in self.specs}
+        check_reach(self.model, (site.path for site in self.sites.values()), DISTILL_REMEDY)
         self.dropout = job.caption_dropout if dataset.empty is not None else 0.0
         self.notes = session.notes(
             _fingerprint(self.model), self.specs, job.batch_size, self.dropout, data=dataset.fingerprint

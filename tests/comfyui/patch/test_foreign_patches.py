@@ -8,6 +8,7 @@ import functools
 import pytest
 import torch
 
+from testing.comfy_distill import distil
 from testing.comfy_models import (
     CONTEXT_DIM,
     conditioning,
@@ -85,7 +86,20 @@ def measured(pack, model, checkpoint):
     return model
 
 
+def converted(pack, model, checkpoint):
+    conversion = in_pack(pack, "nodes.host.distill.conversion")
+    job = conversion.ConversionJob(conversion.Wishes(pictures=4), 1, "all")
+    with torch.inference_mode():
+        conversion.convert(model, conditioning(1), None, {"samples": torch.zeros(1, 4, *SIZE)}, job, None)
+    return model
+
+
+def distilled(pack, model, checkpoint):
+    return distil(pack, model).args[0]
+
+
 OURS = {"whole": patch, "range": ranged, "window": windowed}
+WORK = {"locality": looked_at, "benchmark": measured, "convert": converted, "distil": distilled}
 PLACES = {
     ATTENTION: Other,
     BLOCK: Other,
@@ -96,8 +110,9 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("ours", [*OURS.values(), looked_at, measured], ids=[*OURS, "locality", "benchmark"])
-def test_another_module_there_before_is_refused(pack, unet, checkpoint, place, ours):
+@pytest.mark.parametrize("ours", (OURS | WORK).values(), ids=OURS | WORK)
+def test_another_module_there_before_is_refused(pack, unet, checkpoint, output, place, ours):
+    """Before anything is changed, and before hours of training or minutes of sampling."""
     core = in_pack(pack, "deltaconv_core")
     theirs = swapped(unet, place, PLACES[place])
     with untouched(unet, SIZE):
@@ -105,6 +120,7 @@ def test_another_module_there_before_is_refused(pack, unet, checkpoint, place, o
         with pytest.raises(core.DeltaConvError, match=rf"module of its own \(\w+\) at {place}, in"):
             sample(ours(pack, theirs, checkpoint), SIZE)
         assert torch.equal(sample(theirs, SIZE), expected)
+        assert not output.exists()
 
 
 def loaded_alone(model, size):
