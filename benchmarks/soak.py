@@ -5,9 +5,11 @@
 Good prompts, prompts that must be refused, cancelled ones, and ones whose network fails on purpose (out of
 memory and others) follow each other at random. Every picture of a configuration must be the same, bit for
 bit; every failure must be the expected one. In between, ComfyUI frees all models, and the process is looked
-at: memory, live tensors, patchers and blocks. The growth of memory per prompt is the slope of a straight line
-through those looks but for the first quarter, when caches fill; its error is the standard error. Exits with 1
-if anything was unexpected. Linux only.
+at: memory, live tensors, patchers and blocks. Growth per prompt is the slope of a straight line through those
+looks but for the first quarter, when caches fill; its error is the standard error. There are two: of what
+malloc has handed out ("in use"), which a leak shows in, and of the resident memory, where the free pieces
+between what is in use move it up and down in steps of megabytes. Exits with 1 if anything was unexpected.
+Linux with glibc only.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ Prompt = dict[str, Any]
 SEEDS = (7, 8, 9)
 LOOK_EVERY = 20
 """Prompts from one look at the process to the next."""
+MEMORY = ("in use", "resident")
 FREED = {"unload_models": True, "free_memory": True}
 
 
@@ -283,14 +286,14 @@ def report(soak: Soak) -> None:
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(soak.counts.items()))
     print(f"{soak.prompts} prompts ({kinds}), {len(soak.names)} configurations, {len(soak.looks)} looks")
     first, last = soak.looks[0][1], soak.looks[-1][1]
-    for name in sorted(first):
-        if name != "memory":
-            print(f"  {name}: {first[name]} -> {last[name]}")
-    points = [(prompts, seen["memory"]) for prompts, seen in soak.looks[len(soak.looks) // 4 :]]
-    if len(points) > 2:
-        grown, error = slope(points)
-        size = f"{last['memory'] >> 20} MB at the end"
-        print(f"  memory: {grown / 1024:.1f} ± {error / 1024:.1f} KB a prompt, {size}")
+    for name in sorted(first.keys() - set(MEMORY)):
+        print(f"  {name}: {first[name]} -> {last[name]}")
+    for name in MEMORY:
+        points = [(prompts, seen[name]) for prompts, seen in soak.looks[len(soak.looks) // 4 :]]
+        if len(points) > 2:
+            grown, error = slope(points)
+            per_prompt = f"{grown / 1024:.2f} ± {error / 1024:.2f} KB a prompt"
+            print(f"  memory {name}: {per_prompt}, {last[name] >> 20} MB at the end")
     print(f"{len(soak.unexpected)} unexpected")
     for line in soak.unexpected:
         print(f"  {line}")

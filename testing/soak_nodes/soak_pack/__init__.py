@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -57,25 +58,40 @@ class SoakFail:
         return (clone,)
 
 
+class _MallInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`, of all arenas together."""
+
+    NAMES = (
+        *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+        *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+    )
+    _fields_ = tuple((name, ctypes.c_size_t) for name in NAMES)
+
+
 NODE_CLASS_MAPPINGS = {**PLAIN, "SoakFail": SoakFail}
 
 
 @PromptServer.instance.routes.get("/soak")
 async def look(request: web.Request) -> web.Response:
-    """What the process holds, after everything that can be given back was."""
+    """What the process holds, after everything that can be given back was; with glibc alone."""
     gc.collect()
-    if hasattr(ctypes.pythonapi, "PyObject_Malloc") and Path("/proc/self/statm").is_file():
-        ctypes.CDLL(None).malloc_trim(0)
     objects = gc.get_objects()
     names = Counter(type(thing).__name__ for thing in objects)
-    tensors = sum(issubclass(type(thing), torch.Tensor) for thing in objects)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
     found = {
-        "memory": pages * os.sysconf("SC_PAGE_SIZE"),
         "objects": len(objects),
-        "tensors": tensors,
+        "tensors": sum(issubclass(type(thing), torch.Tensor) for thing in objects),
         "threads": threading.active_count(),
         "files": len(os.listdir("/proc/self/fd")),
         **{name: names[name] for name in COUNTED},
     }
+    del objects, names  # which held what was about to go
+    gc.collect()
+    library = ctypes.CDLL(None)
+    library.malloc_trim(0)
+    library.mallinfo2.restype = _MallInfo
+    malloc = library.mallinfo2()
+    found["python blocks"] = sys.getallocatedblocks()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    found["resident"] = pages * os.sysconf("SC_PAGE_SIZE")
+    found["in use"] = malloc.uordblks + malloc.hblkhd
     return web.json_response(found)
