@@ -38,7 +38,8 @@ def main() -> int:
     pins = lowest(requires("deltaconv-core") or [])
     print(f"==> The lowest versions: {', '.join(pins)}", flush=True)
     python = environment()
-    install = [python, "-m", "pip", "install", "--quiet", "--only-binary", ":all:", *pins]
+    options = ("--quiet", "--no-warn-conflicts", "--only-binary", ":all:")
+    install = [python, "-m", "pip", "install", *options, *pins]
     for command in (install, [python, "-m", "pytest", "-q", "-m", "not slow", *TESTS]):
         if status := subprocess.run(command, cwd=REPOSITORY, check=False).returncode:
             return status
