@@ -2,10 +2,11 @@
 
     python -m benchmarks.faults [--kills 5] [--seed 0]
 
-Each kill ends a server, or a process that saves or trains, with SIGKILL at a moment chosen at random; then a
-new one must give the same pictures, resume a run to the same weights bit for bit, and find whole files only.
-A full disk needs root (a small tmpfs is mounted); a read-only folder needs a user that is not root. Exits
-with 1 if anything was unexpected. Linux only.
+Each kill ends a server, or a process that saves, fetches or trains, with SIGKILL at a moment chosen at
+random; then a new one must give the same pictures, go on with the bytes that are there, resume a run to the
+same weights bit for bit, and find whole files only. Full disks need root (a small tmpfs is mounted), and so
+do disks under a running server; a read-only folder is such a disk, or has no write permission. Exits with 1
+if anything was unexpected. Linux only.
 """
 
 from __future__ import annotations
@@ -20,17 +21,22 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from deltaconv_core import load_checkpoint, save_checkpoint
 from deltaconv_core.distill import RunFolder, Settings, distill
 from deltaconv_core.errors import DeltaConvError
+from deltaconv_core.weights.fetch import resolve
+from deltaconv_core.weights.fetch.address import ALLOW_LOOPBACK
+from deltaconv_core.weights.manifest import UrlSource
 from scripts.comfy_server import ComfyServer, ServerError
-from testing.comfy_prompts import both, pictures, write_weights
+from testing.comfy_prompts import both, node, pictures, write_weights
 from testing.comfy_servers import server_with
+from testing.fault_server import Content, FaultServer, serving
 from testing.tiny_network import batches, make_mixers, make_network
+from testing.weight_records import record, weights
 
 from .soak import of_patch
 
@@ -42,10 +48,19 @@ SAVE = (
     "    checkpoint.metadata['n'] = str(n)\n"
     "    save_checkpoint(checkpoint, file)\n"
 )
+FETCH = (
+    "import sys; from benchmarks import faults\n"
+    "print('ready', flush=True); faults.fetch(f'{sys.argv[1]}/{faults.FETCHED}', faults.Path(sys.argv[2]))\n"
+)
 DISTILL = (
     "import sys; from benchmarks import faults\n"
     "print('ready', flush=True); faults.train(faults.Path(sys.argv[1]), int(sys.argv[2]))\n"
 )
+
+
+ROOT = os.geteuid() == 0
+WEIGHTS = weights(400_000)
+FETCHED = "fetched.safetensors"
 
 
 class Unexpected(Exception):
@@ -98,6 +113,38 @@ def distilling(choose: random.Random, folder: Path) -> None:
     expect(all((resumed[name] == whole[name]).all() for name in whole), f"other weights from step {saved} on")
 
 
+def fetch(url: str, folder: Path) -> Path:
+    """Fetches the file at an address into a folder."""
+    return resolve(record(UrlSource(url), WEIGHTS, name="fetched"), folder)
+
+
+def fetching(choose: random.Random, folder: Path) -> None:
+    """kill -9 while a file is fetched, a few times in a row; then only what is missing comes."""
+    with served() as server:
+        server.rate = 2 * len(WEIGHTS)
+        for _ in range(3):
+            killed(FETCH, [server.url, str(folder)], choose.random() * 0.3)
+            whole = [path for path in folder.iterdir() if path.name == FETCHED]
+            expect(all(path.read_bytes() == WEIGHTS for path in whole), "a partial file after a kill")
+        parts = [path.stat().st_size for path in folder.glob("*.part")]
+        asked = len(server.seen)
+        expect(fetch(f"{server.url}/{FETCHED}", folder).read_bytes() == WEIGHTS, "another file")
+        sent = sum(request.sent for request in server.seen[asked:])
+        missing = 0 if whole else len(WEIGHTS) - max(parts, default=0)
+        expect(sent == missing, f"{sent} bytes came, {missing} were missing")
+        expect(not list(folder.glob("*.part")), "a part is left")
+
+
+@contextmanager
+def served() -> Iterator[FaultServer]:
+    """A server with the file, that takes no notice of whoever hangs up."""
+    server = FaultServer()
+    server.handle_error = lambda request, address: None  # type: ignore[method-assign]
+    server.files[f"/{FETCHED}"] = Content(WEIGHTS)
+    with serving(server):
+        yield server
+
+
 def sampling(choose: random.Random, folder: Path) -> None:
     """kill -9 of a server that samples; another one gives the same pictures."""
     with running(folder) as server:
@@ -119,36 +166,70 @@ def full_disk(choose: random.Random, folder: Path) -> None:
         before, checkpoint = file.read_bytes(), load_checkpoint(file)
         train(disk / "run", 3)
         kept = (disk / "run" / "state.safetensors").read_bytes()
-        filler = disk / "filler"
-        with filler.open("wb", buffering=0) as fill:
-            try:
-                while True:
-                    fill.write(b"x" * 4096)
-            except OSError:
-                pass
+        filler = fill(disk)
         refused(lambda: save_checkpoint(checkpoint, disk / "other.safetensors"))
         refused(lambda: save_checkpoint(checkpoint, file))
         refused(lambda: train(disk / "run", 5))
+        refused(lambda: fetched(disk))
         expect(file.read_bytes() == before, "the old file is gone")
         expect((disk / "run" / "state.safetensors").read_bytes() == kept, "the old state is gone")
         names = {path.name for path in disk.rglob("*") if path.is_file()}
-        expect(names == {"mine.safetensors", "filler", "state.safetensors", "log.csv"}, f"{names} are there")
+        expect(FETCHED not in names and "other.safetensors" not in names, f"{names} are there")
         filler.unlink()
+        expect(fetched(disk).read_bytes() == WEIGHTS, "another file")
+        save_checkpoint(checkpoint, disk / "other.safetensors")
         resumed, whole = train(disk / "run", 5), train(folder / "whole", 5)
         expect(all((resumed[name] == whole[name]).all() for name in whole), "other weights after it")
 
 
+def full_while_fetching(choose: random.Random, folder: Path) -> None:
+    """The disk has less room than the file needs."""
+    with small_disk(folder / "disk", len(WEIGHTS) // 2 >> 10) as disk:
+        refused(lambda: fetched(disk))
+        names = {path.name for path in disk.iterdir()}
+        expect(FETCHED not in names, f"{names} are there")
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        expect(fetched(disk).read_bytes() == WEIGHTS, "another file")
+
+
 def read_only(choose: random.Random, folder: Path) -> None:
-    """Saves and runs in a folder that may not be written."""
-    file = write_weights(folder / "mine.safetensors")
-    checkpoint = load_checkpoint(file)
-    folder.chmod(0o555)
-    try:
-        refused(lambda: save_checkpoint(checkpoint, folder / "other.safetensors"))
-        refused(lambda: train(folder / "run", 3))
-        expect([path.name for path in folder.iterdir()] == [file.name], "something was written")
-    finally:
-        folder.chmod(0o755)
+    """Saves, runs and fetches in a folder that may not be written."""
+    with small_disk(folder / "disk") if ROOT else nullcontext(folder) as place:
+        file = write_weights(place / "mine.safetensors")
+        before, checkpoint = file.read_bytes(), load_checkpoint(file)
+        with unwritable(place):
+            refused(lambda: save_checkpoint(checkpoint, place / "other.safetensors"))
+            refused(lambda: save_checkpoint(checkpoint, file))
+            refused(lambda: train(place / "run", 3))
+            refused(lambda: fetched(place))
+            expect([path.name for path in place.iterdir()] == [file.name], "something was written")
+            expect(load_checkpoint(file).blocks.keys() == checkpoint.blocks.keys(), "cannot be read")
+        expect(file.read_bytes() == before, "the file has changed")
+        save_checkpoint(checkpoint, place / "other.safetensors")
+
+
+def disks_of_a_server(choose: random.Random, folder: Path) -> None:
+    """A server whose model folder is full, then read-only, then as usual."""
+    with running(folder) as server, small_disk(server.base / "models" / "deltaconv") as disk:
+        write_weights(disk / "small.safetensors")
+        expected = pictures(server, server.run(both()))
+        for broken in (full, unwritable):
+            with broken(disk):
+                before = {path.name for path in disk.iterdir()}
+                said = server.failure(server.queue(save_prompt(broken.__name__)))
+                expect("cannot" in said and "Traceback" not in said, f"saving said {said[:200]!r}")
+                expect({path.name for path in disk.iterdir()} == before, "something was written")
+                expect(pictures(server, server.run(both())) == expected, "another picture")
+        server.run(save_prompt("whole"))
+        load_checkpoint(disk / "whole_00001.safetensors")
+        names = {path.name for path in disk.iterdir()}
+        expect(names == {"small.safetensors", "whole_00001.safetensors"}, f"{names} are there")
+
+
+def save_prompt(name: str) -> dict[str, Any]:
+    """Loads the weights and saves them under a name."""
+    saved = node("DeltaConvSaveWeights", deltaconv=["loaded", 0], filename_prefix=name, dtype="fp32")
+    return {"loaded": node("DeltaConvLoadWeights", weights="small.safetensors"), "saved": saved}
 
 
 def replaced_while_loaded(choose: random.Random, folder: Path) -> None:
@@ -183,15 +264,57 @@ def running(folder: Path) -> Iterator[ComfyServer]:
         yield server
 
 
+def fetched(folder: Path) -> Path:
+    """`fetch` from a server that behaves."""
+    with served() as server:
+        return fetch(f"{server.url}/{FETCHED}", folder)
+
+
 @contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    """A disk of 2 MB; mounting needs root."""
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)], check=True)
+def small_disk(folder: Path, kilobytes: int = 2048) -> Iterator[Path]:
+    """A disk of its own; mounting needs root."""
+    folder.mkdir(exist_ok=True)
+    size = f"size={kilobytes}k"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", str(folder)], check=True)
     try:
         yield folder
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextmanager
+def full(disk: Path) -> Iterator[None]:
+    """Inside, a small disk has no room left."""
+    filler = fill(disk)
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
+def fill(disk: Path) -> Path:
+    """A file that takes all the room there is."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
+    return filler
+
+
+@contextmanager
+def unwritable(folder: Path) -> Iterator[None]:
+    """Inside, nothing in a folder can be written: for root, who may write anywhere, its disk is read-only."""
+    if ROOT:
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    else:
+        folder.chmod(0o555)
+    try:
+        yield
+    finally:
+        if ROOT:
+            subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
+        else:
+            folder.chmod(0o755)
 
 
 def main() -> int:
@@ -203,9 +326,10 @@ def main() -> int:
     )
     command.add_argument("--seed", type=int, default=0, help="of the moments (%(default)d)")
     args = command.parse_args()
-    root = os.geteuid() == 0
-    plan = [(saving, args.kills), (distilling, args.kills), (sampling, (args.kills + 2) // 3)]
-    plan += [(full_disk, int(root)), (read_only, int(not root)), (replaced_while_loaded, 1)]
+    os.environ.update({ALLOW_LOOPBACK: "1", "TQDM_DISABLE": "1"})
+    plan = [(saving, args.kills), (fetching, args.kills), (distilling, args.kills)]
+    plan += [(sampling, (args.kills + 2) // 3), (replaced_while_loaded, 1), (read_only, 1)]
+    plan += [(fault, int(ROOT)) for fault in (full_disk, full_while_fetching, disks_of_a_server)]
     choose, unexpected = random.Random(args.seed), 0
     for fault, times in plan:
         wrong = []
