@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 from ..deltaconv_core.likeness import check_alike, difference_map, psnr, ssim
 from ..deltaconv_core.likeness.sheet import draw_sheet
 from .host.report import Report, tell
-from .sockets import CATEGORY
+from .sockets import CATEGORY, search_aliases
 
 GAIN = 4
 
@@ -23,6 +23,7 @@ class Compare(io.ComfyNode):
             node_id="DeltaConvCompare",
             display_name="ΔConv Compare",
             category=CATEGORY,
+            **search_aliases("side by side", "difference", "PSNR", "SSIM"),
             description="Shows two batches of pictures side by side, picture by picture, with a map of their "
             "differences, PSNR and SSIM. Made for pictures of the same seeds with self-attention and ΔConv.",
             inputs=[
@@ -64,7 +65,7 @@ class Compare(io.ComfyNode):
         if len(lines) > 1:
             mean = f"PSNR {_decibels(float(noise.mean()))}, SSIM {float(likeness.mean()):.3f}"
             lines.insert(0, f"Mean of {len(lines)} pairs: {mean}")
-        told = ui.PreviewText(tell(Report(lines), cls.hidden)).as_dict()
+        told = ui.PreviewText(tell(Report(lines[:1]), cls.hidden)).as_dict()
         shown = ui.PreviewImage(sheet, cls=cls).as_dict()
         return io.NodeOutput(sheet, difference, "\n".join(lines), ui=shown | told)
 

@@ -40,7 +40,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One way of making the pictures: a SaveImage node, and the sampler that its pictures come from."""
+    """One way of making the pictures: its SaveImage node, and the sampler that its pictures come from."""
 
     name: str
     save: str
@@ -91,12 +91,17 @@ def say(text: str) -> None:
 
 
 def find_rows(prompt: dict[str, Any]) -> list[Row]:
-    """Every SaveImage of the prompt, with the sampler upstream of it."""
-    return [
-        Row(node["_meta"]["title"], key, sampler_of(prompt, key))
-        for key, node in prompt.items()
-        if node["class_type"] == "SaveImage"
-    ]
+    """The two ways that the prompt's ΔConv Compare shows; each gets a SaveImage in the prompt."""
+    (inputs,) = (node["inputs"] for node in prompt.values() if node["class_type"] == "DeltaConvCompare")
+    rows = []
+    for way in ("first", "second"):
+        key = f"save {way}"
+        prompt[key] = {
+            "class_type": "SaveImage",
+            "inputs": {"images": inputs[way], "filename_prefix": f"DeltaConv/{way}"},
+        }
+        rows.append(Row(inputs[f"{way}_label"], key, sampler_of(prompt, key)))
+    return rows
 
 
 def sampler_of(prompt: dict[str, Any], key: str) -> str:
@@ -125,19 +130,13 @@ def pair(server: ComfyServer, prompt: dict[str, Any], rows: list[Row], text: str
     print(text)
     drawn = []
     for row in rows:
-        picture = decode(server.view(outputs[row.save]["images"][0]), drawn_size(prompt, row))
+        picture = decode(server.view(outputs[row.save]["images"][0]))
         drawn.append(Drawn(picture, watch.seconds[row.sampler], read(picture, text)))
         words = " ".join(word for word, _ in drawn[-1].words)
         print(
             f"{row.name:>18}  {drawn[-1].seconds:5.2f} s  {drawn[-1].right} of 6 words: {words}", flush=True
         )
     return drawn
-
-
-def drawn_size(prompt: dict[str, Any], row: Row) -> tuple[int, int]:
-    """Width and height that the row's sampler works at."""
-    latent = prompt[prompt[row.sampler]["inputs"]["latent_image"][0]]["inputs"]
-    return latent["width"], latent["height"]
 
 
 class Watch:
@@ -156,9 +155,9 @@ class Watch:
             self._node, self._since = data["node"], now
 
 
-def decode(png: bytes, size: tuple[int, int]) -> Image.Image:
-    """The picture as the model drew it; the workflow has enlarged it pixel by pixel."""
-    return Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGB").resize(size, Image.Resampling.NEAREST)
+def decode(png: bytes) -> Image.Image:
+    """The picture as the model drew it."""
+    return Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGB")
 
 
 def enlarge(picture: Image.Image, scale: int = 5) -> Image.Image:

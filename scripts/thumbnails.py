@@ -1,24 +1,27 @@
 """Draws the thumbnails under which ComfyUI's list of templates shows the workflows.
 
-    python -m scripts.thumbnails [--output FOLDER]
+    python -m scripts.thumbnails [--output FOLDER] [--run]
 
-Small drawings of what a workflow does; they need matplotlib. Those of 1_start_here and
-2_distill_demo are none of them: they show what those workflows gave.
+Small drawings of what a workflow does, for those that need a model of the user's; they need matplotlib. With
+--run, the others too, from what they give in a real ComfyUI server: that takes some minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from PIL import Image
 
 from deltaconv_core.sites import ARCHITECTURES, Level, Transformer
 
-from .workflow import FOLDER
+from . import workflow
+from .comfy_server import ComfyServer
 
 WIDTH, HEIGHT = 640, 480
 PAPER, INK, QUIET = "#f4f4f4", "#222222", "#bdbdbd"
@@ -83,7 +86,7 @@ def bars(drawing: Drawing, parts: Sequence[tuple[float, str]]) -> None:
 
 def second_pass() -> Drawing:
     drawing = Drawing("SD 1.5 at 2048", "ΔConv in both passes")
-    drawing.box(60, 190, 125, 125, DELTACONV, "1024")
+    drawing.box(60, 190, 125, 125, DELTACONV, "512")
     drawing.arrow((205, 252), (295, 252))
     drawing.box(320, 120, 262, 262, DELTACONV, "2048")
     return drawing
@@ -121,6 +124,16 @@ def distillation() -> Drawing:
     return drawing
 
 
+def benchmark() -> Drawing:
+    drawing = Drawing("Benchmark", "of your model, here")
+    for y, width, color, name in ((130, 480, ATTENTION, "attention"), (230, 300, DELTACONV, "ΔConv")):
+        drawing.bar(60, y, width, 80, color)
+        drawing.text(60 + width / 2, y + 40, name)
+    drawing.arrow((60, 345), (580, 345))
+    drawing.text(560, 375, "time", size=28)
+    return drawing
+
+
 DRAWINGS: dict[str, Callable[[], Drawing]] = {
     "sd15_text_to_image": lambda: network("sd15", "SD 1.5", 512),
     "sdxl_text_to_image": lambda: network("sdxl", "SDXL", 1024),
@@ -129,15 +142,49 @@ DRAWINGS: dict[str, Callable[[], Drawing]] = {
     "sd15_attention_first": attention_first,
     "sd15_two_weights": two_weights,
     "sd15_distill": distillation,
+    "5_benchmark": benchmark,
 }
+
+
+#: Workflows of the demo model, and the node whose picture is the thumbnail.
+SHOWN = {
+    "1_start_here": "DeltaConvCompare",
+    "2_distill_demo": "DeltaConvCompare",
+    "3_attention_locality": "DeltaConvLocality",
+    "4_neighborhood_and_deltaconv": "DeltaConvCompare",
+}
+
+
+def from_runs(output: Path) -> None:
+    """Runs the demo model's workflows, two pictures a batch, and keeps what their nodes show."""
+    with ComfyServer() as server:
+        for name, kind in SHOWN.items():
+            prompt = workflow.to_prompt(workflow.load(workflow.FOLDER / f"{name}.json"), server.object_info())
+            for node in prompt.values():
+                if name == "1_start_here" and "batch_size" in node["inputs"]:
+                    node["inputs"]["batch_size"] = 2
+            outputs = server.run(prompt)
+            shown = [outputs[key]["images"][0] for key, node in prompt.items() if node["class_type"] == kind]
+            with Image.open(io.BytesIO(server.view(shown[-1]))) as picture:
+                fit(picture.convert("RGB")).save(output / f"{name}.jpg", quality=88, optimize=True)
+
+
+def fit(picture: Image.Image) -> Image.Image:
+    """The picture's upper part, as wide as a thumbnail."""
+    scaled = picture.resize((WIDTH, round(picture.height * WIDTH / picture.width)), Image.Resampling.LANCZOS)
+    return scaled.crop((0, 0, WIDTH, min(scaled.height, HEIGHT)))
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    options.add_argument("--output", type=Path, default=FOLDER, help="where they go")
-    output = options.parse_args().output
+    options.add_argument("--output", type=Path, default=workflow.FOLDER, help="where they go")
+    options.add_argument("--run", action="store_true", help="those of the demo model too")
+    given = options.parse_args()
+    output = given.output
     for name, draw in DRAWINGS.items():
         draw().save(output / f"{name}.jpg")
+    if given.run:
+        from_runs(output)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def test_makes_the_pictures_and_the_sheet(tmp_path):
     lines = text.splitlines()
     for prompt in show_demo.PROMPTS:
         attention, deltaconv = lines[lines.index(prompt) + 1 :][:2]
-        assert re.search(r"Self-attention +[\d.]+ s +\d of 6 words: .+", attention)
+        assert re.search(r"self-attention +[\d.]+ s +\d of 6 words: .+", attention)
         assert re.search(r"ΔConv +[\d.]+ s +\d of 6 words: .+", deltaconv)
     sheet, single = (Image.open(tmp_path / name) for name in ("side_by_side.png", "deltaconv_1.png"))
     assert sheet.width > 6 * single.width and sheet.height > 2 * single.height
@@ -84,21 +84,25 @@ def test_other_words_reach_both_samplers():
             "class_type": "KSampler",
             "inputs": {"positive": ["1", 0], "latent_image": ["2", 0], "steps": 20},
         },
-        "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0]}, "_meta": {"title": "ΔConv"}},
+        "4": {
+            "class_type": "DeltaConvCompare",
+            "inputs": {"first": ["3", 0], "second": ["3", 0], "first_label": "one", "second_label": "ΔConv"},
+        },
     }
     rows = show_demo.find_rows(prompt)
     changed = show_demo.with_text(prompt, rows, "new", steps=2)
     assert changed["1"]["inputs"]["text"] == "new" and changed["2"]["inputs"]["batch_size"] == 1
     assert changed["3"]["inputs"]["steps"] == 2 and prompt["3"]["inputs"]["steps"] == 20
-    assert show_demo.drawn_size(prompt, rows[0]) == (48, 32)
+    assert [(row.name, row.sampler) for row in rows] == [("one", "3"), ("ΔConv", "3")]
+    assert [prompt[row.save]["inputs"]["images"] for row in rows] == [["3", 0], ["3", 0]]
 
 
-def test_words_are_read_off_the_picture_as_it_was_drawn():
+def test_words_are_read_off_the_saved_picture():
     text = "two purple crosses on the left, white background, pairs"
     drawn = draw(random_scene(parse_prompt(text), np.random.default_rng(0)), 48)
     saved = io.BytesIO()
-    Image.fromarray(drawn).resize((192, 192), Image.Resampling.NEAREST).save(saved, "png")
-    picture = show_demo.decode(saved.getvalue(), (48, 48))
+    Image.fromarray(drawn).save(saved, "png")
+    picture = show_demo.decode(saved.getvalue())
     np.testing.assert_array_equal(np.asarray(picture), drawn)
     assert show_demo.read(picture, text) == [
         (word, True) for word in ("cross", "purple", "two", "left", "white", "pairs")

@@ -62,7 +62,18 @@ def test_tells_where_its_models_come_from(file):
     for model in files:
         assert model["url"].startswith("https://huggingface.co/")
         assert f"({model['url']})" in text and model["name"] in text
-        assert f"`models/{model['directory']}`" in text
+        assert f"**models/{model['directory']}**" in text
+
+
+def test_notes_have_no_code_spans(file):
+    """They are unreadable in Vue nodes: blue on gray-blue."""
+    assert not any("`" in note for note in notes(workflow.load(file)))
+
+
+def test_has_no_node_that_the_server_calls_deprecated(server_with_models: ComfyServer, file):
+    info = server_with_models.object_info()
+    kinds = {node["type"] for node in workflow.load(file)["nodes"]} - workflow.NOTES
+    assert not [kind for kind in kinds if info[kind].get("deprecated")]
 
 
 def test_has_no_loose_ends(file):
