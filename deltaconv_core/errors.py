@@ -25,3 +25,8 @@ class ManifestError(DeltaConvError):
 
 class FetchError(DeltaConvError):
     """A download that failed or did not match its record."""
+
+
+for _error in (DeltaConvError, CheckpointError, ManifestError, FetchError):
+    # ComfyUI shows the whole name to the user, and loads this package under that of a path.
+    _error.__module__ = "deltaconv_core"

@@ -12,7 +12,7 @@ from ..deltaconv_core.weights.checkpoint import Checkpoint
 from .host.bench.measure import NOTHING, Measured, MeasureSettings, measure
 from .host.patch.blocks import network_dtype
 from .host.report import Report, left_out, tell
-from .sockets import CATEGORY, Weights
+from .sockets import ADVANCED, CATEGORY, Weights, search_aliases
 
 LEGEND = """\
 - ms: one pass of all layers of the part; times: how many times ΔConv's time attention takes.
@@ -26,6 +26,7 @@ class Benchmark(io.ComfyNode):
             node_id="DeltaConvBenchmark",
             display_name="ΔConv Benchmark",
             category=CATEGORY,
+            **search_aliases("speed", "faster", "measure", "attention"),
             description="Measures on this machine what a model's self-attention costs, layer by layer, what "
             "ΔConv costs in its place, and how much faster the whole model gets.",
             inputs=[
@@ -57,6 +58,7 @@ class Benchmark(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "form",
+                    **ADVANCED,
                     options=list(FORMS),
                     default=LEAN,
                     optional=True,

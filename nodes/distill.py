@@ -15,7 +15,7 @@ from .host.distill.presets import chosen
 from .host.distill.session import Distillation, loss_map
 from .host.distill.widgets import Widgets, widget
 from .host.report import Report, tell
-from .sockets import CATEGORY, LossMap, Weights
+from .sockets import CATEGORY, LossMap, Weights, search_aliases
 
 ALWAYS = ("preset", "layer_steps", "output_steps", "learning_rate", "run_name", "resume")
 OPTIONAL = (
@@ -32,6 +32,7 @@ class Distill(io.ComfyNode):
             node_id="DeltaConvDistill",
             display_name="ΔConv Distill",
             category=CATEGORY,
+            **search_aliases("train", "distillation", "ConvFusion"),
             description="Trains ΔConv blocks to do what a model's self-attention does. The model itself is "
             "the teacher; it stays as it is. The run is saved as it goes, in output/deltaconv_runs, and "
             "resumes where it stopped.",
@@ -101,11 +102,12 @@ class Distill(io.ComfyNode):
         tell(Report([plan]), cls.hidden)
         checkpoint, result = distillation.run(folder, cls.hidden)
         patched, report = distillation.patched(checkpoint)
-        done = f"{result.step} of {job.steps} steps of {folder.path.name}. {plan}"
+        done = f"{result.step} of {job.steps} steps of {folder.path.name}."
         if known:
             done += f" {known.path.name} was finished with the same settings and data, and is taken over."
         early = [f"training ended early: {result.stopped}"] if result.stopped else []
-        text = tell(Report([done, *report.lines], [*report.warnings, *early]), cls.hidden)
+        warnings = [*early, *distillation.dataset.warnings, *report.warnings]
+        text = tell(Report([done], warnings, [*report.lines, plan]), cls.hidden)
         return io.NodeOutput(patched, checkpoint, loss_map(result.rows), result.step, ui=ui.PreviewText(text))
 
 

@@ -11,7 +11,7 @@ from ..deltaconv_core.weights.checkpoint import HYBRID_KIND
 from .host.files import model_folder
 from .host.files.choice import FileChoice
 from .host.report import tell
-from .sockets import CATEGORY, Weights
+from .sockets import CATEGORY, Weights, search_aliases
 
 
 class LoadWeights(io.ComfyNode):
@@ -21,6 +21,7 @@ class LoadWeights(io.ComfyNode):
             node_id="DeltaConvLoadWeights",
             display_name="ΔConv Load Weights",
             category=CATEGORY,
+            **search_aliases("ConvFusion"),
             description="Loads trained ΔConv blocks, for ΔConv Patch Model and the other ΔConv nodes.",
             inputs=[
                 FileChoice(

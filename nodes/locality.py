@@ -14,7 +14,7 @@ from ..deltaconv_core.locality.sampled_steps import spread
 from ..deltaconv_core.locality.table import text
 from .host.locality.look import Look, LookSettings, look
 from .host.report import Report, left_out, tell
-from .sockets import BLOCKS_TOOLTIP, CATEGORY
+from .sockets import ADVANCED, BLOCKS_TOOLTIP, CATEGORY, search_aliases
 
 
 class AttentionLocality(io.ComfyNode):
@@ -24,6 +24,7 @@ class AttentionLocality(io.ComfyNode):
             node_id="DeltaConvLocality",
             display_name="ΔConv Attention Locality",
             category=CATEGORY,
+            **search_aliases("self-attention", "receptive field", "analyze"),
             description="Looks at a model's self-attention while it draws a picture: how much of it lies "
             "near each query, how far every layer really sees, and which kernel size ΔConv would need there.",
             inputs=[
@@ -47,6 +48,7 @@ class AttentionLocality(io.ComfyNode):
                 io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Steps of the sampling (Euler)."),
                 io.Int.Input(
                     "looks",
+                    **ADVANCED,
                     default=4,
                     min=1,
                     max=1000,
@@ -56,6 +58,7 @@ class AttentionLocality(io.ComfyNode):
                 io.String.Input("blocks", default="all", tooltip=f"What is looked at: {BLOCKS_TOOLTIP}"),
                 io.Int.Input(
                     "max_kernel_size",
+                    **ADVANCED,
                     default=13,
                     min=3,
                     max=63,

@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 
 from .host.patch.neighborhood import add_neighborhood
 from .host.report import tell
-from .sockets import BLOCKS_TOOLTIP, CATEGORY
+from .sockets import BLOCKS_TOOLTIP, CATEGORY, search_aliases
 
 
 class NeighborhoodAttention(io.ComfyNode):
@@ -17,6 +17,7 @@ class NeighborhoodAttention(io.ComfyNode):
             node_id="DeltaConvNeighborhoodAttention",
             display_name="ΔConv Neighborhood Attention",
             category=CATEGORY,
+            **search_aliases("window", "local attention", "NATTEN"),
             description="Lets self-attention see only a window around every query. Nothing is trained: it "
             "shows what locality alone costs, before anything is distilled.",
             inputs=[

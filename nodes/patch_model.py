@@ -15,7 +15,7 @@ from .host.files.choice import FileChoice
 from .host.model.sites import find_sites
 from .host.patch.apply import PatchSettings, apply_checkpoint
 from .host.report import tell
-from .sockets import BLOCKS_TOOLTIP, CATEGORY, Weights
+from .sockets import ADVANCED, BLOCKS_TOOLTIP, CATEGORY, Weights, search_aliases
 
 APPLY, LEAVE_OUT = "apply", "leave out"
 
@@ -27,6 +27,9 @@ class PatchModel(io.ComfyNode):
             node_id="DeltaConvPatchModel",
             display_name="ΔConv Patch Model",
             category=CATEGORY,
+            **search_aliases(
+                "ConvFusion", "faster", "speed up", "attention", "self-attention", "convolution", "hires"
+            ),
             description="Puts trained ΔConv blocks in place of a model's self-attention. The model itself "
             "stays as it is; the output is a patched clone.",
             inputs=[
@@ -63,6 +66,7 @@ class PatchModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "base_weights",
+                    **ADVANCED,
                     options=[APPLY, LEAVE_OUT],
                     default=APPLY,
                     tooltip="Some published files also hold convolutions of the model that they were "
@@ -70,6 +74,7 @@ class PatchModel(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "base_weights_strength",
+                    **ADVANCED,
                     default=1.0,
                     min=0.0,
                     max=1.0,

@@ -14,14 +14,16 @@ from .sampling_range import SamplingRange
 
 @dataclass(frozen=True)
 class Report:
-    """What was done, and what to watch out for."""
+    """What was done, what to watch out for, and details."""
 
     lines: Sequence[str]
     warnings: Sequence[str] = ()
+    details: Sequence[str] = ()
 
     @property
     def text(self) -> str:
-        return "\n".join([*self.lines, *(f"Warning: {warning}." for warning in self.warnings)])
+        warnings = [f"Warning: {warning}." for warning in self.warnings]
+        return "\n".join([*self.lines, *warnings, *self.details])
 
 
 def of_blocks(architecture: str, sites: int, blocks: Iterable[torch.nn.Module]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from ..errors import DeltaConvError
@@ -48,8 +50,15 @@ def _matches(parts: Iterable[str], ids: tuple[str, ...]) -> set[str]:
         hits = {site for site in ids if fnmatchcase(site, glob) or fnmatchcase(site, f"{glob}.*")}
         if not hits:
             raise DeltaConvError(
-                f"the block selection {part!r} matches no site; use all, down, mid, up or: "
-                f"{listing(ids, SHOWN_SITES)}"
+                f"the block selection {part!r} matches no site{_nearest(part, ids)}; use all, down, mid, "
+                f"up or: {listing(ids, SHOWN_SITES)}"
             )
         found |= hits
     return found
+
+
+def _nearest(part: str, ids: tuple[str, ...]) -> str:
+    """A question after what was probably meant; nothing where it is like nothing."""
+    beginnings = {id[: dot.start()] for id in ids for dot in re.finditer(r"\.", id)}
+    near = get_close_matches(part, ["all", *GROUPS, *sorted(beginnings), *ids], n=1)
+    return f", did you mean {near[0]!r}?" if near else ""

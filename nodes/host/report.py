@@ -19,7 +19,7 @@ def tell(report: Report, hidden: io.HiddenHolder | None) -> str:
         report: what to say.
         hidden: the node's hidden inputs; None when it was not called by ComfyUI's executor.
     """
-    log.info("%s", " ".join(report.lines))
+    log.info("%s", " ".join([*report.lines, *report.details]))
     for warning in report.warnings:
         log.warning("ΔConv: %s", warning)
     show(report.text, hidden)

@@ -71,6 +71,16 @@ class Dataset:
         return digest.hexdigest()[:16]
 
     @property
+    def warnings(self) -> list[str]:
+        """What makes it unfit to learn from, though it can be done."""
+        latents = [sample.latent for sample in self.samples]
+        if not any(latent.any() for latent in latents):
+            return ["the latents are empty, so the blocks learn from noise alone; connect encoded pictures"]
+        if len(latents) > 1 and all(latent.equal(latents[0]) for latent in latents):
+            return ["all latents are the same picture; connect varied ones"]
+        return []
+
+    @property
     def description(self) -> str:
         sizes = ", ".join(f"{count} of {width}x{height}" for (height, width), count in self.sizes.items())
         return f"{len(self.samples)} latents ({sizes})"

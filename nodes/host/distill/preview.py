@@ -7,16 +7,18 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from ....deltaconv_core.distill import tapped
+from ....deltaconv_core.util.lettering import write
 from .dataset import Dataset
 from .network import ComfyNetwork
 
 SAMPLING_STEPS = 8
 CFG = 4.0
 HEIGHT = 256
+LABEL = 24
 
 
 class Preview:
@@ -91,7 +93,13 @@ class Preview:
 
 
 def _beside(left: Tensor, right: Tensor) -> Image.Image:
-    both = torch.cat([left, right], dim=1)
-    picture = Image.fromarray(both.numpy())
+    """Both pictures, enlarged pixel by pixel, with a line of text above them."""
+    picture = Image.fromarray(torch.cat([left, right], dim=1).numpy())
     scale = max(1, HEIGHT // picture.height)
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    page = Image.new("RGB", (picture.width, picture.height + LABEL), "black")
+    page.paste(picture, (0, LABEL))
+    for number, name in enumerate(("attention", "ΔConv")):
+        x = 4 + number * picture.width // 2
+        write(ImageDraw.Draw(page), x, 2, [(name, "white")], LABEL - 6)
+    return page

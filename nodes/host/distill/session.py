@@ -17,6 +17,7 @@ from comfy_api.latest import io
 from ....deltaconv_core.block import DeltaConvBlock
 from ....deltaconv_core.block.spec import BlockSpec
 from ....deltaconv_core.distill import Result, Row, RunFolder, check_same_run, distill, session
+from ....deltaconv_core.distill.settings import END_TO_END, LAYER_WISE
 from ....deltaconv_core.errors import DeltaConvError
 from ....deltaconv_core.sites import select
 from ....deltaconv_core.sites.choose_specs import block_specs
@@ -39,6 +40,10 @@ from .widgets import Widgets
 log = logging.getLogger(__name__)
 
 DISTILL_REMEDY = "distil the MODEL without that node"
+PHASES = {
+    LAYER_WISE: "phase 1 of 2: each block learns its own attention's output",
+    END_TO_END: "phase 2 of 2: all blocks learn to keep the model's output",
+}
 SHOW_EVERY = 1.0
 """Seconds between updates of the text under the node."""
 DROPPED = {"captions_dropped": "one by one"}
@@ -164,6 +169,7 @@ class _Progress:
         self.hidden = hidden
         self.bar = comfy.utils.ProgressBar(job.steps)
         self.shown = 0.0
+        self.phase, self.began = "", (0, 0.0)
 
     def __call__(self, row: Row) -> None:
         steps = self.job.steps
@@ -172,9 +178,26 @@ class _Progress:
         self.bar.update_absolute(row.step, steps, picture and ("JPEG", picture, 1024))
         if time.monotonic() - self.shown >= SHOW_EVERY or row.step == steps:
             losses = ", ".join(f"{name} {value:.4g}" for name, value in row.losses.items())
-            show(f"step {row.step} of {steps}, {row.phase}: {losses}", self.hidden)
+            show(
+                f"step {row.step} of {steps}{self._left(row)}\n{PHASES[row.phase]}\nloss: {losses}",
+                self.hidden,
+            )
             self.shown = time.monotonic()
         comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def _left(self, row: Row) -> str:
+        """How long the rest of the phase takes, and whether another one follows; times differ by phase."""
+        now = time.monotonic()
+        if row.phase != self.phase:
+            self.phase, self.began = row.phase, (row.step, now)
+        step, then = self.began
+        job = self.job
+        left = (job.layer_steps if row.phase == LAYER_WISE else job.steps) - row.step
+        if row.step == step or not left:
+            return ""
+        minutes = (now - then) / (row.step - step) * left / 60
+        more = ", then phase 2" if row.phase == LAYER_WISE and job.output_steps else ""
+        return f", {'less than a minute' if minutes < 1 else f'about {minutes:.0f} min'} left{more}"
 
     def _draw(self) -> Any:
         """A preview; where memory is too short for one, there are none from now on."""

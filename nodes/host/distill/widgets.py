@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ....deltaconv_core.distill.fields import RUN, TRAINING, About, about, by_name
 from ....deltaconv_core.distill.job import Job
+from ...sockets import ADVANCED
 from ..files.choice import FileChoice
 from . import runs
 from .presets import CUSTOM, PRESETS, Preset
@@ -77,6 +78,7 @@ def widget(name: str, *, optional: bool = False) -> io.WidgetInput:
     kind: type = type(default)
     custom = " Only with preset custom." if name in OF_PRESETS else ""
     common: dict[str, Any] = {
+        **(ADVANCED if optional else {}),
         "id": OTHER_NAMES.get(name, name),
         "default": default,
         "optional": optional,

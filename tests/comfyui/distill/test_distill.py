@@ -380,8 +380,8 @@ def test_previews(pack, monkeypatch):
     distil(pack, model, data, [conditioning(1)], preview_every=2, negative=[conditioning(0)])
     assert [value for value, preview in pictures if preview] == [2, 4]
     _, picture, _ = pictures[1][1]
-    assert picture.size == (2 * 24 * 16, 16 * 16)
-    left, right = (picture.crop((x, 0, x + 384, 256)).tobytes() for x in (0, 384))
+    assert picture.size == (2 * 24 * 16, 24 + 16 * 16)  # a line of text above
+    left, right = (picture.crop((x, 24, x + 384, 280)).tobytes() for x in (0, 384))
     assert left != right
     assert len(set(left)) > 20
 

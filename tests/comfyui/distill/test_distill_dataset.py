@@ -37,6 +37,24 @@ def test_forms_of_data(pack, unet, form):
     assert f"learn from {count} latents" in output.ui.as_dict()["text"][0]
 
 
+@pytest.mark.parametrize(
+    ("shapes", "value", "warning"),
+    [
+        ([(1, 4, 16, 16)], 0.0, "the latents are empty, so the blocks learn from noise alone"),
+        ([(2, 4, 16, 16)], 0.5, "all latents are the same picture"),
+        ([(1, 4, 16, 16)], 0.5, None),
+        ([(1, 4, 16, 16), (1, 4, 8, 24)], 0.5, None),
+    ],
+)
+def test_warns_of_latents_that_teach_nothing(pack, unet, shapes, value, warning):
+    data = [{"samples": torch.full(shape, value)} for shape in shapes]
+    text = distil(pack, unet, data, [conditioning(0)], batch_size=1).ui.as_dict()["text"][0]
+    if warning:
+        assert text.splitlines()[1].startswith(f"Warning: {warning}")
+    else:
+        assert "Warning" not in text
+
+
 def test_sdxl_with_its_pooled_text_and_sizes(pack):
     """Of which a batch has one for each picture."""
     import comfy.supported_models

@@ -127,6 +127,8 @@ def test_a_number_is_not_the_beginning_of_another():
     ("pattern", "message"),
     [
         ("middle", "'middle' matches no site.*down_blocks.0.attentions.0"),
+        ("dwn", "'dwn' matches no site, did you mean 'down'[?];"),
+        ("up_block.1", "'up_block.1' matches no site, did you mean 'up_blocks.1'[?];"),
         ("all,-side", "'side' matches no site"),
         ("down,-down", "'down,-down' selects nothing"),
         ("-", "'' matches no site"),
