@@ -1,1 +1,1 @@
-"""Commands that print the README's figures, run as `python -m benchmarks.block`."""
+"""Commands that print the figures of the documentation, run as `python -m benchmarks.block`."""

@@ -4,7 +4,7 @@
 
 Files are named by benchmark, device and dtype. Rows that are in them are not measured again, so this can be
 stopped at any time and restarted; delete a file to measure again. --show prints the commands and runs none.
-Afterwards, `python -m scripts.readme_tables` puts the figures into the README.
+Afterwards, `python -m scripts.speed_tables` puts the figures into docs/speed.md.
 """
 
 from __future__ import annotations

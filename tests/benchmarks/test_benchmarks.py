@@ -1,4 +1,4 @@
-"""The speed benchmarks: small runs of each command, files of rows, and the README's tables."""
+"""The speed benchmarks: small runs of each command, files of rows, and the tables of docs/speed.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks import block, harness, hybrid, hybrid_fit, paper_tables, run_all
 from deltaconv_core import BlockSpec, bench
 from deltaconv_core.bench import machine
 from deltaconv_core.mixers.hybrid.flops import hybrid_flops
-from scripts import readme_tables
+from scripts import speed_tables
 
 REPOSITORY = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -261,7 +261,7 @@ def test_commands_are_shown(monkeypatch, capsys, tmp_path):
     assert "-m benchmarks.paper_tables" in line and "--device cpu --dtype float32" in line
 
 
-# ---- the README ----
+# ---- docs/speed.md ----
 
 VARIANTS = {
     "ComfyUI's attention": {"skipped": "is PyTorch attention here"},
@@ -282,7 +282,7 @@ def results(tmp_path):
 
 
 def test_the_table_says_what_the_results_say(results):
-    text = "\n".join(readme_tables.tables(results))
+    text = "\n".join(speed_tables.tables(results))
     (line,) = [line for line in text.splitlines() if line.startswith("| SD 1.5")]
     assert [cell.strip() for cell in line.split("|")[1:-1]] == [
         "SD 1.5", "1024×576", "–", "3.00×", "–", "–", "–", "1.02×", "–",
@@ -291,19 +291,19 @@ def test_the_table_says_what_the_results_say(results):
 
 
 def test_only_what_is_between_the_comments_changes(results):
-    old = f"before\n{readme_tables.BEGIN}\nold\n{readme_tables.END}\nafter\n"
-    new = readme_tables.with_tables(old, results)
+    old = f"before\n{speed_tables.BEGIN}\nold\n{speed_tables.END}\nafter\n"
+    new = speed_tables.with_tables(old, results)
     assert new.startswith("before\n") and new.endswith("\nafter\n") and "old" not in new
-    assert readme_tables.with_tables(new, results) == new
-    assert readme_tables.with_tables(new.replace("1.02×", "1.00×"), results) == new
+    assert speed_tables.with_tables(new, results) == new
+    assert speed_tables.with_tables(new.replace("1.02×", "1.00×"), results) == new
     with pytest.raises(SystemExit, match="lacks the lines"):
-        readme_tables.with_tables("no comments", results)
+        speed_tables.with_tables("no comments", results)
 
 
-def test_the_readme_is_what_the_results_say():
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert readme_tables.with_tables(text, REPOSITORY / "benchmarks" / "results") == text, (
-        "run python -m scripts.readme_tables"
+def test_the_page_is_what_the_results_say():
+    text = (REPOSITORY / "docs" / "speed.md").read_text(encoding="utf-8")
+    assert speed_tables.with_tables(text, REPOSITORY / "benchmarks" / "results") == text, (
+        "run python -m scripts.speed_tables"
     )
 
 

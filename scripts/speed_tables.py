@@ -1,8 +1,8 @@
-"""Puts the figures of `benchmarks/results` into the README, between two comments.
+"""Puts the figures of `benchmarks/results` into docs/speed.md, between two comments.
 
-    python -m scripts.readme_tables [--check]
+    python -m scripts.speed_tables [--check]
 
---check changes nothing, and exits with status 1 when the README is not what the results say.
+--check changes nothing, and exits with status 1 when the page is not what the results say.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from deltaconv_core.util.text import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- speed: begin, by scripts/readme_tables.py -->", "<!-- speed: end -->"
+BEGIN, END = "<!-- speed: begin, by scripts/speed_tables.py -->", "<!-- speed: end -->"
 TITLES = {"sd15": "SD 1.5", "sdxl": "SDXL", "pixart_sigma": "PixArt-Σ"}
 VARIANTS = (
     "ComfyUI's attention",
@@ -32,7 +32,7 @@ VARIANTS = (
     "lean ΔConv",
 )
 BOUND = "no self-attention"
-WIDTH = 125  # of the README's lines
+WIDTH = 125  # of a line
 Json = dict[str, Any]
 
 
@@ -42,24 +42,24 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true", help="only compare")
     args = parser.parse_args()
-    file = ROOT / "README.md"
+    file = ROOT / "docs" / "speed.md"
     text = file.read_text(encoding="utf-8")
     wanted = with_tables(text, ROOT / "benchmarks" / "results")
     if text == wanted:
         return 0
     if args.check:
-        print("README.md is not what benchmarks/results says: run python -m scripts.readme_tables")
+        print("docs/speed.md is not what benchmarks/results says: run python -m scripts.speed_tables")
         return 1
     file.write_text(wanted, encoding="utf-8")
     return 0
 
 
-def with_tables(readme: str, results: Path) -> str:
-    """The README's text with the tables of a folder of results between the comments."""
-    before, begin, rest = readme.partition(BEGIN)
+def with_tables(page: str, results: Path) -> str:
+    """The page's text with the tables of a folder of results between the comments."""
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise SystemExit(f"README.md lacks the lines {BEGIN} and {END}")
+        raise SystemExit(f"docs/speed.md lacks the lines {BEGIN} and {END}")
     return "\n".join([f"{before}{BEGIN}", *tables(results), f"{END}{after}"])
 
 
