@@ -38,12 +38,11 @@ from deltaconv_core.mixers.hybrid import HybridMixer
 from ..files import named_file, teacher_file
 from . import evaluate
 from .compare_starts import HELD_OUT_SEED
-from .hybrids import SHAPES, Between, checkpoint_of, fit_shapes
+from .hybrids import FIT_BATCH, FIT_SEED, SHAPES, Between, checkpoint_of, fit_shapes
 from .students import is_linear, load_linear
 from .tables import write_json
 from .train_student import Teacher
 
-FIT_SEED = 2000
 NOISE = 2.0  # standard errors
 
 
@@ -62,7 +61,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     )  # fmt: skip
     add("--fit-batches", type=int, default=40, help="batches of noisy drawings to fit on (default 40)")
     add("--loss-batches", type=int, default=8, help="batches that the losses are measured on (default 8)")
-    add("--batch-size", type=int, default=8, help="drawings in each of them (default 8)")
+    add("--batch-size", type=int, default=FIT_BATCH, help="drawings in each of them (default 8)")
     add("--ridge", type=float, default=FitSettings.ridge, help=f"of the fit (default {FitSettings.ridge})")
     add("--prompts", type=int, default=200, help="held-out prompts sampled; 0: none (default 200)")
     add("--prompts-large", type=int, default=100, help="of them at twice the size (default 100)")

@@ -1,9 +1,10 @@
-"""Warm start against random start: ``python -m demo.study.compare_starts --output runs/starts``.
+"""Starts of ΔConvBlocks beside each other: ``python -m demo.study.compare_starts --output runs/starts``.
 
-Layer-wise distillation of the demo teacher from both starts, on the same batches, at each learning rate.
-Every EVERY steps the feature loss is measured on pictures that training never sees. Prints, for each seed,
-the loss that the random start has at the end, and the step at which the warm start has reached it; writes
-all losses to ``starts.csv``.
+Layer-wise distillation of the demo teacher from three starts, on the same batches, at each learning rate:
+random weights, `warm_start`, and the same with its last layers solved (`ridge_start`). Every EVERY steps the
+feature loss is measured on pictures that training never sees. Prints, for each seed, the loss that the random
+start has at the end, the step at which the others have reached it, and their losses at the start and at the
+end; writes all losses to ``starts.csv``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from deltaconv_core.distill.losses import mean_square
 from ..files import teacher_file
 from .train_student import Teacher, make_blocks
 
+SOLVED = ("warm", "ridge")
 EVERY = 25
 HELD_OUT_SEED, HELD_OUT_BATCHES, HELD_OUT_SIZE = 1000, 8, 16
 
@@ -91,14 +93,13 @@ def main() -> None:
     with (args.output / "starts.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["learning rate", "seed", "start", "step", "feature"])
-        print(
-            f"| rate | seed | random after {args.steps} | warm reaches it after | warm after {args.steps} |"
-        )
-        print("|---|---|---|---|---|")
+        names = [f"{name} {what}" for name in SOLVED for what in ("reaches it after", "at 0", "at the end")]
+        print(f"| rate | seed | random after {args.steps} | {' | '.join(names)} |")
+        print("|---" * (3 + len(names)) + "|")
         for rate in args.lr:
             for seed in args.seeds:
                 losses = {}
-                for start in ("warm", "random"):
+                for start in (*SOLVED, "random"):
                     blocks = make_blocks(teacher, seed, start, args.form)
                     settings = layer_wise(args.steps, rate, seed)
                     title = f"{start}, seed {seed}, {rate}"
@@ -106,11 +107,12 @@ def main() -> None:
                 for start, values in losses.items():
                     writer.writerows([rate, seed, start, *item] for item in values.items())
                 file.flush()
-                warm, goal = losses["warm"], losses["random"][args.steps]
-                reached = next(
-                    (f"{step} steps" for step, value in warm.items() if value <= goal), "not reached"
-                )
-                print(f"| {rate} | {seed} | {goal:.4f} | {reached} | {warm[args.steps]:.4f} |", flush=True)
+                goal, cells = losses["random"][args.steps], []
+                for start in SOLVED:
+                    own = losses[start]
+                    reached = next((f"{step} steps" for step, loss in own.items() if loss <= goal), "not")
+                    cells += [reached, f"{own[0]:.4f}", f"{own[args.steps]:.4f}"]
+                print(f"| {rate} | {seed} | {goal:.4f} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

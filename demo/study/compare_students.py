@@ -23,6 +23,12 @@ STUDENTS: dict[str, list[str]] = {
     "released form": ["--form", "released"],
     "linear attention": ["--mixer", "linear", "--lr", "1e-3"],
     "recommended kernel sizes": ["--kernel-sizes", RECOMMENDED],
+    "hybrid, untrained": ["--mixer", "hybrid", "--layer-steps", "0", "--output-steps", "0"],
+    "hybrid, trained": [
+        *("--mixer", "hybrid", "--shape", "Nyström 64, K 5 by channel", "--lr", "1e-3"),
+        *("--layer-steps", "400", "--output-steps", "600"),
+    ],
+    "ridge start": ["--start", "ridge", "--lr", "3e-4"],
     "warm start only": ["--form", "released", "--layer-steps", "0", "--output-steps", "0"],
 }
 

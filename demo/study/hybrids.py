@@ -19,6 +19,7 @@ from deltaconv_core.sites.architectures import level_of
 
 from .train_student import Teacher
 
+FIT_SEED, FIT_BATCH = 2000, 8  # of the noisy drawings that mixers are fitted to
 LEVELS = 3  # of the demo's U-Net: 24 x 24, 12 x 12 and 6 x 6 tokens for pictures of 48 x 48
 
 
@@ -57,6 +58,7 @@ SHAPES = {
     **{f"Nyström {n}": _everywhere(n, nystrom="cholesky") for n in COUNTS},
     **{f"Nyström {n}, Newton": _everywhere(n, nystrom="newton") for n in (36, 64)},
     **{f"Nyström {n}, K 5": _everywhere(n, nystrom="cholesky", **_local(5)) for n in (36, 64, 144)},
+    "Nyström 64, K 5 by channel": _everywhere(64, nystrom="cholesky", **_local(5, share="channel")),
     "Nyström 64, 36, 16": Shape((64, 36, 16), {"nystrom": "cholesky"}),
     "K 5": _everywhere(0, **_local(5)),
 }
@@ -75,19 +77,20 @@ def specs_of(teacher: Teacher, shape: Shape) -> dict[str, HybridSpec]:
     return specs
 
 
-class Between:
+class Between(torch.nn.Module):
     """A hybrid mixer with its attention's projections around it: (x, grid) -> y, as other mixers."""
 
     def __init__(self, teacher: Teacher, site: str, mixer: HybridMixer) -> None:
+        super().__init__()
         self.intercepted = import_module(".nodes.host.model.attend", teacher.pack).intercepted
-        self.forward = own_forward(teacher, site)
+        self.attention = own_forward(teacher, site)
         self.mixer = mixer
 
-    def __call__(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         def attend(q: Any, k: Any, v: Any, mask: Any) -> torch.Tensor:
             return self.mixer(q, k, v, grid, mask)
 
-        return self.intercepted(self.forward, attend)(x, transformer_options={})
+        return self.intercepted(self.attention, attend)(x, transformer_options={})
 
 
 def own_forward(teacher: Teacher, site: str) -> Callable[..., torch.Tensor]:

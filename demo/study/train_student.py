@@ -18,11 +18,13 @@ from tqdm import tqdm
 
 from deltaconv_core import BlockSpec, Checkpoint, DeltaConvBlock, save_checkpoint
 from deltaconv_core.distill import Batch, Row, RunFolder, Settings, distill, random_start, warm_start
+from deltaconv_core.distill.hybrid import FitSettings
 from deltaconv_core.distill.losses import BETA
 from scripts.comfy_host import import_pack
 
 from ..files import teacher_file
 from .diffusion import FULL, SMALL, DrawnBatches, alpha_sigma
+from .ridge_start import ridge_start
 from .students import linear_mixers, save_linear
 
 
@@ -93,15 +95,26 @@ def make_blocks(
     for id, told in teacher.block_specs(teacher.found.shape, teacher.sites, kernel_sizes, form).items():
         spec = BlockSpec.from_dict(told.to_dict())  # the pack's own class is another one
         block = DeltaConvBlock(replace(spec, scales=spec.scales[:stages]))
-        if start == "warm":
-            warm_start(block, teacher.network.attentions[id])
-        else:
+        if start == "random":
             random_start(block)
+        else:
+            warm_start(block, teacher.network.attentions[id])
         if not global_branch:
             for parameter in block.conv_pool.parameters():
                 torch.nn.init.zeros_(parameter).requires_grad_(False)
         blocks[id] = block
+    if start == "ridge":
+        ridge_start(teacher, blocks)
     return blocks
+
+
+def fitted_hybrids(teacher: Teacher, shape: str, batches: int) -> dict[str, Any]:
+    """Hybrid mixers of a shape of `hybrids.SHAPES`, fitted to this many batches of noisy drawings."""
+    from .hybrids import FIT_BATCH, FIT_SEED, SHAPES, Between, fit_shapes
+
+    drawings = teacher.batches(FIT_BATCH, FIT_SEED)
+    fitted = fit_shapes(teacher, {shape: SHAPES[shape]}, drawings, batches, FitSettings())[shape]
+    return {site: Between(teacher, site, one.mixer.requires_grad_(True)) for site, one in fitted.items()}
 
 
 def parse() -> argparse.Namespace:
@@ -111,10 +124,12 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--teacher", type=Path, default=teacher_file(), help="the teacher's safetensors file")
     add("--output", type=Path, required=True, help="folder for weights, log and saved state")
-    add("--mixer", choices=("deltaconv", "linear"), default="deltaconv", help="what to train (default ΔConv)")
+    add("--mixer", choices=("deltaconv", "linear", "hybrid"), default="deltaconv", help="default ΔConv")
+    add("--shape", default="Nyström 144", help="of hybrids, which are fitted first (default Nyström 144)")
+    add("--fit-batches", type=int, default=24, help="of 8 drawings, to fit hybrids to (default 24)")
     add("--form", choices=("lean", "released"), default="lean", help="of the blocks (default lean)")
     add("--kernel-sizes", default="auto", help="auto, one odd number, or JSON (default auto)")
-    add("--start", choices=("warm", "random"), default="warm", help="ΔConv's start (default warm)")
+    add("--start", choices=("warm", "random", "ridge"), default="warm", help="ΔConv's (default warm)")
     add("--no-global", action="store_true", help="ΔConv without its average-pooling branch")
     add("--no-pyramid", action="store_true", help="ΔConv with the full-size stage only")
     add("--layer-steps", type=int, default=400, help="layer-wise steps (default 400)")
@@ -134,6 +149,8 @@ def main() -> None:
         mixers: dict[str, Any] = linear_mixers(teacher.sites, teacher.model.model)
         for mixer in mixers.values():
             mixer.requires_grad_(True)
+    elif args.mixer == "hybrid":
+        mixers = fitted_hybrids(teacher, args.shape, args.fit_batches)
     else:
         mixers = make_blocks(
             teacher,
@@ -156,6 +173,7 @@ def main() -> None:
             seed=args.seed,
         )
         notes = {name: str(getattr(args, name)) for name in ("mixer", "start", "batch_size")}
+        notes |= {"shape": args.shape} if args.mixer == "hybrid" else {}
         folder = RunFolder(args.output)
         with tqdm(total=steps, mininterval=10) as bar:
 
@@ -174,7 +192,8 @@ def main() -> None:
         "training": f"{args.layer_steps} layer-wise and {args.output_steps} end-to-end steps of "
         f"{args.batch_size} pictures, seed {args.seed}, AdamW {args.lr}",
     }
-    half = {id: mixer.half() for id, mixer in mixers.items()}
+    own = {id: mixer.mixer if args.mixer == "hybrid" else mixer for id, mixer in mixers.items()}
+    half = {id: mixer.half() for id, mixer in own.items()}
     args.output.mkdir(parents=True, exist_ok=True)
     if args.mixer == "linear":
         save_linear(half, args.output / "linear.safetensors", metadata)
