@@ -39,10 +39,12 @@ def chromium() -> Iterator[Any]:
 class Page:
     """ComfyUI's page, and what its console said."""
 
-    def __init__(self, browser: Any, server: ComfyServer) -> None:
+    def __init__(self, browser: Any, server: ComfyServer, style: str) -> None:
         self.complaints: list[str] = []
-        server.post("/settings", {"Comfy.TutorialCompleted": True})  # no welcome dialog
-        self.page = browser.new_page(viewport={"width": 1900, "height": 1150})
+        self.vue = style == "vue"
+        # The first is against the welcome dialog.
+        server.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": self.vue})
+        self.page = browser.new_page(viewport={"width": 1440, "height": 900})
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("console", self._console)
         self.page.goto(server.url)
@@ -53,6 +55,7 @@ class Page:
             self.complaints.append(message.text)
 
     def open(self, saved: dict[str, Any]) -> None:
+        self.complaints.clear()
         self.page.evaluate("workflow => window.app.loadGraphData(workflow)", saved)
         self.page.wait_for_timeout(1500)
 
@@ -63,9 +66,10 @@ class Page:
         ]
 
 
-@pytest.fixture
-def page(chromium, server_with_models) -> Iterator[Page]:
-    opened = Page(chromium, server_with_models)
+@pytest.fixture(scope="module", params=["classic", "vue"])
+def page(request, chromium, server_with_models) -> Iterator[Page]:
+    """One page for all templates, with one of the two kinds of nodes that ComfyUI draws."""
+    opened = Page(chromium, server_with_models, request.param)
     yield opened
     opened.page.close()
 
@@ -89,7 +93,7 @@ def test_opens_whole_and_means_the_same(page, comfy_server, keep_screenshot, fil
     )
     assert sorted(number for number, _ in shown) == sorted(str(node["id"]) for node in saved["nodes"])
     assert all(known for _, known in shown), [number for number, known in shown if not known]
-    assert layout_faults(page.page) == []
+    assert layout_faults(page) == []
     prompt = page.page.evaluate("async () => (await window.app.graphToPrompt()).output")
     info = comfy_server.object_info()
     for node in prompt.values():  # the frontend gives some of ComfyUI's nodes widgets of its own
@@ -99,24 +103,58 @@ def test_opens_whole_and_means_the_same(page, comfy_server, keep_screenshot, fil
     assert page.ours() == []
 
 
-def layout_faults(page: Any) -> list[str]:
-    """Nodes on each other or outside every group (notes need none), and links that lead back to the left."""
-    nodes = page.evaluate(
-        "window.app.graph._nodes.map(({id, type, pos, size}) => ({id, type, box:"
-        " [pos[0], pos[1] - LiteGraph.NODE_TITLE_HEIGHT, pos[0] + size[0], pos[1] + size[1]]}))"
+SMALLEST_ZOOM = 0.6  # at which everything can be read on a screen of 1440 × 900
+CLASSIC = """window.app.graph._nodes.map(({id, type, pos, size}) => ({id, type, box:
+    [pos[0], pos[1] - LiteGraph.NODE_TITLE_HEIGHT, pos[0] + size[0], pos[1] + size[1]]}))"""
+VUE = """window.app.graph._nodes.map(({id, type}) => {
+    const shown = document.querySelector(`[data-node-id="${id}"]`)
+    const {left, top, right, bottom} = shown.getBoundingClientRect()
+    return {id, type, box: [left, top, right, bottom].map(length => length / window.app.canvas.ds.scale)}
+})"""
+
+
+def layout_faults(page: Page) -> list[str]:
+    """Too small to read; nodes on each other; links that lead back to the left.
+
+    In classic nodes, too: text that is not drawn, and nodes outside every group (notes need none). ComfyUI
+    0.3.75 moves Vue nodes and leaves groups where they were.
+    """
+    nodes = page.page.evaluate(VUE if page.vue else CLASSIC)
+    links = page.page.evaluate(
+        "window.app.graph.serialize().links.map(link => [link[1], link[3]].map(String))"
     )
-    groups = page.evaluate(
-        "window.app.graph._groups.map(({pos, size}) => [...pos, pos[0] + size[0], pos[1] + size[1]])"
-    )
-    links = page.evaluate("window.app.graph.serialize().links.map(link => [link[1], link[3]].map(String))")
     boxes = {str(node["id"]): node["box"] for node in nodes}
     faults = [f"{a} lies on {b}" for a, b in combinations(boxes, 2) if overlap(boxes[a], boxes[b])]
-    faults += [
-        f"{node['id']} is in no group"
-        for node in nodes
-        if node["type"] not in workflow.NOTES and not any(inside(node["box"], group) for group in groups)
-    ]
-    return faults + [f"from {a} back to {b}" for a, b in links if boxes[b][0] < boxes[a][0]]
+    faults += [f"from {a} back to {b}" for a, b in links if boxes[b][0] < boxes[a][0] - 1]
+    zoom = page.page.evaluate("window.app.canvas.ds.scale")
+    if zoom < SMALLEST_ZOOM:
+        faults.append(f"opens at {zoom:.2f}")
+    if not page.vue:
+        groups = page.page.evaluate(
+            "window.app.graph._groups.map(({pos, size}) => [...pos, pos[0] + size[0], pos[1] + size[1]])"
+        )
+        faults += [
+            f"{node['id']} is in no group"
+            for node in nodes
+            if node["type"] not in workflow.NOTES and not any(inside(node["box"], group) for group in groups)
+        ]
+        if page.page.evaluate("window.app.canvas.low_quality"):
+            faults.append("no text is drawn")
+    return faults
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda nodes: nodes[2].update(pos=nodes[1]["pos"]), "lies on"),
+        (lambda nodes: nodes[0].update(pos=[-900, 30]), "opens at"),
+    ],
+)
+def test_a_fault_of_the_layout_would_be_noticed(page, change, fault):
+    saved = workflow.load(workflow.FOLDER / "1_start_here.json")
+    change(saved["nodes"])
+    page.open(saved)
+    assert any(fault in found for found in layout_faults(page))
 
 
 def overlap(a: list[float], b: list[float]) -> bool:
@@ -146,12 +184,11 @@ def test_the_template_list_shows_the_workflows(page):
 
 @pytest.mark.slow
 def test_runs_from_the_browser(page):
-    """The Run button's command; both Save Image nodes show their pictures."""
+    """The Run button's command; ΔConv Compare shows its sheet."""
     page.open(workflow.load(workflow.FOLDER / "1_start_here.json"))
     page.page.evaluate("window.app.queuePrompt(0)")
     page.page.wait_for_function(
-        "window.app.graph._nodes.filter(node => node.type === 'SaveImage')"
-        ".every(node => node.imgs?.length === 4)",
+        "Object.values(window.app.nodeOutputs).some(output => output.images?.length === 1)",
         timeout=300_000,
     )
     page.page.wait_for_timeout(1000)

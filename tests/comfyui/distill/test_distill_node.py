@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from scripts import workflow
@@ -83,11 +84,9 @@ def test_its_help_names_every_input_and_default(pack):
         widgets.OTHER_NAMES.get(name, name): default_text(one) for name, one in widgets.SETTINGS.items()
     }
     text = (REPOSITORY / "web" / "docs" / "DeltaConvDistill.md").read_text(encoding="utf-8")
-    rows = text.partition("## Inputs")[2].partition("## Outputs")[0].strip().splitlines()[2:]
-    cells = [row.strip("| ").split(" | ") for row in rows]
-    assert [first.split("`")[1] for first, *_ in cells] == [id for _, id, _, _ in INPUTS]
-    told = {row.split("`")[1]: row.split("|")[2].strip() for row in rows}
-    assert told == {id: defaults[id] if kind not in SOCKETS else "" for kind, id, _, _ in INPUTS}
+    inputs = text.partition("## Inputs")[2].partition("## Outputs")[0]
+    told = re.findall(r"^- \*\*(\w+)\*\*(?: \((.*?)\))?: .", inputs, re.M)
+    assert told == [(id, defaults[id] if kind not in SOCKETS else "") for kind, id, _, _ in INPUTS]
 
 
 def test_every_input_is_a_setting_that_the_node_reads(pack):
