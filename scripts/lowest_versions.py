@@ -23,7 +23,7 @@ from .comfy_host import REPOSITORY
 
 ENVIRONMENT = REPOSITORY / ".venv-lowest"
 EXTRAS = ("", "fetch", "diffusers", "train", "plot")
-OF_THE_OTHER = ("deltaconv-core", "torch")
+OF_THE_OTHER = ("ComfyUI-DeltaConv", "torch")
 """Not installed again: this project, and what takes gigabytes where there is no build for the CPU."""
 MEET_TORCH = ("parity", "compile", "devices")
 MEET_FILES = ("checkpoint", "fetch_hub", "hostile_files", "manifest")
@@ -35,7 +35,7 @@ TESTS = (
 
 
 def main() -> int:
-    pins = lowest(requires("deltaconv-core") or [])
+    pins = lowest(requires("ComfyUI-DeltaConv") or [])
     print(f"==> The lowest versions: {', '.join(pins)}", flush=True)
     python = environment()
     options = ("--quiet", "--no-warn-conflicts", "--only-binary", ":all:")

@@ -14,7 +14,7 @@ def test_the_floor_of_each_requirement_is_pinned():
 
 
 def test_torch_and_the_tools_for_development_are_left_out():
-    requirements = ["torch>=2.4", 'ruff==1; extra == "dev"', 'deltaconv-core[diffusers]; extra == "train"']
+    requirements = ["torch>=2.4", 'ruff==1; extra == "dev"', 'ComfyUI-DeltaConv[diffusers]; extra == "train"']
     assert lowest([*requirements, 'pillow>=1; extra == "train"']) == ["pillow==1"]
 
 
@@ -28,5 +28,5 @@ def test_a_requirement_without_a_floor_is_an_error():
 
 
 def test_every_package_that_is_used_has_a_floor():
-    pinned = {pin.partition("==")[0] for pin in lowest(requires("deltaconv-core") or [])}
+    pinned = {pin.partition("==")[0] for pin in lowest(requires("ComfyUI-DeltaConv") or [])}
     assert pinned >= {"diffusers", "transformers", "huggingface_hub", "safetensors", "pillow", "accelerate"}
