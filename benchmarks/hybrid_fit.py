@@ -1,6 +1,6 @@
 """What converting a whole U-Net takes, on the CPU: time in forward passes, and memory above the model.
 
-    python -m benchmarks.hybrid_fit [--latent 64] [--pictures 8] [--steps 5] [--small]
+    python -m benchmarks.hybrid_fit [--latent 64] [--pictures 8] [--steps 4] [--small]
 
 diffusers' own class in SD 1.5's size with random float32 weights, which say nothing about quality. One pass
 of a sample runs plainly; then the conversion of `deltaconv_core.distill.conversion`, with the mixers and the
@@ -36,7 +36,7 @@ def main() -> int:
     command = parser(__doc__)
     command.add_argument("--latent", type=int, default=64, help="side of the latent (%(default)s)")
     command.add_argument("--pictures", type=int, default=8, help="(%(default)s)")
-    command.add_argument("--steps", type=int, default=5, help="of each (%(default)s)")
+    command.add_argument("--steps", type=int, default=4, help="of each (%(default)s)")
     command.add_argument("--small", action="store_true", help="an eighth of the channels and of the side")
     args = command.parse_args()
     prepare_torchvision()  # diffusers imports it by way of transformers

@@ -68,7 +68,7 @@ class ConvertModel(io.ComfyNode):
                     tooltip="Calibration pictures. One in four is held out, to measure the errors.",
                 ),
                 io.Int.Input(
-                    "steps", default=5, min=1, max=1000, tooltip="Sampling steps (Euler) of each of them."
+                    "steps", default=4, min=1, max=1000, tooltip="Sampling steps (Euler) of each of them."
                 ),
                 io.Conditioning.Input(
                     "negative",

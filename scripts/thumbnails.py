@@ -134,6 +134,15 @@ def benchmark() -> Drawing:
     return drawing
 
 
+def conversion() -> Drawing:
+    drawing = Drawing("Convert", "in minutes, untrained")
+    for x, heights, shade in ((50, (220, 150, 60), ATTENTION), (350, (90, 80, 60), DELTACONV)):
+        for i, height in enumerate(heights):
+            drawing.bar(x + 80 * i, 360 - height, 65, height, ATTENTION if i == 2 else shade)
+    drawing.arrow((285, 300), (340, 300))
+    return drawing
+
+
 DRAWINGS: dict[str, Callable[[], Drawing]] = {
     "sd15_text_to_image": lambda: network("sd15", "SD 1.5", 512),
     "sdxl_text_to_image": lambda: network("sdxl", "SDXL", 1024),
@@ -143,6 +152,7 @@ DRAWINGS: dict[str, Callable[[], Drawing]] = {
     "sd15_two_weights": two_weights,
     "sd15_distill": distillation,
     "5_benchmark": benchmark,
+    "6_convert_demo": conversion,
 }
 
 

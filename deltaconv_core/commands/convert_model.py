@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--negative", default="", metavar="TEXT", help="negative prompt of all (default: none)")
     add("--size", metavar="WxH", help="of the pictures, and the size to be fast at (default: the pipeline's)")
     add("--pictures", type=int, default=default.pictures, metavar="N", help="(default: %(default)s)")
-    add("--steps", type=int, default=5, metavar="N", help="of each picture (default: %(default)s)")
+    add("--steps", type=int, default=4, metavar="N", help="of each picture (default: %(default)s)")
     add("--seed", type=int, default=default.seed, metavar="N", help="of the noise (default: %(default)s)")
     add = parser.add_argument_group("the run").add_argument
     add("--output", type=Path, metavar="FILE", help="for the mixers, .safetensors (required)")

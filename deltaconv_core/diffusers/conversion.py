@@ -37,7 +37,7 @@ class Pictures:
     negative: str = ""
     width: int | None = None
     height: int | None = None
-    steps: int = 5
+    steps: int = 4
 
     def options(self) -> dict[str, Any]:
         """Of the pipeline's call."""
