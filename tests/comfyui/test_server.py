@@ -130,6 +130,13 @@ def test_every_node_has_a_complete_page_of_documentation(server):
         assert "|--" not in page and "| --" not in page  # tables do not fit into the narrow panel
 
 
+def test_every_node_has_its_name_in_chinese(server):
+    told = server.get("/i18n")["zh"]["nodeDefs"]
+    ours = {id for id in server.object_info() if id.startswith("DeltaConv")}
+    assert {id for id in told if id.startswith("DeltaConv")} == ours
+    assert all(told[id]["display_name"].startswith("ΔConv ") and told[id]["description"] for id in ours)
+
+
 # ---- bad input: one clear error, nothing changed, the next prompt works ----
 
 
