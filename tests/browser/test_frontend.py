@@ -116,8 +116,8 @@ VUE = """window.app.graph._nodes.map(({id, type}) => {
 def layout_faults(page: Page) -> list[str]:
     """Too small to read; nodes on each other; links that lead back to the left.
 
-    In classic nodes, too: text that is not drawn, and nodes outside every group (notes need none). ComfyUI
-    0.3.75 moves Vue nodes and leaves groups where they were.
+    In classic nodes, too: text that is not drawn, groups on each other, and nodes outside every group (notes
+    need none). ComfyUI 0.3.75 moves Vue nodes and leaves groups where they were.
     """
     nodes = page.page.evaluate(VUE if page.vue else CLASSIC)
     links = page.page.evaluate(
@@ -138,6 +138,7 @@ def layout_faults(page: Page) -> list[str]:
             for node in nodes
             if node["type"] not in workflow.NOTES and not any(inside(node["box"], group) for group in groups)
         ]
+        faults += [f"groups {a} and {b} overlap" for a, b in combinations(groups, 2) if overlap(a, b)]
         if page.page.evaluate("window.app.canvas.low_quality"):
             faults.append("no text is drawn")
     return faults
