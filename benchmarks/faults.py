@@ -68,10 +68,13 @@ class Unexpected(Exception):
 
 
 def train(folder: Path, steps: int) -> dict[str, Any]:
-    """The weights of a tiny run after so many steps, resumed if it is there; every step is saved."""
+    """The weights of a tiny run after so many steps, resumed if it is there; every step is saved.
+
+    The learning rate is that of every other number of steps, too: it does not fall at the end.
+    """
     network = make_network()
     mixers = make_mixers(network)
-    settings = Settings(layer_steps=2, output_steps=steps - 2, warmup=0, save_every=1)
+    settings = Settings(layer_steps=2, output_steps=steps - 2, warmup=0, decay=0, save_every=1)
     distill(network, mixers, batches, settings, RunFolder(folder))
     return {f"{id}.{n}": p.detach() for id, m in mixers.items() for n, p in m.named_parameters()}
 
@@ -106,7 +109,7 @@ def saving(choose: random.Random, folder: Path) -> None:
 
 def distilling(choose: random.Random, folder: Path) -> None:
     """kill -9 while a run is trained; resumed, it has the weights of one that never stopped."""
-    killed(DISTILL, [str(folder / "run"), "400"], choose.random() * 1.5)
+    killed(DISTILL, [str(folder / "run"), "400"], choose.random() * 3)
     saved = RunFolder(folder / "run").summary().step if RunFolder(folder / "run").exists else 0
     steps = max(saved, 2) + 3
     resumed, whole = train(folder / "run", steps), train(folder / "whole", steps)
