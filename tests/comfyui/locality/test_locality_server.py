@@ -1,4 +1,4 @@
-"""The locality workflow in a real server, on the demo model; stopped on the way, too."""
+"""The templates of locality and windows in a real server, on the demo model; stopped on the way, too."""
 
 from __future__ import annotations
 
@@ -15,8 +15,18 @@ from scripts import workflow
 
 @pytest.fixture
 def prompt(comfy_server):
-    saved = workflow.load(workflow.FOLDER / "3_attention_locality.json")
-    prompt = workflow.to_prompt(saved, comfy_server.object_info())
+    return of_template(comfy_server, "3_attention_locality")
+
+
+@pytest.fixture
+def drawing(comfy_server):
+    """Samples with attention, with a window of it and with ΔConv, and compares them."""
+    return of_template(comfy_server, "4_neighborhood_and_deltaconv")
+
+
+def of_template(server, name):
+    saved = workflow.load(workflow.FOLDER / f"{name}.json")
+    prompt = workflow.to_prompt(saved, server.object_info())
     for inputs in (node["inputs"] for node in prompt.values() if "steps" in node["inputs"]):
         inputs["steps"] = 4
     return prompt
@@ -44,18 +54,19 @@ def test_the_workflow(comfy_server, prompt):
     assert len(advice.kernel_sizes) + len(advice.skip) == 9
     progress = [data["value"] for kind, data in seen if kind == "progress" and data["node"] == key]
     assert progress[-1] == 4 + 4 * 9
-    whole, cut = (picture(comfy_server, outputs, one) for one in of_type(prompt, "SaveImage"))
-    assert whole.shape == cut.shape and (whole != cut).mean() > 0.1
 
 
-def test_stopped_on_the_way(comfy_server, prompt):
+def test_the_workflow_with_a_window(comfy_server, drawing):
+    window, deltaconv = of_type(drawing, "DeltaConvCompare")
+    outputs = comfy_server.run(drawing)
+    first, second = (picture(comfy_server, outputs, key) for key in (window, deltaconv))
+    assert first.shape == second.shape and (first != second).mean() > 0.1
+
+
+def test_stopped_on_the_way(comfy_server, prompt, drawing):
     (key,) = of_type(prompt, "DeltaConvLocality")
-    plain = {
-        one: prompt[one]
-        for one in prompt
-        if prompt[one]["class_type"] not in ("DeltaConvLocality", "PreviewAny")
-    }
-    expected = picture(comfy_server, comfy_server.run(plain), of_type(plain, "SaveImage")[0])
+    sheet = of_type(drawing, "DeltaConvCompare")[0]
+    expected = picture(comfy_server, comfy_server.run(drawing), sheet)
     only = {one: prompt[one] for one in (key, *inputs_of(prompt, key))}
     only[key] = json.loads(json.dumps(only[key]))
     only[key]["inputs"] |= {"steps": 1000, "looks": 1000}
@@ -65,9 +76,9 @@ def test_stopped_on_the_way(comfy_server, prompt):
             comfy_server.interrupt()
 
     assert comfy_server.failure(comfy_server.queue(only, stop)) == "interrupted"
-    seed = next(one for one in plain if plain[one]["class_type"] == "PrimitiveInt")
-    comfy_server.run(plain | {seed: {"class_type": "PrimitiveInt", "inputs": {"value": 2}}})
-    again = picture(comfy_server, comfy_server.run(plain), of_type(plain, "SaveImage")[0])
+    (seed,) = of_type(drawing, "PrimitiveInt")
+    comfy_server.run(drawing | {seed: {"class_type": "PrimitiveInt", "inputs": {"value": 2}}})
+    again = picture(comfy_server, comfy_server.run(drawing), sheet)
     assert (again == expected).all()
 
 

@@ -465,7 +465,7 @@ def test_a_latent_is_what_the_vae_says(models, tmp_path):
 
 def test_a_damaged_entry_is_named(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"half")
-    with pytest.raises(DeltaConvError, match=r"no whole .*x\.safetensors any more; delete"):
+    with pytest.raises(DeltaConvError, match=r"x\.safetensors in the cache is no longer whole; delete"):
         read(tmp_path / "x.safetensors")
 
 
