@@ -36,6 +36,10 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
+SHOWN = """JSON.stringify([...document.querySelectorAll("[data-node-id]")].map(
+    shown => shown.getBoundingClientRect()))"""
+
+
 class Page:
     """ComfyUI's page, and what its console said."""
 
@@ -58,6 +62,13 @@ class Page:
         self.complaints.clear()
         self.page.evaluate("workflow => window.app.loadGraphData(workflow)", saved)
         self.page.wait_for_timeout(1500)
+        before = None
+        for _ in range(20):  # a slow machine lays Vue nodes out later
+            now = self.page.evaluate(SHOWN)
+            if now == before:
+                break
+            before = now
+            self.page.wait_for_timeout(500)
 
     def ours(self) -> list[str]:
         """Complaints that name this extension, but for the frontend's look-ups in the node registry."""
