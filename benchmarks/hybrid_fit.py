@@ -22,7 +22,7 @@ import torch
 from deltaconv_core.diffusers.sites import find_sites
 from deltaconv_core.diffusers.watch import watched
 from deltaconv_core.distill.conversion import Wishes, candidates, fit_and_choose
-from deltaconv_core.distill.hybrid import sums_bytes
+from deltaconv_core.distill.hybrid_sums import sums_bytes
 from scripts.comfy_host import prepare_torchvision
 
 from .harness import highest, parser, resident, trim

@@ -20,8 +20,9 @@ from deltaconv_core.commands import inspect
 from deltaconv_core.commands.writable import check_file, check_folder
 from deltaconv_core.diffusers.distill.parse import read_options
 from deltaconv_core.diffusers.distill.pictures import find_pictures, open_picture
-from deltaconv_core.distill import RunFolder, hybrid
+from deltaconv_core.distill import RunFolder
 from deltaconv_core.distill.hybrid import FIT_KEY, FitSettings, HybridFit
+from deltaconv_core.distill.hybrid_sums import named_sums
 from deltaconv_core.distill.run_folder import COLUMNS, RUN_KEY
 from deltaconv_core.errors import DeltaConvError
 from deltaconv_core.locality.recommend import Recommendation
@@ -270,7 +271,7 @@ def _fit() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     for number in range(2):
         fit.picture(number)
         fit.see(SITE, *torch.randn(3, 1, 2, 12, 4).unbind(), (3, 4))
-    return json.loads(json.dumps(fit._described() | {"picture": 1})), hybrid._named(fit._sums)
+    return json.loads(json.dumps(fit._described() | {"picture": 1})), named_sums(fit._sums)
 
 
 def pictures(random: Random, folder: Path) -> object:

@@ -33,6 +33,7 @@ from ..util.foreign_json import parse_json
 from ..util.text import listing, quoted
 from ..weights.safefile import Pathlike, read_file, write_file
 from .budget import Attention, Decision, Option
+from .hybrid_sums import HybridSums, add_queries, named_sums, sums_bytes
 from .order import generator
 
 SeeCall = Callable[[str, Tensor, Tensor, Tensor, tuple[int, int], Tensor | None], None]
@@ -88,69 +89,6 @@ class Fitted:
     start_error: float
 
 
-class _Sums:
-    """The sums over one set of queries.
-
-    Attributes:
-        gram: (heads or channels, F, F).
-        products: (heads or channels, F) of the features with what the start leaves of attention's answer.
-        rest: (heads or channels,) squares of what the start leaves.
-        answers: (heads or channels,) squares of attention's answer.
-    """
-
-    def __init__(self, spec: HybridSpec, device: torch.device) -> None:
-        size, shared = count(spec), spec.shared
-        self.gram, self.products, self.rest, self.answers = (
-            torch.zeros(shape, dtype=torch.float64, device=device)
-            for shape in ((shared, size, size), (shared, size), (shared,), (shared,))
-        )
-
-    def add(self, x: Tensor, rest: Tensor, answers: Tensor) -> None:
-        """Features (heads or channels, n, F), and (heads or channels, n) twice."""
-        self.gram += x.mT @ x
-        self.products += (x.mT @ rest[..., None])[..., 0]
-        self.rest += rest.square().sum(dim=1)
-        self.answers += answers.square().sum(dim=1)
-
-    def error(self, change: Tensor) -> float:
-        """The relative error of the start plus a change (heads or channels, F) of its parameters."""
-        bent = (self.gram @ change[..., None])[..., 0]
-        squares = self.rest.sum() - 2 * (change * self.products).sum() + (change * bent).sum()
-        return float((squares.clamp(min=0) / self.answers.sum()).sqrt())
-
-    def solve(self, ridge: float) -> Tensor:
-        """(heads or channels, F): the change from the start.
-
-        Raises:
-            DeltaConvError: there is not one best change.
-        """
-        size = self.gram.shape[-1]
-        scale = self.gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
-        eye = torch.eye(size, dtype=self.gram.dtype, device=self.gram.device)
-        # Where nothing was seen, nothing is changed.
-        added = torch.where(scale > 0, ridge * scale, 1)[:, None, None] * eye
-        factor, failed = torch.linalg.cholesky_ex(self.gram + added)
-        if failed.any():
-            raise DeltaConvError(
-                f"the sums of a fit do not have one best solution with a ridge of {ridge:g}; choose a larger "
-                "one, show the model more pictures, or remove the state of the fit, if it was damaged"
-            )
-        return torch.cholesky_solve(self.products[..., None], factor)[..., 0]
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in ("gram", "products", "rest", "answers")}
-
-    def to(self, device: torch.device) -> None:
-        """Moves the sums, which may have come from a file."""
-        for name, tensor in self.tensors().items():
-            setattr(self, name, tensor.to(device))
-
-
-def sums_bytes(specs: Sequence[HybridSpec]) -> int:
-    """What the sums for these mixers take, whatever the size and number of the pictures."""
-    return sum(2 * 8 * spec.shared * (count(spec) ** 2 + count(spec) + 2) for spec in specs)
-
-
 class HybridFit:
     """Fits any number of candidate mixers to each attention of a model that samples pictures.
 
@@ -180,7 +118,7 @@ class HybridFit:
         self.grids: dict[str, tuple[int, int]] = {}
         """Site id -> (H, W) of its tokens in the last call."""
         self._calls: Counter[str] = Counter()
-        self._sums: dict[str, list[tuple[_Sums, _Sums]]] = {}
+        self._sums: dict[str, list[tuple[HybridSums, HybridSums]]] = {}
 
     @property
     def pictures(self) -> int:
@@ -226,7 +164,7 @@ class HybridFit:
             for start in range(0, len(rows), step):
                 some = slice(start, start + step)
                 x = features(spec, q, k, v, grid, mask, rows[some])
-                _add(both[held_out], spec, x, answers[:, :, some])
+                add_queries(both[held_out], spec, x, answers[:, :, some])
 
     # Parameters that were made in a host's inference mode could not be trained later.
     @torch.inference_mode(False)
@@ -269,7 +207,7 @@ class HybridFit:
             CheckpointError: the place cannot be written, or a sum is not finite.
         """
         described = self._described() | {"picture": self.number}
-        write_file(path, _named(self._sums), {FIT_KEY: json.dumps(described)})
+        write_file(path, named_sums(self._sums), {FIT_KEY: json.dumps(described)})
 
     def restore(self, path: Pathlike) -> None:
         """Takes over saved sums; the next picture is number `pictures`.
@@ -303,7 +241,7 @@ class HybridFit:
 
     def _checked_sums(
         self, grids: Mapping[str, tuple[int, int]], tensors: Mapping[str, Tensor]
-    ) -> dict[str, list[tuple[_Sums, _Sums]]]:
+    ) -> dict[str, list[tuple[HybridSums, HybridSums]]]:
         """The sums of the sites that were seen, from a file's tensors.
 
         Raises:
@@ -313,10 +251,8 @@ class HybridFit:
         if unknown := sorted(grids.keys() - self.candidates.keys()):
             raise ValueError(f"sites that nobody asked for, {listing(unknown)}")
         cpu = torch.device("cpu")
-        sums = {
-            site: [(_Sums(spec, cpu), _Sums(spec, cpu)) for spec in self.candidates[site]] for site in grids
-        }
-        expected = _named(sums)
+        sums = {site: self._empty(site, cpu) for site in grids}
+        expected = named_sums(sums)
         if other := sorted(expected.keys() ^ tensors.keys()):
             raise ValueError(f"missing or unknown sums, {listing(other)}")
         for name, tensor in expected.items():
@@ -340,12 +276,15 @@ class HybridFit:
             "grids": self.grids,
         }
 
-    def _of(self, site: str, device: torch.device) -> list[tuple[_Sums, _Sums]]:
+    def _empty(self, site: str, place: torch.device) -> list[tuple[HybridSums, HybridSums]]:
+        return [(HybridSums(spec, place), HybridSums(spec, place)) for spec in self.candidates[site]]
+
+    def _of(self, site: str, device: torch.device) -> list[tuple[HybridSums, HybridSums]]:
         """The sums of a site: for each candidate those to solve from and those held out."""
         # Apple's GPUs have no float64.
         place = torch.device("cpu") if device.type == "mps" else device
         if site not in self._sums:
-            self._sums[site] = [(_Sums(spec, place), _Sums(spec, place)) for spec in self.candidates[site]]
+            self._sums[site] = self._empty(site, place)
         for sums in self._sums[site]:
             for one in sums:
                 one.to(place)
@@ -431,17 +370,6 @@ def choose(
     return Chosen(mixers, kept, decisions)
 
 
-def _named(sums: Mapping[str, Sequence[tuple[_Sums, _Sums]]]) -> dict[str, Tensor]:
-    """The tensors of sums by the names that they have in a file."""
-    return {
-        f"{site}/{number}/{which}/{name}": tensor
-        for site, candidates in sums.items()
-        for number, both in enumerate(candidates)
-        for which, one in enumerate(both)
-        for name, tensor in one.tensors().items()
-    }
-
-
 def _checked_grids(number: object, grids: Mapping[str, object]) -> dict[str, tuple[int, int]]:
     """The grids in the state of a fit that has seen pictures up to a number.
 
@@ -456,15 +384,3 @@ def _checked_grids(number: object, grids: Mapping[str, object]) -> dict[str, tup
             raise ValueError(f"the grid of {site} is {quoted(grid)}")
         checked[site] = (grid[0], grid[1])
     return checked
-
-
-def _add(sums: _Sums, spec: HybridSpec, x: Tensor, answers: Tensor) -> None:
-    """Features (B, heads, n, F, d) and attention's answers (B, heads, n, d) of some queries."""
-    rest = answers - x[:, :, :, -1] if spec.landmarks else answers
-    if spec.share == "head":
-        by = x.permute(1, 0, 2, 4, 3).flatten(1, 3)
-        flat = [t.transpose(0, 1).flatten(1) for t in (rest, answers)]
-    else:
-        by = x.permute(1, 4, 0, 2, 3).flatten(0, 1).flatten(1, 2)
-        flat = [t.permute(1, 3, 0, 2).flatten(0, 1).flatten(1) for t in (rest, answers)]
-    sums.add(*(t.to(sums.gram.device, torch.float64) for t in (by, *flat)))

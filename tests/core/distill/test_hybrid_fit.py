@@ -13,7 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from deltaconv_core import DeltaConvError
 from deltaconv_core.distill import hybrid
 from deltaconv_core.distill.budget import within_cost, within_error
-from deltaconv_core.distill.hybrid import FitSettings, HybridFit, choose, fit_hybrids, sums_bytes
+from deltaconv_core.distill.hybrid import FitSettings, HybridFit, choose, fit_hybrids
+from deltaconv_core.distill.hybrid_sums import add_queries, sums_bytes
 from deltaconv_core.errors import CheckpointError
 from deltaconv_core.mixers.hybrid import HybridMixer, HybridSpec
 from deltaconv_core.mixers.hybrid.features import count, features, unpack
@@ -60,7 +61,7 @@ def test_planted_kernels_are_recovered(share, grid):
         rows = torch.arange(grid[0] * grid[1])
         both = fit._of("a", q.device)[0]
         x = features(spec, q, k, v, grid, None, rows)
-        hybrid._add(both[number % 2], spec, x, mixer(q, k, v, grid))
+        add_queries(both[number % 2], spec, x, mixer(q, k, v, grid))
     (found,) = fit.fitted()["a"]
     for name, parameter in mixer.named_parameters():
         torch.testing.assert_close(found.mixer.get_parameter(name), parameter, rtol=0, atol=1e-6)
