@@ -38,6 +38,8 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 
 _COUNT = {"one": 1, "two": 2, "three": 3}
 _SPACING = {1: 0.0, 2: 0.36, 3: 0.3}
+#: Smallest and largest radius: as large as leaves neighbours apart.
+_RADIUS = {1: (0.13, 0.17), 2: (0.12, 0.15), 3: (0.105, 0.125)}
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def as_seen(prompt: Prompt) -> Prompt:
 def random_scene(prompt: Prompt, rng: np.random.Generator) -> Scene:
     """Fill in what a complete ``prompt`` leaves open."""
     count = _COUNT[prompt.count]
-    radius = rng.uniform(0.09, 0.125 if count == 3 else 0.14)
+    radius = rng.uniform(*_RADIUS[count])
     blocks = tuple(
         (rng.uniform(0.02, 0.3), rng.uniform(0.02, 0.8), rng.uniform(0.08, 0.18), rng.uniform(0.08, 0.18))
         for _ in range(2)

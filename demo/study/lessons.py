@@ -16,6 +16,10 @@ from .drawings import Scene, draw, every_prompt, is_held_out, random_scene
 PLACE_KNOWN = 550
 
 
+#: How often a layout is shown, for each time that the easy ones (plain, frame) are.
+LAYOUTS = {"pairs": 3.0, "mirror": 2.5, "stripes": 2.5}
+
+
 class Lesson(NamedTuple):
     """One step's training pictures, all of one size."""
 
@@ -31,12 +35,18 @@ class Lesson(NamedTuple):
         return [Lesson(*part) for part in zip(*parts, strict=True)]
 
 
-def near_objects(scene: Scene, size: int, reach: float = 1.5) -> np.ndarray:
-    """(size, size) bool: pixels within ``reach`` radii of an object's centre."""
+def matters(scene: Scene, size: int, reach: float = 1.5) -> np.ndarray:
+    """(size, size) bool: pixels within ``reach`` radii of an object's centre, and all places where the
+    layout may have drawn something that must agree with a place far away."""
     grid = (np.arange(size) + 0.5) / size
     x, y = np.meshgrid(grid, grid)
     distance = [np.hypot(x - cx, y - cy) for cx, cy in scene.centers]
-    return np.min(distance, axis=0) < reach * scene.radius
+    near: np.ndarray = np.min(distance, axis=0) < reach * scene.radius
+    if scene.prompt.layout == "pairs":
+        near |= (np.minimum(x, 1 - x) < 0.2) & (np.minimum(y, 1 - y) < 0.2)
+    elif scene.prompt.layout in ("mirror", "stripes"):
+        near |= True
+    return near
 
 
 class Lessons:
@@ -60,18 +70,20 @@ class Lessons:
         self.shares = np.array(list(shares.values())) / sum(shares.values())
         self.drops = (whole_drop, word_drop)
         self.prompts = [prompt for prompt in every_prompt() if not is_held_out(prompt)]
+        chances = np.array([LAYOUTS.get(prompt.layout, 1.0) for prompt in self.prompts])
+        self.chances = chances / chances.sum()
 
     def __call__(self, step: int) -> Lesson:
         rng = np.random.default_rng((self.seed, step))
         size = int(rng.choice(self.sizes, p=self.shares))
         count = max(4, 4 * round(self.batch_size / 4 * (FULL / size) ** 2))
-        prompts = [self.prompts[i] for i in rng.integers(len(self.prompts), size=count)]
+        prompts = [self.prompts[i] for i in rng.choice(len(self.prompts), size=count, p=self.chances)]
         scenes = [random_scene(prompt, rng) for prompt in prompts]
         drawn = torch.from_numpy(np.stack([draw(scene, size) for scene in scenes]))
         rows = torch.tensor([token_rows(drop_words(prompt, rng, *self.drops)) for prompt in prompts])
         timesteps = torch.from_numpy(draw_timesteps(count, size, rng))
         noise = torch.from_numpy(rng.standard_normal((count, 3, size, size), dtype=np.float32))
-        near = torch.from_numpy(np.stack([near_objects(scene, size) for scene in scenes]))
+        near = torch.from_numpy(np.stack([matters(scene, size) for scene in scenes]))
         near &= (timesteps < PLACE_KNOWN).view(-1, 1, 1)
         weights = picture_weight(timesteps).view(-1, 1, 1, 1) * (1 + (self.object_weight - 1) * near[:, None])
         return Lesson(drawn.permute(0, 3, 1, 2).float() / 127.5 - 1, rows, timesteps, noise, weights)
