@@ -19,7 +19,7 @@ SMALL, FULL = 32, 48
 
 def alpha_sigma(timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Signal and noise scale of integer ``timesteps`` (B,), as (B, 1, 1, 1) in fp32; alpha² + sigma² = 1."""
-    betas = torch.linspace(0.0001, 0.02, TIMESTEPS, dtype=torch.float64)
+    betas = torch.linspace(0.0001, 0.02, TIMESTEPS, dtype=torch.float64, device=timesteps.device)
     alpha_bar = torch.cumprod(1 - betas, 0)[timesteps].float().view(-1, 1, 1, 1)
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from ..words import token_rows
 from .diffusion import FULL, TIMESTEPS, drop_words, picture_weight
@@ -14,7 +15,6 @@ from .drawings import Scene, draw, every_prompt, is_held_out, random_scene
 
 #: Noise above which an object's place is still open. Weighing objects up there would draw them too large.
 PLACE_KNOWN = 550
-
 
 #: How often a layout is shown, for each time that the easy ones (plain, frame) are.
 LAYOUTS = {"pairs": 3.0, "mirror": 2.5, "stripes": 2.5}
@@ -49,7 +49,7 @@ def matters(scene: Scene, size: int, reach: float = 1.5) -> np.ndarray:
     return near
 
 
-class Lessons:
+class Lessons(Dataset[Lesson]):
     """Lessons by step number: the same on every machine and after every resume.
 
     Every size costs about the same time a step: ``batch_size`` pictures of 48x48, fewer of larger ones.
@@ -73,7 +73,7 @@ class Lessons:
         chances = np.array([LAYOUTS.get(prompt.layout, 1.0) for prompt in self.prompts])
         self.chances = chances / chances.sum()
 
-    def __call__(self, step: int) -> Lesson:
+    def __getitem__(self, step: int) -> Lesson:
         rng = np.random.default_rng((self.seed, step))
         size = int(rng.choice(self.sizes, p=self.shares))
         count = max(4, 4 * round(self.batch_size / 4 * (FULL / size) ** 2))

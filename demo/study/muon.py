@@ -17,13 +17,15 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 def orthogonalize(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """``matrix`` (M, N) with its singular values brought near one (to between 0.7 and 1.2), same vectors."""
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    wide = wide / (wide.norm() + 1e-7)
+    """``matrix`` (..., M, N) with its singular values brought near one (to between 0.7 and 1.2), same
+    vectors."""
+    rows, columns = matrix.shape[-2:]
+    wide = matrix if rows <= columns else matrix.mT
+    wide = wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(iterations):
-        gram = wide @ wide.T
+        gram = wide @ wide.mT
         wide = _A * wide + (_B * gram + _C * gram @ gram) @ wide
-    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+    return wide if rows <= columns else wide.mT
 
 
 class Muon(torch.optim.Optimizer):
@@ -35,11 +37,19 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            alike: dict[torch.Size, list[torch.nn.Parameter]] = {}
             for parameter in group["params"]:
-                state, gradient = self.state[parameter], parameter.grad
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                state["momentum"].lerp_(gradient, 1 - group["momentum"])
-                ahead = gradient.lerp(state["momentum"], group["momentum"]).flatten(1)
-                scale = 0.2 * max(ahead.shape) ** 0.5
-                parameter.sub_(orthogonalize(ahead).view_as(parameter), alpha=group["lr"] * scale)
+                alike.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in alike.items():
+                ahead = torch.stack([self._ahead(parameter, group["momentum"]) for parameter in parameters])
+                scale = 0.2 * max(ahead.shape[1:]) ** 0.5
+                changes = orthogonalize(ahead).unflatten(2, shape[1:])
+                torch._foreach_sub_(parameters, list(changes.unbind()), alpha=group["lr"] * scale)
+
+    def _ahead(self, parameter: torch.nn.Parameter, momentum: float) -> torch.Tensor:
+        """Nesterov's momentum of a parameter as a matrix."""
+        state, gradient = self.state[parameter], parameter.grad
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(state["momentum"], momentum).flatten(1)

@@ -1,10 +1,14 @@
 """Train the demo teacher: ``python -m demo.study.train_teacher --output runs/teacher``.
 
 Pictures of several sizes, most of them 48x48, the size the model is shipped for. The learning rate stays
-where it is until ``--decay-steps`` before the end, so that a run can be stopped and gone on with at any time:
+where it is until the last part of the run, ``--decay``, so that a run can be stopped and resumed at any time:
 it saves its state, and so it does at Ctrl-C and SIGTERM. Everything is seeded by step number. From time to
 time the averaged weights draw prompts that training never sees, and ``curve.csv`` tells how many words the
 detector found in the pictures.
+
+On a GPU, with a time instead of a number of steps:
+
+    python -m demo.study.train_teacher --output runs/teacher --device cuda --batch-size 512 --minutes 4
 """
 
 from __future__ import annotations
@@ -23,9 +27,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from deltaconv_core.util.whole_file import replacing
+from scripts import comfy_host
 
 from ..words import SLOTS, VOCABULARY
 from .diffusion import FULL, alpha_sigma
@@ -35,9 +41,10 @@ from .metrics import held_out_prompts, word_shares, words_right
 from .muon import Muon
 
 
-def learning_rate(step: int, steps: int, peak: float, decay: int, warmup: int = 100) -> float:
-    """Warm-up, constant, then a straight line to zero over the last ``decay`` of ``steps``."""
-    falling = (steps - step) / decay if decay else 1.0
+def learning_rate(step: int, left: float, peak: float, decay: float, warmup: int = 100) -> float:
+    """Warm-up over the first steps, constant, then a straight line to zero over the last ``decay`` of the
+    training, of which ``left`` is still to come (both as parts of one)."""
+    falling = left / decay if decay else 1.0
     return peak * min((step + 1) / warmup, falling, 1.0)
 
 
@@ -78,22 +85,43 @@ class Gradients:
         self.model, self.parameters, self.parts = model, list(model.parameters()), 2 * threads
         self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
-    def __call__(self, lesson: Lesson) -> float:
+    def __call__(self, lesson: Lesson) -> torch.Tensor:
         """Set every parameter's ``grad``; returns the loss."""
         parts = lesson.chunks(min(self.parts, len(lesson.rows)))
         shares = [len(part.rows) / len(lesson.rows) for part in parts]
         done = list(self.pool.map(self.part, parts, shares))
         for parameter, *gradients in zip(self.parameters, *(gradients for _, gradients in done), strict=True):
             parameter.grad = torch.stack(gradients).sum(0)
-        return sum(loss for loss, _ in done)
+        return torch.stack([loss for loss, _ in done]).sum()
 
-    def part(self, lesson: Lesson, share: float) -> tuple[float, tuple[torch.Tensor, ...]]:
-        alpha, sigma = alpha_sigma(lesson.timesteps)
-        noisy = alpha * lesson.pictures + sigma * lesson.noise
-        context = self.model["words"](lesson.rows)
-        picture = self.model["unet"](noisy, lesson.timesteps.float(), context, transformer_options={})
-        loss = share * (lesson.weights * (picture - lesson.pictures).square()).mean()
-        return loss.item(), torch.autograd.grad(loss, self.parameters)
+    def part(self, lesson: Lesson, share: float) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        loss = share * loss_of(self.model, lesson)
+        return loss.detach(), torch.autograd.grad(loss, self.parameters)
+
+
+class AutocastGradients:
+    """Gradients of a lesson's loss on a GPU, in bf16 where autocast allows it."""
+
+    def __init__(self, model: torch.nn.ModuleDict, device: torch.device) -> None:
+        self.model, self.device = model, device
+
+    def __call__(self, lesson: Lesson) -> torch.Tensor:
+        """Set every parameter's ``grad``; returns the loss, without waiting for it."""
+        here = Lesson(*(part.to(self.device, non_blocking=True) for part in lesson))
+        self.model.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            loss = loss_of(self.model, here)
+        loss.backward()
+        return loss.detach()
+
+
+def loss_of(model: torch.nn.ModuleDict, lesson: Lesson) -> torch.Tensor:
+    """The weighted squared error of the predicted pictures, a scalar."""
+    alpha, sigma = alpha_sigma(lesson.timesteps)
+    noisy = alpha * lesson.pictures + sigma * lesson.noise
+    context = model["words"](lesson.rows)
+    picture = model["unet"](noisy, lesson.timesteps.float(), context, transformer_options={})
+    return (lesson.weights * (picture.float() - lesson.pictures).square()).mean()
 
 
 class Run:
@@ -107,7 +135,7 @@ class Run:
         """Write ``state`` and the averaged weights; a kill leaves the old files or the new ones."""
         with replacing(self.state) as part:
             torch.save(state, part)
-        half = {name: value.half().contiguous() for name, value in ema.items()}
+        half = {name: value.half().cpu().contiguous() for name, value in ema.items()}
         with replacing(self.weights) as part:
             save_file(half, part, {"title": "ΔConv demo teacher", "license": "Apache-2.0", **notes})
 
@@ -124,9 +152,7 @@ class Run:
 
 def draws_right(weights: Path, count: int = 100, side: int = FULL, seed: int = 0) -> dict[str, float]:
     """How many words of ``count`` held-out prompts the detector finds in pictures by ``weights``."""
-    from scripts.comfy_host import import_pack
-
-    unet = import_module(".nodes.host.demo.unet", import_pack().__name__)
+    unet = import_module(".nodes.host.demo.unet", comfy_host.import_pack().__name__)
     prompts = held_out_prompts(count, seed)
     size = Size(side, count, 20)
     settings = Settings((size,), cfg=3.0, seed=seed, batch=25, reference=0, teacher="", classifier="")
@@ -136,9 +162,7 @@ def draws_right(weights: Path, count: int = 100, side: int = FULL, seed: int = 0
 
 def make_model(seed: int, start_from: Path | None) -> torch.nn.ModuleDict:
     """The demo model's network and its word embedding, random or with the weights of a file."""
-    from scripts.comfy_host import import_pack
-
-    demo_unet = import_module(".nodes.host.demo.unet", import_pack().__name__)
+    demo_unet = import_module(".nodes.host.demo.unet", comfy_host.import_pack().__name__)
     torch.manual_seed(seed)
     unet = demo_unet.DemoConfig().get_model({}).diffusion_model.float().requires_grad_(True)
     initialize(unet)
@@ -156,39 +180,52 @@ def train(
     measure: Callable[[Path], dict[str, float]] = draws_right,
 ) -> None:
     """Train ``model`` to ``args.steps``, or until ``stop`` is set; resumes from the folder's saved state."""
-    run = Run(args.output)
-    ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    run, device = Run(args.output), torch.device(args.device)
+    model.to(device, memory_format=torch.channels_last if device.type != "cpu" else torch.preserve_format)
+    own = model.state_dict()
+    ema = {name: value.detach().clone() for name, value in own.items()}
     chosen = optimizers(model, args.lr)
-    lessons, gradients = Lessons(args.batch_size, args.sizes, args.seed), Gradients(model, args.threads)
     first, seen = 0, 0
     if run.state.exists():
-        state = torch.load(run.state, weights_only=True)
+        state = torch.load(run.state, device, weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, kept in zip(chosen, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         ema, first, seen = state["ema"], state["step"], state["pictures"]
+    gradients = Gradients(model, args.threads) if device.type == "cpu" else AutocastGradients(model, device)
+    steps = range(first, args.steps)
+    lessons = DataLoader(
+        Lessons(args.batch_size, args.sizes, args.seed),
+        batch_size=None,
+        sampler=steps,
+        num_workers=args.workers,
+        pin_memory=device.type != "cpu",
+    )
 
     start, losses = time.perf_counter(), []
-    for step in (bar := tqdm(range(first, args.steps), initial=first, total=args.steps, mininterval=10)):
-        lesson = lessons(step)
+    bar = tqdm(lessons, initial=first, total=args.steps, mininterval=10)
+    for step, lesson in zip(steps, bar, strict=True):
         losses.append(gradients(lesson))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        rate = learning_rate(step, args.steps, args.lr, args.decay_steps)
+        left = 1 - step / args.steps
+        if args.minutes:
+            left = min(left, 1 - (time.perf_counter() - start) / 60 / args.minutes)
+        rate = learning_rate(step, max(left, 0.0), args.lr, args.decay)
         for optimizer in chosen:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
         decay = min(args.ema, (step + 1) / (step + 10))
         with torch.no_grad():
-            for name, value in model.state_dict().items():
-                ema[name].lerp_(value, 1 - decay)
+            torch._foreach_lerp_([ema[name] for name in own], list(own.values()), 1 - decay)
         seen += len(lesson.rows)
 
         done = step + 1
-        last = done == args.steps or stop.is_set()
-        measured = done % args.measure_every == 0 or done == args.steps
+        ended = done == args.steps or left <= 0
+        last = ended or stop.is_set()
+        measured = done % args.measure_every == 0 or ended
         if done % 20 == 0:
-            mean, seconds = sum(losses) / len(losses), time.perf_counter() - start
+            mean, seconds = torch.stack(losses).mean().item(), time.perf_counter() - start
             row = {"step": done, "pictures": seen, "learning_rate": f"{rate:.2e}", "loss": f"{mean:.5f}"}
             run.append("log.csv", row | {"seconds": f"{seconds:.0f}"})
             bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
@@ -226,23 +263,29 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--start-from", type=Path, help="a teacher's safetensors file to start from (default: random weights)"
     )
     add("--steps", type=int, default=20000, help="all steps (default 20000)")
-    add(
-        "--decay-steps", type=int, default=3000, help="of them with a falling rate, at the end (default 3000)"
-    )
+    add("--minutes", type=float, help="end after this time at the latest, which the rate then falls to")
+    add("--decay", type=float, default=0.2, help="last part of it with a falling rate (default 0.2)")
     add("--batch-size", type=int, default=32, help="pictures of 48x48 a step (default 32)")
     add("--sizes", type=size_shares, default=sizes, help=f"sides and their shares of the steps ({sizes})")
     add("--lr", type=float, default=1.5e-3, help="peak learning rate (default 1.5e-3)")
     add("--ema", type=float, default=0.998, help="decay of the averaged weights (default 0.998)")
     add("--seed", type=int, default=0, help="seed of weights, pictures and noise (default 0)")
-    add("--threads", type=int, default=os.cpu_count(), help="workers (default: one for each core)")
+    add("--device", default="cpu", help="such as cuda (default cpu)")
+    add("--threads", type=int, default=os.cpu_count(), help="of a CPU (default: one for each core)")
+    add("--workers", type=int, help="processes that draw (default: none on a CPU, else one for each core)")
     add("--save-every", type=int, default=100, help="steps between saved states (default 100)")
     add("--measure-every", type=int, default=800, help="steps between points of the curve (default 800)")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.workers is None:
+        args.workers = 0 if args.device == "cpu" else os.cpu_count()
+    return args
 
 
 def main() -> None:
     args, stop = parse(), threading.Event()
-    torch.set_num_threads(1)  # here; the workers share out the pictures
+    torch.set_num_threads(1)  # here; the threads of `Gradients` share out the pictures
+    torch.set_float32_matmul_precision("high")
+    comfy_host.ARGUMENTS["cpu"] = args.device == "cpu"
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     train(make_model(args.seed, args.start_from), args, stop)
