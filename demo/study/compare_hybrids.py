@@ -38,6 +38,7 @@ from deltaconv_core.mixers.hybrid import HybridMixer
 from ..files import named_file, teacher_file
 from . import evaluate
 from .compare_starts import HELD_OUT_SEED
+from .device import add_device, use_device
 from .hybrids import FIT_BATCH, FIT_SEED, SHAPES, Between, checkpoint_of, fit_shapes
 from .students import is_linear, load_linear
 from .tables import write_json
@@ -67,6 +68,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     add("--prompts-large", type=int, default=100, help="of them at twice the size (default 100)")
     add("--steps", type=int, default=20, help="sampling steps (default 20)")
     add("--repeats", type=int, default=5, help="timed passes of each network (default 5)")
+    add_device(parser)
     args = parser.parse_args(arguments)
     unknown = [name for name in args.shapes if name not in SHAPES]
     if unknown:
@@ -79,6 +81,7 @@ def main() -> None:
     if args.list:
         print("\n".join(SHAPES))
         return
+    use_device(args.device)
     try:
         run(args)
     except DeltaConvError as error:
@@ -137,12 +140,10 @@ def fitted_files(teacher: Teacher, args: Namespace) -> dict[str, Path]:
 
 def mixers_of(teacher: Teacher, file: Path) -> dict[str, Callable[..., torch.Tensor]]:
     """Site -> what stands there, called as (x, grid) -> y."""
-    if is_linear(file):
-        return dict(load_linear(file))
-    blocks = load_checkpoint(file).blocks
+    mixers = load_linear(file) if is_linear(file) else load_checkpoint(file).blocks
     return {
-        site: Between(teacher, site, block) if isinstance(block, HybridMixer) else block.float()
-        for site, block in blocks.items()
+        site: Between(teacher, site, mixer) if isinstance(mixer, HybridMixer) else mixer
+        for site, mixer in ((site, mixer.float().to(teacher.device)) for site, mixer in mixers.items())
     }
 
 
@@ -183,7 +184,7 @@ def times_of(teacher: Teacher, files: Mapping[str, Path], args: Namespace) -> di
         return run
 
     runs = {evaluate.TEACHER: passing(None)} | {name: passing(file) for name, file in files.items()}
-    taken = bench.alternate(runs, torch.device("cpu"), args.repeats)
+    taken = bench.alternate(runs, teacher.device, args.repeats)
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 

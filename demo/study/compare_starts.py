@@ -21,6 +21,7 @@ from deltaconv_core.distill import Row, Settings, distill, tapped
 from deltaconv_core.distill.losses import mean_square
 
 from ..files import teacher_file
+from .device import add_device, use_device
 from .train_student import Teacher, make_blocks
 
 SOLVED = ("warm", "ridge")
@@ -87,7 +88,9 @@ def main() -> None:
     )
     parser.add_argument("--form", choices=("lean", "released"), default="lean", help="default lean")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
+    add_device(parser)
     args = parser.parse_args()
+    use_device(args.device)
     teacher = Teacher(args.teacher)
     args.output.mkdir(parents=True, exist_ok=True)
     with (args.output / "starts.csv").open("w", newline="") as file:

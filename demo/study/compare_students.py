@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..files import teacher_file
+from .device import add_device
 from .evaluate import sha256
 
 #: Name -> arguments of `train_student.py`. RECOMMENDED stands for the kernel sizes that `look.py` finds.
@@ -46,19 +48,29 @@ def weights_file(folder: Path, arguments: list[str]) -> Path:
     return folder / ("linear.safetensors" if "linear" in arguments else "deltaconv.safetensors")
 
 
-def compare(teacher: Path, output: Path, layer_steps: int, output_steps: int) -> Path:
-    """Train and measure every student; returns the folder."""
+def compare(
+    teacher: Path, output: Path, layer_steps: int, output_steps: int, device: str = "cpu", jobs: int = 1
+) -> Path:
+    """Train every student, ``jobs`` of them at a time, and measure them; returns the folder."""
     folder = output / sha256(teacher)[:12]
     advice = folder / "look" / "recommendation.json"
     if not advice.exists():
-        run("look", "--teacher", teacher, "--output", advice.parent)
+        run("look", "--teacher", teacher, "--output", advice.parent, "--device", device)
     steps = ["--layer-steps", str(layer_steps), "--output-steps", str(output_steps)]
-    measured: list[str] = []
-    for name, arguments in STUDENTS.items():
-        given = [advice.read_text("utf-8") if part == RECOMMENDED else part for part in arguments]
-        run("train_student", "--teacher", teacher, "--output", folder / name, *steps, *given)
-        measured += ["--student", f"{name}={weights_file(folder / name, arguments)}"]
-    run("evaluate", "--teacher", teacher, "--output", folder / "fidelity", *measured)
+
+    def train(name: str) -> None:
+        given = [advice.read_text("utf-8") if part == RECOMMENDED else part for part in STUDENTS[name]]
+        common = ["--teacher", teacher, "--output", folder / name, "--device", device]
+        run("train_student", *common, *steps, *given)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(train, STUDENTS))
+    measured = [
+        part
+        for name, arguments in STUDENTS.items()
+        for part in ("--student", f"{name}={weights_file(folder / name, arguments)}")
+    ]
+    run("evaluate", "--teacher", teacher, "--output", folder / "fidelity", "--device", device, *measured)
     return folder
 
 
@@ -71,8 +83,10 @@ def main() -> None:
     add("--output", type=Path, required=True, help="folder for the students and what was measured")
     add("--layer-steps", type=int, default=400, help="layer-wise steps of each (default 400)")
     add("--output-steps", type=int, default=1100, help="end-to-end steps of each (default 1100)")
+    add("--jobs", type=int, default=1, help="students trained at a time (default 1)")
+    add_device(parser)
     args = parser.parse_args()
-    folder = compare(args.teacher, args.output, args.layer_steps, args.output_steps)
+    folder = compare(args.teacher, args.output, args.layer_steps, args.output_steps, args.device, args.jobs)
     print(f"\nTables and pictures: {folder / 'fidelity'}")
 
 

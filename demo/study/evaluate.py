@@ -34,6 +34,7 @@ from ..files import classifier_file, named_file, student_file, teacher_file
 from ..words import Prompt, token_rows
 from . import tables
 from .classifier import load_classifier
+from .device import add_device, use_device
 from .metrics import drawings, held_out_prompts, measure, reference_moments
 from .students import count_weights, put_student
 
@@ -208,6 +209,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("output/evaluation"), help="folder (default output/evaluation)"
     )
+    add_device(parser)
     args = parser.parse_args()
     args.student = args.student or [("ΔConv", student_file())]
     taken = [name for name, _ in args.student]
@@ -218,6 +220,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    use_device(args.device)
     try:
         run(args)
     except DeltaConvError as error:

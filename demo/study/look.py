@@ -18,6 +18,7 @@ from deltaconv_core.locality.table import text, write_csv
 
 from ..files import teacher_file
 from ..words import token_rows
+from .device import add_device, use_device
 from .diffusion import FULL
 from .metrics import held_out_prompts
 from .train_student import Teacher
@@ -32,11 +33,13 @@ def main() -> None:
         "--output", type=Path, required=True, help="folder for figure, table and recommendation"
     )
     parser.add_argument("--max-kernel-size", type=int, default=13, help="largest K to recommend (default 13)")
+    add_device(parser)
     args = parser.parse_args()
+    use_device(args.device)
     teacher = Teacher(args.teacher)
     look = import_module(".nodes.host.locality.look", teacher.pack)
     prompt = held_out_prompts(2, seed=0)[0]
-    positive = [[teacher.words[token_rows(prompt)].unsqueeze(0), {}]]
+    positive = [[teacher.words[token_rows(prompt)].cpu().unsqueeze(0), {}]]
     latent = {"samples": torch.zeros(1, 3, FULL, FULL)}
     seen = look.look(
         teacher.model, positive, latent, look.LookSettings(steps=20, looks=4, blocks="all", seed=0)

@@ -42,7 +42,7 @@ def ridge_start(teacher: Any, blocks: Mapping[str, DeltaConvBlock]) -> None:
         for number in range(BATCHES):
             network(batches(number))
     for site, (gram, products) in sums.items():
-        added = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        added = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         change = torch.linalg.solve(gram + added, products).T.to(blocks[site].conv_out.weight.dtype)
         block, inner = blocks[site], blocks[site].conv_out.weight.shape[1]
         block.conv_out.weight += change[:, :inner].reshape(block.conv_out.weight.shape)

@@ -98,7 +98,7 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
 
 
 def put_linear(model: Any, mixers: Mapping[str, LinearAttention], pack: str) -> Any:
-    """A clone of the MODEL (on the CPU) in which the mixers stand at their sites.
+    """A clone of the MODEL in which the mixers stand at their sites.
 
     ``pack`` is the name that this repository is loaded under (``scripts.comfy_host.import_pack``). Raises
     ``CheckpointError`` when the mixers' sites are not those of the MODEL.
@@ -113,7 +113,9 @@ def put_linear(model: Any, mixers: Mapping[str, LinearAttention], pack: str) -> 
     clone = model.clone()
     for site_id, mixer in mixers.items():
         site = sites.sites[site_id]
-        clone.add_object_patch(f"{site.path}.forward", forwards.MixerForward(site, mixer.eval()))
+        clone.add_object_patch(
+            f"{site.path}.forward", forwards.MixerForward(site, mixer.eval().to(clone.load_device))
+        )
     return clone
 
 

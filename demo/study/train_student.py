@@ -23,6 +23,7 @@ from deltaconv_core.distill.losses import BETA
 from scripts.comfy_host import import_pack
 
 from ..files import teacher_file
+from .device import add_device, use_device
 from .diffusion import FULL, SMALL, DrawnBatches, alpha_sigma
 from .ridge_start import ridge_start
 from .students import linear_mixers, save_linear
@@ -54,11 +55,12 @@ class Teacher:
         self.pack = import_pack().__name__
         demo_unet = import_module(".nodes.host.demo.unet", self.pack)
         self.model = demo_unet.load_demo_model(str(path))
-        self.words = demo_unet.load_words(str(path))
+        self.words = demo_unet.load_words(str(path)).to(self.model.load_device)
         self.found = import_module(".nodes.host.model.sites", self.pack).find_sites(self.model)
         self.sites, self.architecture = self.found.sites, self.found.architecture
         self.block_specs = import_module(".deltaconv_core.sites.choose_specs", self.pack).block_specs
-        whole = self.model.model.requires_grad_(False).eval()
+        self.device = self.model.load_device
+        whole = self.model.model.requires_grad_(False).eval().to(self.device)
         modules = {id: whole.get_submodule(site.path) for id, site in self.sites.items()}
         after = {
             id: whole.get_submodule(site.path.removesuffix("attn1") + "norm2")
@@ -72,7 +74,8 @@ class Teacher:
         draw = DrawnBatches(batch_size, seed)
 
         def batch(number: int) -> Batch:
-            x0, rows, timesteps, noise = draw(number, SMALL if number % 5 == 0 else FULL)
+            drawn = draw(number, SMALL if number % 5 == 0 else FULL)
+            x0, rows, timesteps, noise = (part.to(self.device) for part in drawn)
             alpha, sigma = alpha_sigma(timesteps)
             snr = (alpha / sigma).square().flatten()
             return Batch(alpha * x0 + sigma * noise, noise, snr, (timesteps, self.words[rows]))
@@ -94,7 +97,7 @@ def make_blocks(
     blocks = {}
     for id, told in teacher.block_specs(teacher.found.shape, teacher.sites, kernel_sizes, form).items():
         spec = BlockSpec.from_dict(told.to_dict())  # the pack's own class is another one
-        block = DeltaConvBlock(replace(spec, scales=spec.scales[:stages]))
+        block = DeltaConvBlock(replace(spec, scales=spec.scales[:stages])).to(teacher.device)
         if start == "random":
             random_start(block)
         else:
@@ -114,7 +117,10 @@ def fitted_hybrids(teacher: Teacher, shape: str, batches: int) -> dict[str, Any]
 
     drawings = teacher.batches(FIT_BATCH, FIT_SEED)
     fitted = fit_shapes(teacher, {shape: SHAPES[shape]}, drawings, batches, FitSettings())[shape]
-    return {site: Between(teacher, site, one.mixer.requires_grad_(True)) for site, one in fitted.items()}
+    return {
+        site: Between(teacher, site, one.mixer.to(teacher.device).requires_grad_(True))
+        for site, one in fitted.items()
+    }
 
 
 def parse() -> argparse.Namespace:
@@ -139,16 +145,18 @@ def parse() -> argparse.Namespace:
     add("--decay", type=float, default=0.5, help="part of a phase in which the rate falls (default 0.5)")
     add("--beta", type=float, default=BETA, help=f"weight of the feature loss end to end (default {BETA})")
     add("--seed", type=int, default=1, help="seed of blocks, pictures and noise (default 1)")
+    add_device(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
+    use_device(args.device)
     teacher = Teacher(args.teacher)
     if args.mixer == "linear":
         mixers: dict[str, Any] = linear_mixers(teacher.sites, teacher.model.model)
         for mixer in mixers.values():
-            mixer.requires_grad_(True)
+            mixer.to(teacher.device).requires_grad_(True)
     elif args.mixer == "hybrid":
         mixers = fitted_hybrids(teacher, args.shape, args.fit_batches)
     else:
@@ -193,7 +201,7 @@ def main() -> None:
         f"{args.batch_size} pictures, seed {args.seed}, AdamW {args.lr}",
     }
     own = {id: mixer.mixer if args.mixer == "hybrid" else mixer for id, mixer in mixers.items()}
-    half = {id: mixer.half() for id, mixer in own.items()}
+    half = {id: mixer.cpu().half() for id, mixer in own.items()}
     args.output.mkdir(parents=True, exist_ok=True)
     if args.mixer == "linear":
         save_linear(half, args.output / "linear.safetensors", metadata)

@@ -34,6 +34,7 @@ from deltaconv_core.util.whole_file import replacing
 from scripts import comfy_host
 
 from ..words import SLOTS, VOCABULARY
+from .device import add_device, use_device
 from .diffusion import FULL, alpha_sigma
 from .evaluate import Settings, Size, sample
 from .lessons import Lesson, Lessons
@@ -270,7 +271,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, default=1.5e-3, help="peak learning rate (default 1.5e-3)")
     add("--ema", type=float, default=0.998, help="decay of the averaged weights (default 0.998)")
     add("--seed", type=int, default=0, help="seed of weights, pictures and noise (default 0)")
-    add("--device", default="cpu", help="such as cuda (default cpu)")
+    add_device(parser)
     add("--threads", type=int, default=os.cpu_count(), help="of a CPU (default: one for each core)")
     add("--workers", type=int, help="processes that draw (default: none on a CPU, else one for each core)")
     add("--save-every", type=int, default=100, help="steps between saved states (default 100)")
@@ -285,7 +286,7 @@ def main() -> None:
     args, stop = parse(), threading.Event()
     torch.set_num_threads(1)  # here; the threads of `Gradients` share out the pictures
     torch.set_float32_matmul_precision("high")
-    comfy_host.ARGUMENTS["cpu"] = args.device == "cpu"
+    use_device(args.device)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     train(make_model(args.seed, args.start_from), args, stop)
