@@ -65,9 +65,12 @@ def run(options: argparse.Namespace) -> int:
     """Converts, writes the file, and prints the report."""
     for name in ("model", "output"):
         if getattr(options, name, None) is None:
-            raise DeltaConvError(f"expected --{name}")
+            raise DeltaConvError(f"expected --{name} {name.upper()}, got none; see --help")
     if options.max_error is not None and options.max_time is not None:
-        raise DeltaConvError("expected --max-error or --max-time, got both")
+        raise DeltaConvError(
+            f"expected --max-error or --max-time, got both ({options.max_error:g} and "
+            f"{options.max_time:g}); leave one out"
+        )
     wishes = Wishes(pictures=options.pictures, seed=options.seed)
     if options.max_error is not None:
         wishes = Wishes(QUALITY, options.max_error, options.pictures, options.seed)

@@ -35,4 +35,6 @@ def draw_picture(pipeline: Any, prompt: str, *, steps: int, seed: int, **options
     except DeltaConvError:
         raise
     except (ValueError, torch.cuda.OutOfMemoryError) as error:
-        raise DeltaConvError(f"the pipeline cannot draw this picture: {error}") from error
+        raise DeltaConvError(
+            f"the pipeline cannot draw this picture: {error}; choose another size"
+        ) from error

@@ -36,7 +36,7 @@ class MixerForward:
             what = "tokens other than the picture's own" if mask is None else "a mask"
             raise DeltaConvError(
                 f"the self-attention {self.site} was called with {what}, which ΔConv cannot attend to; leave "
-                "it out with `blocks`, or do without"
+                "it out with `blocks`, or call the model without"
             )
         return self.blocks.run(self.site, x, self.told(GRID, call), mask)
 

@@ -42,7 +42,7 @@ class Argument:
         if name not in names:
             raise DeltaConvError(
                 f"{type(module).__name__} takes no argument {name}, which ΔConv has to see; its forward "
-                f"takes {', '.join(names[1:])}"
+                f"takes {', '.join(names[1:])}; use a version of diffusers that has it"
             )
         return cls(name, names.index(name) - 1)
 

@@ -100,7 +100,10 @@ class LocalityWatch:
     ) -> None:
         """One call of an attention."""
         if mask is not None:
-            raise DeltaConvError(f"the self-attention {id} was called with a mask, which is not looked at")
+            raise DeltaConvError(
+                f"the self-attention {id} was called with a mask, under which locality cannot be measured; "
+                "call the pipeline without one"
+            )
         self.statistics[id].add(q, k, grid, self.moment or "")
 
 

@@ -41,7 +41,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise DeltaConvError(
             f"diffusers cannot load {folder}: expected its {INDEX} to name a class of diffusers as "
-            f"_class_name, got {quoted(index, 200)}"
+            f"_class_name, got {quoted(index, 200)}; get the folder again"
         )
     with loading(folder):
         for part, named in index.items():
@@ -73,7 +73,10 @@ def loading(path: Path, with_what: str = "") -> Iterator[None]:
     except DeltaConvError:
         raise
     except Exception as error:
-        raise DeltaConvError(f"diffusers cannot load {path}{with_what}: {error}") from error
+        raise DeltaConvError(
+            f"diffusers cannot load {path}{with_what}: {error}; check that it is whole, and that this "
+            "version of diffusers knows it"
+        ) from error
 
 
 def dtype_argument(dtype: torch.dtype) -> dict[str, Any]:
@@ -113,7 +116,8 @@ def _check_files(folder: Path) -> None:
             )
         if name == ADAPTER:
             raise DeltaConvError(
-                f"{file} brings an adapter, which is not opened; merge it into the weights, or take it away"
+                f"{file} brings an adapter, which is not opened; merge it into the weights, or take the "
+                "file away"
             )
         if ".safetensors.index" in name and name.endswith(".json"):
             _check_shards(file)
@@ -130,4 +134,7 @@ def _check_shards(file: Path) -> None:
         shards = read_json(file)["weight_map"].values()
         wrong = [name for name in shards if not name.endswith(".safetensors") or Path(name).name != name]
     if wrong:
-        raise DeltaConvError(f"{file} names {quoted(wrong[0])}; only safetensors files beside it are opened")
+        raise DeltaConvError(
+            f"{file} names {quoted(wrong[0])}; only safetensors files beside it are opened: get the model "
+            "in that form"
+        )

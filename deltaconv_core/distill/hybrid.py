@@ -221,7 +221,9 @@ class HybridFit:
             saved = parse_json(header[FIT_KEY])
             number, grids = saved.pop("picture"), saved.pop("grids")
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is not the state of a fit ({error})") from error
+            raise CheckpointError(
+                f"{path} is not the state of a fit ({error}); choose another place"
+            ) from error
         own = json.loads(json.dumps(self._described()))
         del own["grids"]
         other = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
@@ -249,7 +251,7 @@ class HybridFit:
                 squares below zero.
         """
         if unknown := sorted(grids.keys() - self.candidates.keys()):
-            raise ValueError(f"sites that nobody asked for, {listing(unknown)}")
+            raise ValueError(f"sites that were not asked for, {listing(unknown)}")
         cpu = torch.device("cpu")
         sums = {site: self._empty(site, cpu) for site in grids}
         expected = named_sums(sums)

@@ -297,8 +297,9 @@ class _Trainer:
                 name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name)
             )
             raise DeltaConvError(
-                f"the run in {folder.path} has other blocks, first {other[0]}: {saved.get(other[0])}, now "
-                f"{shapes.get(other[0])}; choose the same kernel sizes and sites, or start a new run"
+                f"the run in {folder.path} has other blocks, first {other[0]}: "
+                f"{saved.get(other[0], 'none')}, now {shapes.get(other[0], 'none')}; choose the same kernel "
+                "sizes and sites, or start a new run"
             )
         scaler = state.values["scaler"]
         if any(not isinstance(value, (int, float)) for value in scaler.values()):

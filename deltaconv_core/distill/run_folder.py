@@ -199,7 +199,8 @@ class RunFolder:
                 raise ValueError(f"its step is {quoted(step)}")
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{self.state_file} is not the state of a distillation run ({error})"
+                f"{self.state_file} is not the state of a distillation run ({error}); choose another run, or "
+                "start a new one"
             ) from error
         if version != RUN_FORMAT:
             raise CheckpointError(

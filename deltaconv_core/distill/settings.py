@@ -201,5 +201,8 @@ class Settings:
         """
         unknown = sorted(values.keys() - by_name(cls).keys())
         if unknown:
-            raise DeltaConvError(f"unknown settings {unknown} of a distillation")
+            raise DeltaConvError(
+                f"unknown settings {', '.join(unknown)} of a distillation; resume with the version of "
+                "ComfyUI-DeltaConv that wrote them"
+            )
         return cls(**values)

@@ -61,7 +61,9 @@ class Recommendation:
         try:
             values = parse_json(text)
         except ValueError as error:
-            raise DeltaConvError(f"expected a recommendation as JSON, got {quoted(text)}: {error}") from None
+            raise DeltaConvError(
+                f"expected a recommendation as JSON, got {quoted(text)} ({error}); copy the whole text again"
+            ) from None
         _check(values)
         return cls(values["architecture"], values["kernel_sizes"], tuple(values["skip"]))
 
@@ -112,7 +114,7 @@ def _check(values: Any) -> None:
     if not isinstance(values, dict) or values.get("kind") != KIND or set(values) != expected:
         raise DeltaConvError(
             f"expected a recommendation of the kind {KIND!r} with {sorted(expected)}, got "
-            f"{quoted(values, 200)}"
+            f"{quoted(values, 200)}; copy the whole text again"
         )
     if values["version"] != VERSION:
         raise DeltaConvError(
@@ -126,11 +128,16 @@ def _check(values: Any) -> None:
         or not isinstance(skip, list)
         or not all(isinstance(site, str) for site in skip)
     ):
-        raise DeltaConvError("expected kernel_sizes to be an object and skip a list of sites")
+        raise DeltaConvError(
+            "expected kernel_sizes to be an object and skip a list of sites, got "
+            f"{quoted(kernel_sizes, 200)} and {quoted(skip, 200)}"
+        )
     for site, k in kernel_sizes.items():
         try:
             BlockSpec(dim=4, kernel_size=k)
         except DeltaConvError as error:
             raise DeltaConvError(f"{site}: {error}") from None
     if both := sorted(set(kernel_sizes) & set(skip)):
-        raise DeltaConvError(f"{', '.join(both)}: both in kernel_sizes and in skip")
+        raise DeltaConvError(
+            f"{', '.join(both)}: both in kernel_sizes and in skip; take each out of one of them"
+        )

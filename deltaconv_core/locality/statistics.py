@@ -99,7 +99,7 @@ class LayerStatistics:
             DeltaConvError: there was no call, or the attention was NaN.
         """
         if not self._calls or self._grid is None:
-            raise DeltaConvError(f"the attention at {self.site} was never called")
+            raise DeltaConvError(f"the attention at {self.site} was never called; run the model first")
         self.check()
         calls = [sums for moment in self._calls.values() for sums in moment]
         total = _Sums.of(calls)

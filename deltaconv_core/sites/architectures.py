@@ -178,7 +178,9 @@ def identify(sites: Mapping[str, int], context_dim: int | None = None) -> str:
         DeltaConvError: no sites.
     """
     if not sites:
-        raise DeltaConvError("this model has no self-attention site that a ΔConvBlock can replace")
+        raise DeltaConvError(
+            "this model has no self-attention that ΔConv can stand in for; choose a U-Net or PixArt"
+        )
     for name, shape in ARCHITECTURES.items():
         fits = context_dim is None or isinstance(shape, Transformer) or context_dim == shape.context_dim
         if fits and dict(sites) == site_channels(name):

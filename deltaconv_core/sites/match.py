@@ -48,7 +48,7 @@ def matching_sites(
     if not replaced:
         raise DeltaConvError(
             f"the weights leave the attention at all of the selected sites, {listing(chosen)}: "
-            f"{checkpoint.kept[chosen[0]]}"
+            f"{checkpoint.kept[chosen[0]]}; choose others with `blocks`"
         )
     return replaced
 

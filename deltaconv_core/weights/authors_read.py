@@ -113,10 +113,10 @@ def _sorted_keys(
     if unknown:
         raise CheckpointError(
             f"{path} holds {len(unknown)} tensors that no known form of the block has: {listing(unknown)}; "
-            f"expected {EXPECTED_KEYS}"
+            f"expected {EXPECTED_KEYS}; choose another file"
         )
     if not blocks:
-        raise CheckpointError(f"{path} holds no block; expected {EXPECTED_KEYS}")
+        raise CheckpointError(f"{path} holds no block; expected {EXPECTED_KEYS}; choose another file")
     return blocks, base_weights
 
 
@@ -124,7 +124,7 @@ def _checked_base_weight(path: str, name: str, tensor: Tensor) -> Tensor:
     shape = tuple(tensor.shape)
     if len(shape) != 1 if name.endswith(".bias") else len(shape) != 4 or shape[2:] != (3, 3):
         expected = "(channels,)" if name.endswith(".bias") else "(channels out, channels in, 3, 3)"
-        raise CheckpointError(f"{path}: {name} has shape {shape}, expected {expected}")
+        raise CheckpointError(f"{path}: {name} has shape {shape}, expected {expected}; get the file again")
     return tensor
 
 
@@ -135,7 +135,7 @@ def _add_absent_biases(path: str, blocks: Mapping[str, dict[str, Tensor]]) -> No
         if without and len(without) < len(blocks):
             raise CheckpointError(
                 f"{path}: {layer}.bias is missing at {listing(without)} but not at other blocks; "
-                "the file is damaged"
+                "the file is damaged: get it again"
             )
         for site in without:
             if (weight := blocks[site].get(f"{layer}.weight")) is not None:
@@ -149,7 +149,8 @@ def _from_header(path: str, header: Mapping[str, str]) -> SpecHints:
             scales = tuple(parse_json(header["scales"]))
         except (ValueError, TypeError):
             raise CheckpointError(
-                f"{path}: expected scales in its header like [1, 0.5], got {quoted(header['scales'])}"
+                f"{path}: expected scales in its header like [1, 0.5], got {quoted(header['scales'])}; "
+                "get the file again"
             ) from None
     return SpecHints(header.get("gate"), scales, header.get("pooling"))
 
@@ -164,13 +165,16 @@ def _read_block(
     """The spec of one block, and its tensors named and laid out as in `DeltaConvBlock`."""
     earlier = any(name.startswith("conv_spatial") for name in named)
     if earlier and any(name.startswith("gates.") for name in named):
-        raise CheckpointError(f"{path}: the block at {site} is of two forms at once: {listing(named)}")
+        raise CheckpointError(
+            f"{path}: the block at {site} is of two forms at once: {listing(named)}; "
+            "keep those of one form in the file"
+        )
     named = {_own_name(name): tensor for name, tensor in named.items()}
     stages = [name for name in named if re.fullmatch(r"gates\.\d+\.conv_spatial\.weight", name)]
     if "conv_up.weight" not in named or not stages:
         raise CheckpointError(
             f"{path}: the block at {site} has no conv_up.weight or no depth-wise kernel, only "
-            f"{listing(named)}"
+            f"{listing(named)}; get the file again"
         )
     own = {name: _projection(path, site, name, t) for name, t in named.items() if name.startswith("conv_")}
     inter = own["conv_up.weight"].shape[0]
@@ -217,7 +221,8 @@ def _projection(path: str, site: str, name: str, tensor: Tensor) -> Tensor:
     shape = tuple(tensor.shape)
     if name.endswith(".weight") and (len(shape) not in (2, 4) or shape[2:] not in ((), (1, 1))):
         raise CheckpointError(
-            f"{path}: {name} of the block at {site} has shape {shape}, expected (out, in) or (out, in, 1, 1)"
+            f"{path}: {name} of the block at {site} has shape {shape}, expected (out, in) or (out, in, 1, "
+            "1); get the file again"
         )
     return tensor.flatten(1) if len(shape) == 4 else tensor
 
@@ -231,7 +236,7 @@ def _kernel(path: str, site: str, name: str, tensor: Tensor, channels: int) -> T
         return tensor
     raise CheckpointError(
         f"{path}: {name} of the block at {site} has shape {shape}, "
-        f"expected (K, K, {channels}) or ({channels}, 1, K, K)"
+        f"expected (K, K, {channels}) or ({channels}, 1, K, K); get the file again"
     )
 
 

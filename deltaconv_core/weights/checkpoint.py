@@ -177,12 +177,13 @@ def assemble_blocks(path: str, specs: Mapping[str, Any], tensors: Mapping[str, T
     if missing or extra:
         raise CheckpointError(
             f"{path}: the blocks lack {listing(sorted(missing))} and have unknown {listing(sorted(extra))}; "
-            "the file is incomplete or its header belongs to other weights"
+            "the file is incomplete or its header belongs to other weights; get the file again"
         )
     for key, parameter in expected.items():
         if tensors[key].shape != parameter.shape:
             raise CheckpointError(
-                f"{path}: {key} has shape {tuple(tensors[key].shape)}, expected {tuple(parameter.shape)}"
+                f"{path}: {key} has shape {tuple(tensors[key].shape)}, expected {tuple(parameter.shape)}; "
+                "get the file again"
             )
     for site, block in blocks.items():
         block.load_state_dict({name: tensors[f"{site}.{name}"] for name in block.state_dict()}, assign=True)
@@ -198,7 +199,7 @@ def check_sites(path: str, architecture: str, specs: Mapping[str, Any]) -> None:
     if not architecture or not isinstance(architecture, str):
         raise CheckpointError(f"{path}: expected the name of an architecture, got {quoted(architecture)}")
     if not specs:
-        raise CheckpointError(f"{path}: the checkpoint holds no block")
+        raise CheckpointError(f"{path}: the checkpoint holds no block, expected at least one")
     if architecture not in ARCHITECTURES:
         return
     channels = site_channels(architecture)
@@ -207,7 +208,7 @@ def check_sites(path: str, architecture: str, specs: Mapping[str, Any]) -> None:
             has = f"{channels[site]} channels there" if site in channels else "no such site"
             raise CheckpointError(
                 f"{path}: a block of {spec.dim} channels at {site}, but {architecture} has {has}; "
-                "the file names the wrong architecture or is damaged"
+                "the file names the wrong architecture or is damaged; get it again"
             )
 
 
@@ -223,7 +224,8 @@ def _from_own_form(path: str, text: str, tensors: Mapping[str, Tensor], hints: S
     unknown = [key for key in tensors if not key.startswith((BLOCKS_PREFIX, BASE_WEIGHTS))]
     if unknown:
         raise CheckpointError(
-            f"{path}: unknown tensors {listing(unknown)}, expected {BLOCKS_PREFIX}* and {BASE_WEIGHTS}*"
+            f"{path}: unknown tensors {listing(unknown)}, expected {BLOCKS_PREFIX}* and {BASE_WEIGHTS}*; "
+            "get the file again"
         )
     blocks = assemble_blocks(path, specs, _with_prefix(tensors, BLOCKS_PREFIX))
     checkpoint = Checkpoint(architecture, blocks, _with_prefix(tensors, BASE_WEIGHTS), metadata, kept)
@@ -235,13 +237,16 @@ def _check_kept(path: str, checkpoint: Checkpoint) -> None:
     """Checks that all blocks are of one kind, and what is said of the sites without one."""
     kinds = sorted({str(block.kind) for block in checkpoint.blocks.values()})
     if len(kinds) > 1:
-        raise CheckpointError(f"{path}: expected mixers of one kind, got {' and '.join(kinds)}")
+        raise CheckpointError(
+            f"{path}: expected mixers of one kind, got {' and '.join(kinds)}; keep each kind in a file of "
+            "its own"
+        )
     _check_texts(path, "kept", checkpoint.kept)
     both = [site for site in checkpoint.kept if site in checkpoint.blocks]
     if both or (checkpoint.kept and checkpoint.mixer == DELTACONV_KIND):
         raise CheckpointError(
             f"{path}: attention cannot stay at {listing(both or checkpoint.kept)}: a block stands there, or "
-            "the file is of ΔConvBlocks, which says nothing of other sites"
+            "the file is of ΔConvBlocks, which says nothing of other sites; get the file again"
         )
 
 
@@ -266,7 +271,8 @@ def _read_description(path: str, text: str) -> dict[str, Any]:
         raise CheckpointError(f"{path}: its header is not JSON ({error}); get the file again") from error
     if not isinstance(description, dict):
         raise CheckpointError(
-            f"{path}: expected its header to be an object, got {type(description).__name__}"
+            f"{path}: expected its header to be an object, got {type(description).__name__}; get the file "
+            "again"
         )
     version, mixer = description.get("format"), description.get("mixer", DELTACONV_KIND)
     if version not in (FORMAT, MIXER_FORMAT) or (version == FORMAT) != (mixer == DELTACONV_KIND):
@@ -288,7 +294,8 @@ def _read_specs(path: str, mixer: str, values: Mapping[str, Any], hints: SpecHin
     told = {key: value for key, value in asdict(hints).items() if value is not None}
     if told and mixer != DELTACONV_KIND:
         raise CheckpointError(
-            f"{path}: {', '.join(told)} can be set for ΔConvBlocks; {mixer} mixers say all of it themselves"
+            f"{path}: {', '.join(told)} can be set for ΔConvBlocks; {mixer} mixers say all of it "
+            "themselves, so leave that out"
         )
     for site in values:
         try:

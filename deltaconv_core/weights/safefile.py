@@ -84,7 +84,7 @@ def write_file(
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, Layout]]:
     """A safetensors file; whatever is wrong with it is a CheckpointError."""
     if not os.path.isfile(path):
-        raise CheckpointError(f"there is no file {path}{_about_link(path)}")
+        raise CheckpointError(f"there is no file {path}{_about_link(path)}; check its name")
     try:
         with path.open("rb") as file:
             _check_start(path, file)
@@ -136,7 +136,9 @@ def _check_numbers(path: Path, name: str, tensor: Tensor, numbers: bool) -> None
     if not tensor.is_floating_point():
         if numbers:
             return
-        raise CheckpointError(f"{path}: {name} holds {tensor.dtype}, expected floating point weights")
+        raise CheckpointError(
+            f"{path}: {name} holds {tensor.dtype}, expected floating point weights; choose another file"
+        )
     finite = (tensor.float() if tensor.element_size() == 1 else tensor).isfinite()
     if not finite.all():
         bad = tensor.numel() - int(finite.sum())

@@ -43,7 +43,9 @@ class AcceleratedProcesses:
         try:
             self._accelerator: Any = Accelerator(cpu=on_cpu, kwargs_handlers=[waiting])
         except (RuntimeError, ValueError) as error:
-            raise DeltaConvError(f"accelerate cannot start here: {error}") from error
+            raise DeltaConvError(
+                f"accelerate cannot start here: {error}; run `accelerate config` again"
+            ) from error
         self.count = int(self._accelerator.num_processes)
         self.number = int(self._accelerator.process_index)
         self.device: torch.device = self._accelerator.device

@@ -120,6 +120,6 @@ def family_of(pipeline: Any, network: Any) -> Family:
         return StableDiffusionXL()
     raise DeltaConvError(
         f"this teacher ({type(pipeline).__name__} with addition_embed_type {added!r}, class_embed_type "
-        f"{config.class_embed_type!r}) is told more than captions and sizes; choose Stable Diffusion 1.x, "
+        f"{config.class_embed_type!r}) takes more than captions and sizes; choose Stable Diffusion 1.x, "
         "2.x, the SDXL base model, or PixArt"
     )

@@ -96,7 +96,9 @@ def _read_file(file: Path) -> dict[Any, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DeltaConvError(f"cannot read the options in {file} ({error})") from error
+        raise DeltaConvError(
+            f"cannot read the options in {file} ({error}); check its name, and save it as UTF-8"
+        ) from error
     values = _parse_json(file, text) if file.suffix.lower() == ".json" else _parse_yaml(file, text)
     if not isinstance(values, dict):
         raise DeltaConvError(f"expected {file} to hold options and their values, got {type(values).__name__}")
@@ -107,7 +109,7 @@ def _parse_json(file: Path, text: str) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
-        raise DeltaConvError(f"{file} is not JSON ({error})") from error
+        raise DeltaConvError(f"{file} is not JSON ({error}); correct it there") from error
 
 
 def _parse_yaml(file: Path, text: str) -> Any:
@@ -124,7 +126,7 @@ def _parse_yaml(file: Path, text: str) -> Any:
             raise ValueError("it has aliases, by which few lines make very long values")
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise DeltaConvError(f"{file} is not YAML ({error})") from error
+        raise DeltaConvError(f"{file} is not YAML ({error}); correct it there") from error
 
 
 def _as_text(value: Any) -> str:

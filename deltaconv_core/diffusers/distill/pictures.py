@@ -136,7 +136,9 @@ def _is_nobodys(name: str) -> bool:
 
 
 def _cannot_list(error: OSError) -> None:
-    raise DeltaConvError(f"cannot look into the folder {error.filename} ({error.strerror})") from error
+    raise DeltaConvError(
+        f"cannot look into the folder {error.filename} ({error.strerror}); make it readable, or take it away"
+    ) from error
 
 
 def _where_to_write(without: list[Path]) -> str:
@@ -186,7 +188,9 @@ def _reading(path: Path) -> Iterator[Any]:
     except DeltaConvError:
         raise
     except Exception as error:  # PIL raises many kinds
-        raise DeltaConvError(f"{path} is not a picture that can be read ({error})") from error
+        raise DeltaConvError(
+            f"{path} is not a picture that can be read ({error}); save it again, or take it away"
+        ) from error
 
 
 def _look_at(path: Path, caption: str) -> Picture:
@@ -208,9 +212,9 @@ def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DeltaConvError(f"{file} is not UTF-8 text ({error})") from error
+        raise DeltaConvError(f"{file} is not UTF-8 text ({error}); save it as UTF-8") from error
     except OSError as error:
-        raise DeltaConvError(f"cannot read {file} ({error.strerror})") from error
+        raise DeltaConvError(f"cannot read {file} ({error.strerror}); make it readable") from error
 
 
 def _tables(tables: list[Path], column: str) -> dict[str, str]:
@@ -226,7 +230,10 @@ def _tables(tables: list[Path], column: str) -> dict[str, str]:
                 )
             picture = table.parent / name
             if not os.path.isfile(picture):
-                raise DeltaConvError(f"{table}, line {number}: there is no file {quoted(str(picture), 300)}")
+                raise DeltaConvError(
+                    f"{table}, line {number}: there is no file {quoted(str(picture), 300)}; correct the "
+                    "name, or delete the line"
+                )
             captions[os.path.normpath(picture)] = caption.strip()
     return captions
 
@@ -238,7 +245,9 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = parse_json(line)
         except ValueError as error:
-            raise DeltaConvError(f"{table}, line {number} is not JSON ({error})") from error
+            raise DeltaConvError(
+                f"{table}, line {number} is not JSON ({error}); write one object a line"
+            ) from error
         if not isinstance(row, dict):
             raise DeltaConvError(f"{table}, line {number}: expected an object, got {quoted(row, 200)}")
         yield number, row

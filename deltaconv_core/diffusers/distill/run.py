@@ -169,7 +169,7 @@ def _kernel_sizes(text: str) -> str:
     try:
         return Path(text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DeltaConvError(f"cannot read the kernel sizes in {text} ({error})") from error
+        raise DeltaConvError(f"cannot read the kernel sizes in {text} ({error}); check its name") from error
 
 
 def _metadata(

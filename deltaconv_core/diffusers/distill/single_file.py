@@ -129,7 +129,8 @@ def check_ending(file: Path) -> None:
     """
     if file.suffix != ".safetensors":
         raise DeltaConvError(
-            f"{file} does not end with .safetensors; only such files are opened, as others can run code"
+            f"{file} does not end with .safetensors; only such files are opened, as others can run code: "
+            "get the model in that form"
         )
 
 

@@ -66,7 +66,7 @@ def resolve(
 
 def _check_inside_repository(record: Record, path: Path) -> None:
     if not path.resolve().is_relative_to(REPOSITORY.resolve()):
-        raise FetchError(f"{record.name}: {path} leads out of the repository")
+        raise FetchError(f"{record.name}: {path} leads out of the repository; correct the manifest")
     if not path.is_file():
         raise FetchError(
             f"{record.name} comes with the repository, but {path} is not there; "

@@ -89,7 +89,8 @@ class Part:
         free = shutil.disk_usage(self.path.parent).free
         if missing > free:
             raise FetchError(
-                f"{missing} bytes are to be fetched, but {self.path.parent} has {free} bytes free"
+                f"{missing} bytes are to be fetched, but {self.path.parent} has {free} bytes free; free "
+                "some space"
             )
 
     def flush(self) -> None:

@@ -91,7 +91,7 @@ def test_names_other_models_by_their_shape(sites, name):
 
 
 def test_a_model_without_sites_is_refused():
-    with pytest.raises(DeltaConvError, match="no self-attention site"):
+    with pytest.raises(DeltaConvError, match="no self-attention that"):
         identify({})
     with pytest.raises(DeltaConvError, match="unknown architecture 'flux'; known are sd15"):
         site_channels("flux")
