@@ -1,0 +1,282 @@
+"""JointMixer: what stands in for the attention of text and image to both, behind its own projections.
+
+Text, padding, references and keys from elsewhere stay exact. Only what the image's queries see of the image
+itself is replaced: by a fixed number of landmarks in the same softmax, and by static kernels on the values of
+what is near, weighed with the image's mass in that softmax. So the cost is linear in the image's tokens.
+`reference.py` has the formulas and is the specification of this fast path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...block import ops
+from ...errors import DeltaConvError
+from ..hybrid.cells import Cells
+from .layout import JointLayout, four_dimensional, refusal_of_mask
+from .spec import JointSpec
+
+COLUMNS = 8  # added to queries, keys and values, whose width stays a multiple of 8 for the fast kernels
+HIDDEN = -5000.0
+"""In place of minus infinity: its exponential is 0 as well, and float16 holds it times the root of d."""
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""(q, k, v, mask) -> (B, heads, N, d)."""
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """PyTorch's, also with fewer heads of keys than of queries."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class JointMixer(nn.Module):
+    """Mixes queries, keys and values of text and image as attention does.
+
+    A fresh one is attention with landmarks for the image: gains of 1, no kernels, nothing of the mean.
+
+    Args:
+        spec: what the mixer is made of.
+        device, dtype: of the parameters, which are few; they are moved and cast to what each call needs.
+
+    Example:
+        >>> mixer = JointMixer(JointSpec(dim=64, heads=2, head_dim=32))
+        >>> q, k, v = torch.randn(3, 1, 2, 20 + 15 * 20, 32)
+        >>> mixer(q, k, v, JointLayout((15, 20), start=20)).shape
+        torch.Size([1, 2, 320, 32])
+    """
+
+    kind = "joint"
+
+    def __init__(
+        self,
+        spec: JointSpec,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.spec = spec
+        self.gain = nn.Parameter(torch.ones(spec.heads, **factory))
+        self.mean = nn.Parameter(torch.zeros(spec.heads, **factory))
+        if spec.kernel_size:
+            shape = (spec.heads, 1, spec.kernel_size, spec.kernel_size)
+            self.kernels = nn.ParameterList(torch.zeros(shape, **factory) for _ in spec.scales)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: JointLayout,
+        mask: Tensor | None = None,
+        attend: Attention = attention,
+    ) -> Tensor:
+        """What attention would answer, about; to all queries but the image's, exactly.
+
+        Args:
+            q: (B, heads, N, d), rotated already where the model has rotary embeddings; any strides.
+            k, v: (B, key heads, M, d), M at least what the layout asks for; key heads divide the heads.
+            layout: where the image is.
+            mask: (N, M), (B, N, M) or (B, heads, N, M), each but M also 1: bool, True where a key counts; or
+                floating point, added to the scores. See `refusal_of_mask`.
+            attend: the attention for the exact queries.
+
+        Returns:
+            (B, heads, N, d) in q's dtype.
+
+        Raises:
+            DeltaConvError: tokens or a mask that do not fit the layout or the mixer.
+        """
+        mask = None if mask is None else four_dimensional(mask)
+        self._check(q, k, v, layout, mask)
+        start, end = layout.image.start, layout.image.stop
+        image = self.image(q[:, :, start:end], k, v, layout, mask)
+        if start == 0 and end == q.shape[2]:
+            return image
+        rest = q if end == start else torch.cat([q[:, :, :start], q[:, :, end:]], dim=2)
+        if mask is not None and mask.shape[2] > 1:
+            mask = torch.cat([mask[:, :, :start], mask[:, :, end:]], dim=2)
+        exact = attend(rest, k, v, mask)
+        return torch.cat([exact[:, :, :start], image, exact[:, :, start:]], dim=2)
+
+    def image(self, q: Tensor, k: Tensor, v: Tensor, layout: JointLayout, mask: Tensor | None) -> Tensor:
+        """(B, heads, H * W, d): the answers to the image's queries alone; `mask` is four-dimensional."""
+        spec, image = self.spec, layout.image
+        seen = SeenByImage.of(spec, k, v, layout, mask)
+        weights, cells = seen.weights, seen.cells
+        keys, values = (self._by_query_head(cells.means(t[:, :, image])) for t in (k, v))
+        values = values * self._of_heads(self.gain, values)
+        values = values + self._of_heads(self.mean, values) * self._mean(v[:, :, image], weights)
+        exact_k, exact_v = (self._by_query_head(without(t, image)) for t in (k, v))
+        keys = torch.cat([exact_k, keys.to(k.dtype)], dim=2)
+        values = torch.cat([exact_v, values.to(v.dtype)], dim=2)
+        y, mass = weighed(q, keys, values, seen.bias, exact_k.shape[2])
+        if not spec.kernel_size:
+            return y
+        return y + mass * self._near(v[:, :, image], layout.grid, weights).to(y.dtype)
+
+    def _near(self, v: Tensor, grid: tuple[int, int], weights: Tensor | None) -> Tensor:
+        """The local part: depth-wise convolutions of the image's values (B, key heads, H * W, d)."""
+        spec = self.spec
+        v = v.to(ops.compute_dtype(v.flatten(0, 1)))
+        if weights is not None:
+            v = v * weights[:, None, :, None].to(v.dtype)
+        v = self._by_query_head(v)
+        image = v.transpose(1, 2).reshape(len(v), *grid, spec.inner).permute(0, 3, 1, 2)  # (B, inner, H, W)
+        y = None
+        for kernel, scale in zip(self.kernels, spec.scales, strict=True):
+            weight = kernel.to(image.device, image.dtype).repeat_interleave(spec.head_dim, dim=0)
+            z = image if scale == 1 else ops.shrink(image, scale, "average")
+            z = F.conv2d(z, weight, padding=spec.kernel_size // 2, groups=spec.inner)
+            z = z if scale == 1 else ops.enlarge(z, grid)
+            y = z if y is None else y + z
+        assert y is not None
+        return y.reshape(len(v), spec.heads, spec.head_dim, -1).mT
+
+    def _mean(self, v: Tensor, weights: Tensor | None) -> Tensor:
+        """(B, heads, 1, d), float32 at least: the mean of the image's values."""
+        return self._by_query_head(mean_of(v, weights))
+
+    def _by_query_head(self, tokens: Tensor) -> Tensor:
+        """Keys' or values' heads as many times as there are queries' heads for each."""
+        repeats = self.spec.heads // tokens.shape[1]
+        return tokens if repeats == 1 else tokens.repeat_interleave(repeats, dim=1)
+
+    def _of_heads(self, gain: Tensor, like: Tensor) -> Tensor:
+        """(heads, 1, 1), on like's device and in its dtype."""
+        return gain.to(like.device, like.dtype)[:, None, None]
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, layout: JointLayout, mask: Tensor | None) -> None:
+        spec, end = self.spec, layout.image.stop
+        fits = all(t.ndim == 4 and len(t) == len(q) and t.shape[3] == spec.head_dim for t in (q, k, v))
+        if not fits or q.shape[1] != spec.heads or k.shape != v.shape or spec.heads % k.shape[1]:
+            raise DeltaConvError(
+                f"expected queries (B, {spec.heads}, N, {spec.head_dim}), and keys and values alike whose "
+                f"heads divide {spec.heads}, got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; "
+                "something before this attention changes its tokens, or the mixer is another layer's"
+            )
+        if min(q.shape[2], k.shape[2]) < end:
+            raise DeltaConvError(
+                f"expected at least {end} queries and keys: an image of {layout.grid[0]} x {layout.grid[1]} "
+                f"tokens after {layout.start} others; got {q.shape[2]} and {k.shape[2]}"
+            )
+        if not all(t.is_floating_point() for t in (q, k, v)):
+            raise DeltaConvError(f"expected floating point tokens, got {q.dtype}, {k.dtype} and {v.dtype}")
+        if mask is None:
+            return
+        wanted = (len(q), spec.heads, q.shape[2], k.shape[2])
+        if mask.shape[3] != wanted[3] or any(own not in (1, n) for own, n in zip(mask.shape, wanted)):  # noqa: B905 (both have four)
+            raise DeltaConvError(
+                f"expected a mask of {wanted}, or 1 in place of all but the last, got {tuple(mask.shape)}"
+            )
+        if why := refusal_of_mask(mask, layout):
+            raise DeltaConvError(f"no landmark can stand in for the image's keys here: {why}")
+
+    def extra_repr(self) -> str:
+        """The spec, for printing."""
+        return str(self.spec)
+
+
+class SeenByImage:
+    """What the image's queries see of the image, under a mask.
+
+    Attributes:
+        cells: that the landmarks are taken of.
+        weights: (B, H * W) of the image's keys; None: all alike.
+        bias: (B or 1, heads or 1, H * W or 1, exact keys + P) that is added to their scores.
+    """
+
+    def __init__(self, cells: Cells, weights: Tensor | None, bias: Tensor) -> None:
+        self.cells, self.weights, self.bias = cells, weights, bias
+
+    @classmethod
+    def of(
+        cls, spec: JointSpec, k: Tensor, v: Tensor, layout: JointLayout, mask: Tensor | None
+    ) -> SeenByImage:
+        """Arguments as `JointMixer.image` takes them."""
+        dtype, image = torch.promote_types(k.dtype, torch.float32), layout.image
+        if mask is None:
+            cells = Cells.of(layout.grid, spec.landmarks, None, k)
+            exact = torch.zeros(1, 1, 1, k.shape[2] - layout.tokens, device=k.device, dtype=dtype)
+            return cls(cells, None, torch.cat([exact, cells.sizes.to(dtype).log()[:, None, None]], dim=3))
+        added = _added(mask, dtype)
+        if added.shape[2] > 1:
+            added = added[:, :, image]
+            cells = Cells.of(layout.grid, spec.landmarks, None, k)
+            among = cells.sizes.to(dtype).log()[:, None, None] + added[..., image.start : image.start + 1]
+            return cls(cells, None, _clamped(without(added, image, 3), among))
+        of_keys = added[:, 0, 0, image].expand(len(k), -1)
+        most = of_keys.amax(dim=1, keepdim=True).clamp(min=HIDDEN)
+        weights = (of_keys - most).exp()
+        cells = Cells.of(layout.grid, spec.landmarks, weights, k)
+        among = (cells.sizes.log() + most)[:, None, None]
+        return cls(cells, weights, _clamped(without(added, image, 3), among))
+
+
+def weighed(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, exact: int) -> tuple[Tensor, Tensor]:
+    """Softmax of the image's queries over exact keys and landmarks.
+
+    The bias, where it is one of the keys, and the mark of what is a landmark are columns of the keys and
+    values: so no mask keeps PyTorch's fastest kernels away, and none has to tell what its sums were.
+
+    Args:
+        q: (B, heads, n, d).
+        keys, values: (B, heads, exact + P, d).
+        bias: see `SeenByImage`.
+        exact: how many of the keys are no landmarks.
+
+    Returns:
+        (B, heads, n, d), and (B, heads, n, 1): the share of the landmarks in each query's softmax.
+    """
+    d = q.shape[3]
+    mark = values.new_zeros(values.shape[2], COLUMNS)
+    mark[exact:, 0] = 1
+    values = torch.cat([values, mark.expand(*values.shape[:2], -1, -1)], dim=3)
+    mask = None
+    if bias.shape[1:3] == (1, 1):
+        whole = bias[:, 0, 0] * d**0.5
+        high = whole.to(keys.dtype)
+        columns = torch.stack([high, (whole - high.to(whole.dtype)).to(keys.dtype)], dim=2)  # (B or 1, M, 2)
+        columns = F.pad(columns, (0, COLUMNS - 2))[:, None]
+        keys = torch.cat([keys, columns.expand(*keys.shape[:3], -1)], dim=3)
+        q = F.pad(q, (0, COLUMNS), value=1.0)
+    else:
+        mask = bias.to(q.dtype)
+        keys, q = F.pad(keys, (0, COLUMNS)), F.pad(q, (0, COLUMNS))
+    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=d**-0.5)
+    return y[..., :d], y[..., d : d + 1]
+
+
+def without(tokens: Tensor, image: slice, dim: int = 2) -> Tensor:
+    """The tokens that are not the image's."""
+    before = tokens.narrow(dim, 0, image.start)
+    after = tokens.narrow(dim, image.stop, tokens.shape[dim] - image.stop)
+    return torch.cat([before, after], dim=dim) if image.start else after
+
+
+def mean_of(v: Tensor, weights: Tensor | None) -> Tensor:
+    """(B, heads, 1, d), float32 at least: the mean of values (B, heads, H * W, d), weighed."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    if weights is None:
+        return v.mean(dim=2, keepdim=True, dtype=dtype)
+    shares = weights / weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    return torch.einsum("bn,bhnd->bhd", shares.to(dtype), v.to(dtype))[:, :, None]
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as what is added to the scores."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, HIDDEN)
+
+
+def _clamped(exact: Tensor, among: Tensor) -> Tensor:
+    """Both biases, of exact keys and of landmarks, side by side and finite."""
+    shape = torch.broadcast_shapes(exact.shape[:3], among.shape[:3])
+    both = torch.cat([t.expand(*shape, t.shape[3]) for t in (exact, among)], dim=3)
+    return both.clamp(min=HIDDEN)

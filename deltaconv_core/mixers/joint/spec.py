@@ -1,0 +1,83 @@
+"""What a joint mixer is made of: one small record that refuses nonsense when it is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ...block.spec import check_int, checked_scales
+from ...errors import DeltaConvError
+
+
+@dataclass(frozen=True)
+class JointSpec:
+    """The parts of one joint mixer, which stands between the projections of a joint attention.
+
+    Args:
+        dim: channels C of the tokens.
+        heads: number of heads of the queries.
+        head_dim: channels d of one head's queries, keys and values.
+        landmarks: at most how many cells P the image is divided into; to the image's queries a cell is
+            represented by its mean key and value, whatever the size of the image.
+        kernel_size: side K of the local kernels on the image's values, odd; each head has its own. 0: none.
+        scales: of the local part, one kernel each, 0 < s <= 1; a scale works on max(1, int(H * s)) rows.
+
+    Raises:
+        DeltaConvError: a value of the wrong type or range.
+    """
+
+    dim: int
+    heads: int
+    head_dim: int
+    landmarks: int = 256
+    kernel_size: int = 9
+    scales: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("dim", 1, 2**16),
+            ("heads", 1, 2**12),
+            ("head_dim", 1, 2**12),
+            ("landmarks", 1, 2**14),
+            ("kernel_size", 0, 255),
+        ):
+            check_int(name, getattr(self, name), least, most)
+        if self.kernel_size and self.kernel_size % 2 == 0:
+            raise DeltaConvError(f"expected kernel_size to be odd, or 0 for none, got {self.kernel_size}")
+        object.__setattr__(self, "scales", checked_scales(self.scales))
+
+    @property
+    def inner(self) -> int:
+        """Channels of the queries of all heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def of_head(self) -> int:
+        """F, the parameters of one head: the kernels, the gain on the mean, the gain on the landmarks."""
+        return len(self.scales) * self.kernel_size**2 + 2
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights of one mixer."""
+        return self.heads * self.of_head
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` reads them back."""
+        return {**asdict(self), "scales": list(self.scales)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> JointSpec:
+        """Builds a spec from `to_dict`'s values.
+
+        Raises:
+            DeltaConvError: an unknown or missing field, or a value that the spec refuses.
+        """
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        missing = [name for name in ("dim", "heads", "head_dim") if name not in values]
+        if unknown or missing:
+            raise DeltaConvError(
+                f"expected settings of a joint mixer among {known}, got unknown {unknown}, missing {missing}"
+            )
+        return cls(**values)
