@@ -18,14 +18,14 @@ from torch.nn import functional as F
 from ...block import ops
 from ...errors import DeltaConvError
 from ..hybrid.cells import Cells
-from .layout import JointLayout, four_dimensional, refusal_of_mask
+from .place import JointLayout, four_dimensional, refusal_of_mask
 from .spec import JointSpec
 
-COLUMNS = 8  # added to queries, keys and values, whose width stays a multiple of 8 for the fast kernels
+ADDED_COLUMNS = 8  # added to queries, keys and values, whose width stays a multiple of 8 for the fast kernels
 HIDDEN = -5000.0
 """In place of minus infinity: its exponential is 0 as well, and float16 holds it times the root of d."""
 
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+MaskedAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(q, k, v, mask) -> (B, heads, N, d)."""
 
 
@@ -74,7 +74,7 @@ class JointMixer(nn.Module):
         v: Tensor,
         layout: JointLayout,
         mask: Tensor | None = None,
-        attend: Attention = attention,
+        attend: MaskedAttention = attention,
     ) -> Tensor:
         """What attention would answer, about; to all queries but the image's, exactly.
 
@@ -112,7 +112,7 @@ class JointMixer(nn.Module):
         keys, values = (self._by_query_head(cells.means(t[:, :, image])) for t in (k, v))
         values = values * self._of_heads(self.gain, values)
         values = values + self._of_heads(self.mean, values) * self._mean(v[:, :, image], weights)
-        exact_k, exact_v = (self._by_query_head(without(t, image)) for t in (k, v))
+        exact_k, exact_v = (self._by_query_head(all_but(t, image)) for t in (k, v))
         keys = torch.cat([exact_k, keys.to(k.dtype)], dim=2)
         values = torch.cat([exact_v, values.to(v.dtype)], dim=2)
         y, mass = weighed(q, keys, values, seen.bias, exact_k.shape[2])
@@ -209,13 +209,13 @@ class SeenByImage:
             added = added[:, :, image]
             cells = Cells.of(layout.grid, spec.landmarks, None, k)
             among = cells.sizes.to(dtype).log()[:, None, None] + added[..., image.start : image.start + 1]
-            return cls(cells, None, _clamped(without(added, image, 3), among))
+            return cls(cells, None, _clamped(all_but(added, image, 3), among))
         of_keys = added[:, 0, 0, image].expand(len(k), -1)
         most = of_keys.amax(dim=1, keepdim=True).clamp(min=HIDDEN)
         weights = (of_keys - most).exp()
         cells = Cells.of(layout.grid, spec.landmarks, weights, k)
         among = (cells.sizes.log() + most)[:, None, None]
-        return cls(cells, weights, _clamped(without(added, image, 3), among))
+        return cls(cells, weights, _clamped(all_but(added, image, 3), among))
 
 
 def weighed(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, exact: int) -> tuple[Tensor, Tensor]:
@@ -234,7 +234,7 @@ def weighed(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, exact: int) -
         (B, heads, n, d), and (B, heads, n, 1): the share of the landmarks in each query's softmax.
     """
     d = q.shape[3]
-    mark = values.new_zeros(values.shape[2], COLUMNS)
+    mark = values.new_zeros(values.shape[2], ADDED_COLUMNS)
     mark[exact:, 0] = 1
     values = torch.cat([values, mark.expand(*values.shape[:2], -1, -1)], dim=3)
     mask = None
@@ -242,17 +242,17 @@ def weighed(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, exact: int) -
         whole = bias[:, 0, 0] * d**0.5
         high = whole.to(keys.dtype)
         columns = torch.stack([high, (whole - high.to(whole.dtype)).to(keys.dtype)], dim=2)  # (B or 1, M, 2)
-        columns = F.pad(columns, (0, COLUMNS - 2))[:, None]
+        columns = F.pad(columns, (0, ADDED_COLUMNS - 2))[:, None]
         keys = torch.cat([keys, columns.expand(*keys.shape[:3], -1)], dim=3)
-        q = F.pad(q, (0, COLUMNS), value=1.0)
+        q = F.pad(q, (0, ADDED_COLUMNS), value=1.0)
     else:
         mask = bias.to(q.dtype)
-        keys, q = F.pad(keys, (0, COLUMNS)), F.pad(q, (0, COLUMNS))
+        keys, q = F.pad(keys, (0, ADDED_COLUMNS)), F.pad(q, (0, ADDED_COLUMNS))
     y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=d**-0.5)
     return y[..., :d], y[..., d : d + 1]
 
 
-def without(tokens: Tensor, image: slice, dim: int = 2) -> Tensor:
+def all_but(tokens: Tensor, image: slice, dim: int = 2) -> Tensor:
     """The tokens that are not the image's."""
     before = tokens.narrow(dim, 0, image.start)
     after = tokens.narrow(dim, image.stop, tokens.shape[dim] - image.stop)
@@ -277,6 +277,6 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _clamped(exact: Tensor, among: Tensor) -> Tensor:
     """Both biases, of exact keys and of landmarks, side by side and finite."""
-    shape = torch.broadcast_shapes(exact.shape[:3], among.shape[:3])
+    shape = [max(a, b) for a, b in zip(exact.shape[:3], among.shape[:3], strict=True)]
     both = torch.cat([t.expand(*shape, t.shape[3]) for t in (exact, among)], dim=3)
     return both.clamp(min=HIDDEN)

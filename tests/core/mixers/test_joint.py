@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltaconv_core import DeltaConvError
 from deltaconv_core.mixers.joint import JointLayout, JointMixer, JointSpec
-from deltaconv_core.mixers.joint.layout import refusal_of_mask
+from deltaconv_core.mixers.joint.place import refusal_of_mask
 from deltaconv_core.mixers.joint.reference import reference_joint
 
 HEADS, WIDTH = 4, 4
