@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..deltaconv_core.sites.report import Report, assumptions
-from ..deltaconv_core.weights.checkpoint import HYBRID_KIND
+from ..deltaconv_core.weights.checkpoint import DELTACONV_KIND
 from .host.files import model_folder
 from .host.files.choice import FileChoice
 from .host.report import tell
@@ -47,10 +47,10 @@ class LoadWeights(io.ComfyNode):
     def execute(cls, weights: str) -> io.NodeOutput:
         checkpoint = model_folder.Choices().load(weights)
         parameters = sum(block.spec.num_parameters for block in checkpoint.blocks.values())
-        hybrid = checkpoint.mixer == HYBRID_KIND
-        amount = f"{parameters:,}" if hybrid else f"{parameters / 1e6:.3g} M"
+        mixer = checkpoint.mixer != DELTACONV_KIND
+        amount = f"{parameters:,}" if mixer else f"{parameters / 1e6:.3g} M"
         line = (
-            f"{weights}: {len(checkpoint.blocks)} {'hybrid mixers' if hybrid else 'blocks'} for "
+            f"{weights}: {len(checkpoint.blocks)} {f'{checkpoint.mixer} mixers' if mixer else 'blocks'} for "
             f"{checkpoint.architecture} ({amount} parameters), {len(checkpoint.base_weights)} base weights."
         )
         return io.NodeOutput(

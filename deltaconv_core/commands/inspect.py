@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor
 
 from ..block import DeltaConvBlock
 from ..cli import printable
 from ..mixers.hybrid import HybridMixer
+from ..mixers.joint import JointMixer
 from ..util.text import aligned
-from ..weights.checkpoint import DELTACONV_KIND, HYBRID_KIND, Checkpoint, load_checkpoint
+from ..weights.checkpoint import DELTACONV_KIND, HYBRID_KIND, JOINT_KIND, Checkpoint, load_checkpoint
 
 HEAD = ("site", "channels", "K", "scales", "gate", "merge", "pooling", "dtype", "parameters")
 HYBRID_HEAD = (
     "site", "channels", "heads", "landmarks", "Nyström", "window", "K", "scales", "share", "mean", "gate",
     "dtype", "parameters",
 )  # fmt: skip
+
+JOINT_HEAD = ("site", "channels", "heads", "landmarks", "K", "scales", "dtype", "parameters")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +38,11 @@ def run(options: argparse.Namespace) -> int:
 
 def lines_of(checkpoint: Checkpoint) -> list[str]:
     """The lines of the table: architecture, a row per block, totals, base weights, metadata."""
-    head, row = (HYBRID_HEAD, _hybrid_row) if checkpoint.mixer == HYBRID_KIND else (HEAD, _row)
+    kinds: dict[str, tuple[tuple[str, ...], Callable[[str, Any], tuple[str, ...]]]] = {
+        HYBRID_KIND: (HYBRID_HEAD, _hybrid_row),
+        JOINT_KIND: (JOINT_HEAD, _joint_row),
+    }
+    head, row = kinds.get(checkpoint.mixer, (HEAD, _row))
     rows = [head, *(row(site, block) for site, block in checkpoint.blocks.items())]
     tensors = [tensor for block in checkpoint.blocks.values() for tensor in block.state_dict().values()]
     lines = [f"architecture: {checkpoint.architecture}", *aligned(rows)]
@@ -70,6 +78,15 @@ def _hybrid_row(site: str, mixer: HybridMixer) -> tuple[str, ...]:
         site, str(spec.dim), str(spec.heads), str(sizes[0] or "–"), spec.nystrom, str(sizes[1] or "–"),
         str(sizes[2] or "–"), scales, spec.share, *marks, _dtypes(mixer.state_dict().values()),
         f"{spec.num_parameters:,}",
+    )  # fmt: skip
+
+
+def _joint_row(site: str, mixer: JointMixer) -> tuple[str, ...]:
+    spec = mixer.spec
+    scales = ", ".join(f"{scale:.4g}" for scale in spec.scales) if spec.kernel_size else "–"
+    return (
+        site, str(spec.dim), str(spec.heads), str(spec.landmarks), str(spec.kernel_size or "–"), scales,
+        _dtypes(mixer.state_dict().values()), f"{spec.num_parameters:,}",
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..block.module import HALF_OR_MORE, shared_copy
 from ..errors import DeltaConvError
-from ..mixers.hybrid.module import shared_hybrid
+from ..mixers.shared import shared_mixer
 from ..sites import report
 from ..sites.match import check_heads, matching_sites
 from ..sites.report import Report
@@ -152,7 +152,7 @@ def _copies(model: nn.Module, trained: Mapping[str, Any]) -> dict[str, Any]:
     dtype = getattr(model, "dtype", weight.dtype)
     known = dtype if dtype in HALF_OR_MORE else None
     return {
-        site: shared_hybrid(block, device) if block.kind == HYBRID_KIND else shared_copy(block, device, known)
+        site: shared_mixer(block, device) if block.kind == HYBRID_KIND else shared_copy(block, device, known)
         for site, block in trained.items()
     }
 

@@ -26,6 +26,7 @@ from ..bench import Span, alternate, synchronize
 from ..errors import DeltaConvError
 from ..mixers.hybrid import HybridMixer, HybridSpec
 from ..mixers.hybrid.cells import cells_of
+from ..mixers.joint.plan import FASTER, TIMED_CALLS
 from ..weights.checkpoint import Checkpoint
 from .budget import Attention, Decision, within_cost, within_error
 from .hybrid import Chosen, FitSettings, Fitted, HybridFit, SeeCall, choose, fit_hybrids
@@ -33,9 +34,6 @@ from .hybrid import Chosen, FitSettings, Fitted, HybridFit, SeeCall, choose, fit
 QUALITY, SPEED = "quality", "speed"
 LANDMARKS = (36, 64, 144, 256, 576)
 PLAIN_LANDMARKS = (64, 144)
-FASTER = 0.95
-"""A mixer counts as faster where it takes less than this part of attention's time: measuring is not exact."""
-TIMED_CALLS = 3
 LONGEST_CALL = 10.0
 """Seconds: longer calls at twice the size are not timed but reckoned from those at the size itself."""
 

@@ -38,9 +38,9 @@ def of_blocks(architecture: str, sites: int, blocks: Iterable[torch.nn.Module]) 
     weights = [weight for block in blocks for weight in block.parameters()]
     dtypes = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights}))
     count = sum(weight.numel() for weight in weights)
-    hybrid = any(block.kind == "hybrid" for block in blocks)
-    what = "A hybrid mixer" if hybrid else "ΔConv"
-    amount = f"{count:,}" if hybrid else f"{count / 1e6:.3g} M"
+    kinds = {str(block.kind) for block in blocks} - {"deltaconv"}
+    what = f"A {kinds.pop()} mixer" if kinds else "ΔConv"
+    amount = f"{count / 1e6:.3g} M" if what == "ΔConv" else f"{count:,}"
     return (
         f"{what} stands in for {len(blocks)} of {sites} self-attentions of {architecture} "
         f"({amount} parameters, {dtypes})."

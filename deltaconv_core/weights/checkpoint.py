@@ -6,8 +6,10 @@ named `blocks.<site id>.<parameter>` and `base_weights.<diffusers parameter name
 equal files. A folder as `hub_folder.py` writes it holds such a file and the same description beside it.
 
 Other mixers than ΔConvBlocks have format version 2, which programs that know none refuse by that number. It
-says which: `mixer` is "hybrid", `specs` are of `HybridSpec`, and `kept` (site id -> text) says why attention
-stays at the other sites.
+says which: `mixer` is "hybrid" or "joint", `specs` are of `HybridSpec` or `JointSpec`, and `kept` (site id ->
+text) says why attention stays at the other sites. Of joint mixers, `architecture` is the family that ComfyUI
+and diffusers have a class for ("flux", "lumina2", ...), and the text `sizes` in `metadata` the sizes in
+tokens that they were fitted to.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from ..block import DeltaConvBlock
 from ..block.spec import BlockSpec
 from ..errors import CheckpointError, DeltaConvError
 from ..mixers.hybrid import HybridMixer, HybridSpec
+from ..mixers.joint import JointMixer, JointSpec
 from ..sites import ARCHITECTURES, site_channels
 from ..util.foreign_json import parse_json, read_json
 from ..util.text import listing, quoted
@@ -34,8 +37,12 @@ from .safefile import Pathlike, read_file, write_file
 
 HEADER_KEY = "deltaconv"
 FORMAT, MIXER_FORMAT = 1, 2  # of ΔConvBlocks, and of other mixers
-DELTACONV_KIND, HYBRID_KIND = DeltaConvBlock.kind, HybridMixer.kind
-SPECS: dict[str, type[BlockSpec] | type[HybridSpec]] = {DELTACONV_KIND: BlockSpec, HYBRID_KIND: HybridSpec}
+DELTACONV_KIND, HYBRID_KIND, JOINT_KIND = DeltaConvBlock.kind, HybridMixer.kind, JointMixer.kind
+SPECS: dict[str, type[BlockSpec] | type[HybridSpec] | type[JointSpec]] = {
+    DELTACONV_KIND: BlockSpec,
+    HYBRID_KIND: HybridSpec,
+    JOINT_KIND: JointSpec,
+}
 BLOCKS_PREFIX = "blocks."
 ENOUGH_MISSING = 100  # tensors
 BASE_WEIGHTS = "base_weights."
@@ -49,10 +56,10 @@ class Checkpoint:
 
     Args:
         architecture: "sd15", "sdxl", ... or a name made of the model's shape (`sites.identify`).
-        blocks: site id -> DeltaConvBlock, or site id -> HybridMixer; all of one kind.
+        blocks: site id -> DeltaConvBlock, HybridMixer or JointMixer; all of one kind.
         base_weights: diffusers parameter name -> tensor, weights of the base model that came with them.
         metadata: teacher, training settings, license, source; all text.
-        kept: of hybrids: site id -> why the attention stays there.
+        kept: of other mixers than ΔConvBlocks: site id -> why the attention stays there.
     """
 
     architecture: str
@@ -63,7 +70,7 @@ class Checkpoint:
 
     @property
     def mixer(self) -> str:
-        """What the blocks are: "deltaconv" or "hybrid"."""
+        """What the blocks are: "deltaconv", "hybrid" or "joint"."""
         return next((str(block.kind) for block in self.blocks.values()), DELTACONV_KIND)
 
 
@@ -155,7 +162,7 @@ def read_checkpoint(path: Pathlike, hints: SpecHints) -> Checkpoint:
 
 
 def assemble_blocks(path: str, specs: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Blocks, or hybrid mixers, from their specs and tensors named `<site id>.<parameter>`.
+    """Blocks, or other mixers, from their specs and tensors named `<site id>.<parameter>`.
 
     The tensors are used as they are.
 
@@ -166,7 +173,7 @@ def assemble_blocks(path: str, specs: Mapping[str, Any], tensors: Mapping[str, T
     expected: dict[str, Tensor] = {}
     missing: list[str] = []
     for site, spec in specs.items():
-        block = (HybridMixer if hasattr(spec, "landmarks") else DeltaConvBlock)(spec, device="meta")
+        block = _made_of(spec)(spec, device="meta")
         named = {f"{site}.{name}": parameter for name, parameter in block.state_dict().items()}
         missing += [name for name in named if name not in tensors]
         if len(missing) > ENOUGH_MISSING:  # a header may describe more blocks than memory holds
@@ -188,6 +195,13 @@ def assemble_blocks(path: str, specs: Mapping[str, Any], tensors: Mapping[str, T
     for site, block in blocks.items():
         block.load_state_dict({name: tensors[f"{site}.{name}"] for name in block.state_dict()}, assign=True)
     return blocks
+
+
+def _made_of(spec: Any) -> type[DeltaConvBlock] | type[HybridMixer] | type[JointMixer]:
+    """What a spec is of, also one of this package loaded under another name."""
+    if hasattr(spec, "nystrom"):
+        return HybridMixer
+    return JointMixer if hasattr(spec, "landmarks") else DeltaConvBlock
 
 
 def check_sites(path: str, architecture: str, specs: Mapping[str, Any]) -> None:
@@ -278,8 +292,8 @@ def _read_description(path: str, text: str) -> dict[str, Any]:
     if version not in (FORMAT, MIXER_FORMAT) or (version == FORMAT) != (mixer == DELTACONV_KIND):
         raise CheckpointError(
             f"{path} has format version {quoted(version)} and mixer {quoted(mixer)}, this program reads "
-            f"{FORMAT} with {DELTACONV_KIND!r} and {MIXER_FORMAT} with {HYBRID_KIND!r}; update "
-            "ComfyUI-DeltaConv"
+            f"{FORMAT} with {DELTACONV_KIND!r} and {MIXER_FORMAT} with {HYBRID_KIND!r} or {JOINT_KIND!r}; "
+            "update ComfyUI-DeltaConv"
         )
     if not isinstance(mixer, str) or mixer not in SPECS:
         raise CheckpointError(

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 
-from .checkpoint import HYBRID_KIND, Checkpoint
+from .checkpoint import DELTACONV_KIND, Checkpoint
 
 # Identifiers of the Hub for terms that weights often come under; others it wants as "other" with a name.
 LICENSES = (
@@ -21,8 +21,8 @@ OF_BLOCKS = (
     f"ΔConv blocks ({PUBLICATION}): multi-scale depth-wise convolutions that stand in for the\n"
     f"self-attention of a diffusion model. Made with, and for, {LIBRARY}."
 )
-OF_HYBRIDS = f"""Hybrid mixers: a fixed number of landmarks and local kernels between the projections of the
-model's own self-attention, fitted to it without training. They are not the block of the ΔConv paper
+OF_MIXERS = f"""Mixers between the projections of the model's own attention: a fixed number of landmarks and
+local kernels, fitted to it without training. They are not the block of the ΔConv paper
 ({PUBLICATION}), and need the model that they were fitted to, or a
 fine-tune of it. Made with, and for, {LIBRARY}."""
 
@@ -38,10 +38,10 @@ def model_card(checkpoint: Checkpoint, weights: str) -> str:
     texts = checkpoint.metadata
     parameters = sum(block.spec.num_parameters for block in checkpoint.blocks.values())
     title = texts.get("title") or f"ΔConv for {checkpoint.architecture}"
-    hybrid = checkpoint.mixer == HYBRID_KIND
+    mixers = checkpoint.mixer != DELTACONV_KIND
     facts = {
         "architecture": checkpoint.architecture,
-        "mixers" if hybrid else "blocks": f"{len(checkpoint.blocks)} ({parameters:,} parameters)",
+        "mixers" if mixers else "blocks": f"{len(checkpoint.blocks)} ({parameters:,} parameters)",
         "base weights": f"{len(checkpoint.base_weights)} tensors of ResNet convolutions",
         "license": "not stated",
     }
@@ -50,7 +50,7 @@ def model_card(checkpoint: Checkpoint, weights: str) -> str:
 
 # {_plain(title)}
 
-{OF_HYBRIDS if hybrid else OF_BLOCKS}
+{OF_MIXERS if mixers else OF_BLOCKS}
 
 ```python
 from deltaconv_core.diffusers import apply

@@ -168,21 +168,3 @@ class HybridMixer(nn.Module):
     def extra_repr(self) -> str:
         """The spec, for printing."""
         return str(self.spec)
-
-
-def shared_hybrid(source: Any, device: torch.device | None = None) -> HybridMixer:
-    """The same mixer once more, for inference; its parameters are shared where they are on the device.
-
-    Args:
-        source: a HybridMixer, also one of this package loaded under another name.
-        device: of the parameters; None leaves them where they are.
-    """
-    # A host may run in inference mode. Parameters made there could never be part of a graph trained on top.
-    with torch.inference_mode(False), torch.no_grad():
-        mixer = HybridMixer(HybridSpec.from_dict(source.spec.to_dict()), device="meta")
-        own = {
-            name: tensor.to(device, copy=tensor.is_inference())
-            for name, tensor in source.state_dict().items()
-        }
-        mixer.load_state_dict(own, assign=True)
-        return mixer.requires_grad_(False).eval()

@@ -10,8 +10,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ....deltaconv_core.block.module import HALF_OR_MORE, shared_copy
-from ....deltaconv_core.mixers.hybrid.module import shared_hybrid
-from ....deltaconv_core.weights.checkpoint import HYBRID_KIND
+from ....deltaconv_core.mixers.shared import shared_mixer
+from ....deltaconv_core.weights.checkpoint import DELTACONV_KIND
 from .forwards import Layers
 
 
@@ -27,15 +27,15 @@ def build_blocks(trained: Mapping[str, Any], dtype: torch.dtype | None) -> dict[
     """The trained blocks again, out of ComfyUI's castable layers; weights are shared where the dtype allows.
 
     Args:
-        trained: site id -> DeltaConvBlock, or HybridMixer, which has no layers and few parameters, and moves
-            and casts those itself.
+        trained: site id -> DeltaConvBlock, or another mixer, which has no layers and few parameters, and
+            moves and casts those itself.
         dtype: of the weights of blocks; None keeps each as it is.
     """
     return {id: _copy(block, dtype) for id, block in trained.items()}
 
 
 def _copy(block: Any, dtype: torch.dtype | None) -> torch.nn.Module:
-    return shared_hybrid(block) if block.kind == HYBRID_KIND else shared_copy(block, None, dtype, Layers)
+    return shared_copy(block, None, dtype, Layers) if block.kind == DELTACONV_KIND else shared_mixer(block)
 
 
 def network_dtype(model: ModelPatcher) -> torch.dtype | None:
