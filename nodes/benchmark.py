@@ -11,7 +11,7 @@ from ..deltaconv_core.sites.choose_specs import FORMS, LEAN
 from ..deltaconv_core.weights.checkpoint import Checkpoint
 from .host.bench.measure import NOTHING, Measured, MeasureSettings, measure
 from .host.patch.blocks import network_dtype
-from .host.report import Report, left_out, tell
+from .host.report import Report, TellsAgain, left_out, tell
 from .sockets import ADVANCED, CATEGORY, Weights, search_aliases
 
 LEGEND = """\
@@ -19,7 +19,7 @@ LEGEND = """\
 - GFLOP: floating point operations of the same, two for each multiply-add."""
 
 
-class Benchmark(io.ComfyNode):
+class Benchmark(TellsAgain):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

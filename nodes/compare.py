@@ -10,13 +10,13 @@ from comfy_api.latest import io, ui
 
 from ..deltaconv_core.likeness import check_alike, difference_map, psnr, ssim
 from ..deltaconv_core.likeness.sheet import draw_sheet
-from .host.report import Report, tell
+from .host.report import Report, TellsAgain, tell
 from .sockets import CATEGORY, search_aliases
 
 GAIN = 4
 
 
-class Compare(io.ComfyNode):
+class Compare(TellsAgain):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

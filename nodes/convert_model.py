@@ -9,11 +9,11 @@ from comfy_api.latest import io, ui
 
 from ..deltaconv_core.distill.conversion import QUALITY, SPEED, Wishes
 from .host.distill.conversion import ConversionJob, convert
-from .host.report import tell
+from .host.report import TellsAgain, tell
 from .sockets import BLOCKS_TOOLTIP, CATEGORY, Weights
 
 
-class ConvertModel(io.ComfyNode):
+class ConvertModel(TellsAgain):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -14,7 +14,7 @@ from .host.distill.dataset import read_dataset
 from .host.distill.presets import chosen
 from .host.distill.session import Distillation, loss_map
 from .host.distill.widgets import Widgets, widget
-from .host.report import Report, tell
+from .host.report import Report, TellsAgain, tell
 from .sockets import CATEGORY, LossMap, Weights, search_aliases
 
 ALWAYS = ("preset", "layer_steps", "output_steps", "learning_rate", "run_name", "resume")
@@ -25,7 +25,7 @@ OPTIONAL = (
 """The order stays: workflows keep the widgets' values by position."""
 
 
-class Distill(io.ComfyNode):
+class Distill(TellsAgain):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -10,7 +10,7 @@ from ..deltaconv_core.sites.report import Report, assumptions
 from ..deltaconv_core.weights.checkpoint import DELTACONV_KIND
 from .host.files import model_folder
 from .host.files.choice import FileChoice
-from .host.report import tell
+from .host.report import tell, tell_again
 from .sockets import CATEGORY, Weights, search_aliases
 
 
@@ -41,6 +41,7 @@ class LoadWeights(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, weights: str) -> Any:
+        tell_again()
         return model_folder.Choices().fingerprint(weights)
 
     @classmethod

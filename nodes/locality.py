@@ -13,11 +13,11 @@ from ..deltaconv_core.locality.figure import check_matplotlib, draw_figure
 from ..deltaconv_core.locality.sampled_steps import spread
 from ..deltaconv_core.locality.table import text
 from .host.locality.look import Look, LookSettings, look
-from .host.report import Report, left_out, tell
+from .host.report import Report, TellsAgain, left_out, tell
 from .sockets import ADVANCED, BLOCKS_TOOLTIP, CATEGORY, search_aliases
 
 
-class AttentionLocality(io.ComfyNode):
+class AttentionLocality(TellsAgain):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

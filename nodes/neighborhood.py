@@ -6,11 +6,11 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
 from .host.patch.neighborhood import add_neighborhood
-from .host.report import tell
+from .host.report import TellsAgain, tell
 from .sockets import BLOCKS_TOOLTIP, CATEGORY, search_aliases
 
 
-class NeighborhoodAttention(io.ComfyNode):
+class NeighborhoodAttention(TellsAgain):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -14,7 +14,7 @@ from .host.files import model_folder
 from .host.files.choice import FileChoice
 from .host.model.sites import find_sites
 from .host.patch.apply import PatchSettings, apply_checkpoint
-from .host.report import tell
+from .host.report import tell, tell_again
 from .sockets import ADVANCED, BLOCKS_TOOLTIP, CATEGORY, Weights, search_aliases
 
 APPLY, LEAVE_OUT = "apply", "leave out"
@@ -97,6 +97,7 @@ class PatchModel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, weights: str, **_: Any) -> Any:
+        tell_again()
         return model_folder.Choices().fingerprint(weights)
 
     @classmethod

@@ -8,11 +8,11 @@ from ..deltaconv_core.util.whole_file import release
 from ..deltaconv_core.weights.checkpoint import Checkpoint, save_checkpoint
 from .host.files import model_folder
 from .host.files.save import SHORT_DTYPES, prepared
-from .host.report import Report, tell
+from .host.report import Report, TellsAgain, tell
 from .sockets import CATEGORY, Weights
 
 
-class SaveWeights(io.ComfyNode):
+class SaveWeights(TellsAgain):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -22,8 +22,11 @@ from typing import Any
 
 from .comfy_host import PACK_NAME, REPOSITORY, find_host
 
-# Called with a websocket message's type and data ("executing", "progress", "execution_error", ...).
+# Called with a websocket message's type and data ("executing", "progress", "execution_error", ...;
+# "progress_text", with "node" and "text", for what is to stand under a node).
 OnMessage = Callable[[str, dict[str, Any]], None]
+
+TEXT = (3).to_bytes(4, "big")  # BinaryEventTypes.TEXT of ComfyUI's protocol
 
 
 class ServerError(RuntimeError):
@@ -275,7 +278,9 @@ class ComfyServer:
     async def _follow(self, messages: Any, prompt_id: str, on_message: OnMessage) -> None:
         """Pass on this prompt's messages until ComfyUI says that it executes nothing any more."""
         async for message in messages:
-            if not isinstance(message.data, str):  # binary messages are preview pictures
+            if not isinstance(message.data, str):
+                if text := _text_under_node(message.data):
+                    on_message("progress_text", text)
                 continue
             content = json.loads(message.data)
             kind, data = content["type"], content["data"]
@@ -285,3 +290,11 @@ class ComfyServer:
             if kind == "executing" and data["node"] is None:
                 return
         raise ServerError(f"ComfyUI went away during the prompt. The end of its log:\n{self.log[-3000:]}")
+
+
+def _text_under_node(data: bytes) -> dict[str, str] | None:
+    """The node and the text of a binary message of that kind; None for others, such as preview pictures."""
+    if data[:4] != TEXT:
+        return None
+    end = 8 + int.from_bytes(data[4:8], "big")
+    return {"node": data[8:end].decode(), "text": data[end:].decode()}

@@ -75,6 +75,31 @@ def test_models_made_anew_give_the_same_pictures(server, attention_elsewhere):
     assert after == before and after["attention"] == attention_elsewhere
 
 
+def test_a_cached_node_says_again_what_it_said(server):
+    """ComfyUI does not run the node, so it is the fingerprint that tells; each setting has its own text."""
+
+    def said(**options):
+        ran, texts = [], []
+
+        def listen(kind, data):
+            if kind == "executing":
+                ran.append(data["node"])
+            if kind == "progress_text" and data["node"] == "patched":
+                texts.append(data["text"])
+
+        patched = patch_node(end_percent=0.875, **options)  # of no other test
+        server.run(base_prompt() | {"patched": patched} | branch("ΔConv", "patched"), listen)
+        return ("patched" in ran), texts
+
+    ran, (first,) = said()
+    assert ran and "5 of" in first
+    assert said() == (False, [first])
+    ran, (other,) = said(blocks="mid")
+    assert ran and other != first
+    assert said(blocks="mid") == (False, [other])
+    assert said()[1][-1] == first
+
+
 def test_a_range_is_neither_of_the_two(server):
     prompt = both(steps=4) | {"part": patch_node(end_percent=0.4)} | branch("some steps", "part", steps=4)
     seen = run(server, prompt)

@@ -109,7 +109,7 @@ def test_the_same_again_is_not_learned_again(server):
     """ComfyUI keeps what the node gave."""
     server.run(training("again"))
     ran = []
-    server.run(training("again"), lambda kind, data: ran.append(data.get("node")))
+    server.run(training("again"), lambda kind, data: kind == "executing" and ran.append(data["node"]))
     assert "distil" not in ran
 
 
