@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from comfy.model_patcher import ModelPatcher
@@ -12,9 +13,11 @@ from ..deltaconv_core.sites.sampling_range import SamplingRange
 from ..deltaconv_core.weights.checkpoint import Checkpoint
 from .host.files import model_folder
 from .host.files.choice import FileChoice
-from .host.model.sites import find_sites
+from .host.model.joint import find_joint_sites
+from .host.model.sites import Sites, find_sites, network_of
 from .host.patch.apply import PatchSettings, apply_checkpoint
-from .host.report import tell, tell_again
+from .host.patch.joint_mixers import apply_joint
+from .host.report import show, tell, tell_again
 from .sockets import ADVANCED, BLOCKS_TOOLTIP, CATEGORY, Weights, search_aliases
 
 APPLY, LEAVE_OUT = "apply", "leave out"
@@ -33,7 +36,11 @@ class PatchModel(io.ComfyNode):
             description="Puts trained ΔConv blocks in place of a model's self-attention. The model itself "
             "stays as it is; the output is a patched clone.",
             inputs=[
-                io.Model.Input("model", tooltip="A U-Net (SD 1.x, SD 2.x, SDXL, ...) or PixArt."),
+                io.Model.Input(
+                    "model",
+                    tooltip="A U-Net (SD 1.x, SD 2.x, SDXL, ...) or PixArt; with joint mixers also FLUX, "
+                    "Chroma, Z-Image, Lumina 2, Qwen-Image or SD 3.",
+                ),
                 FileChoice(
                     "weights",
                     lambda: [model_folder.RECOMMENDED, *model_folder.Choices().names()],
@@ -117,10 +124,15 @@ class PatchModel(io.ComfyNode):
             raise DeltaConvError(f"base_weights must be {APPLY!r} or {LEAVE_OUT!r}, got {base_weights!r}")
         strength = base_weights_strength if base_weights == APPLY else None
         settings = PatchSettings(blocks, SamplingRange(start_percent, end_percent), strength)
-        found = find_sites(model)
+        found = find_joint_sites(network_of(model)) or find_sites(model)
         if deltaconv is None:
             choices = model_folder.Choices()
             auto = weights == model_folder.RECOMMENDED
             deltaconv = choices.load(choices.recommended(found.architecture) if auto else weights)
-        patched, report = apply_checkpoint(model, found, deltaconv, settings)
+        if isinstance(found, Sites):
+            patched, report = apply_checkpoint(model, found, deltaconv, settings)
+        else:
+            patched, report = apply_joint(
+                model, found, deltaconv, blocks, settings.sampling, partial(show, hidden=cls.hidden)
+            )
         return io.NodeOutput(patched, ui=ui.PreviewText(tell(report, cls.hidden)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..util.text import listing
 from .base_weights import Difference
 from .sampling_range import SamplingRange
 
@@ -45,6 +46,30 @@ def of_blocks(architecture: str, sites: int, blocks: Iterable[torch.nn.Module]) 
         f"{what} stands in for {len(blocks)} of {sites} self-attentions of {architecture} "
         f"({amount} parameters, {dtypes})."
     )
+
+
+def of_joint(checkpoint: Any, sites: Iterable[str]) -> list[str]:
+    """What the joint mixers at these sites are, and what they were fitted to.
+
+    Args:
+        checkpoint: joint mixers (`Checkpoint`).
+        sites: ids, for each of which it has one.
+    """
+    kinds: dict[tuple[int, int], list[str]] = {}
+    for site in sites:
+        spec = checkpoint.blocks[site].spec
+        kinds.setdefault((spec.landmarks, spec.kernel_size), []).append(site)
+    lines = [
+        f"{landmarks} landmarks{f', K {size}' if size else ''}: {len(ids)} attentions ({listing(ids)})."
+        for (landmarks, size), ids in kinds.items()
+    ]
+    if sizes := checkpoint.metadata.get("sizes"):
+        lines.append(f"They were fitted to images of {sizes} tokens.")
+    return [
+        *lines,
+        "Each runs where it is faster than attention, which is timed when the model first samples an image "
+        "of a size; what runs is told then.",
+    ]
 
 
 def of_kept(kept: Mapping[str, str]) -> list[str]:

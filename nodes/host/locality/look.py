@@ -169,8 +169,9 @@ def _watched_joint(watch: LocalityWatch, site: JointSite, forward: Forward) -> F
         ids = iter(site.ids)
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> None:
-            image = site.locate(args, call, q.shape[2], tokens)
-            watch.see(next(ids), q, k, tokens.grid, image, mask)
+            id, image = next(ids), site.locate(args, call, q.shape[2], tokens)
+            if image is not None:
+                watch.see(id, q, k, tokens.grid, image, mask)
 
         return intercepted(forward, attend)(*args, **call)
 

@@ -7,6 +7,7 @@ PixArt hands nothing down; the few lines around its attention are done here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,12 @@ OVERRIDE = "optimized_attention_override"
 # (q, k, v, mask), the first three (B, heads, N, d). Returns (B, heads, N, d); None: attention as usual.
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor | None]
 
+# The attention as it would run: (q, k, v, mask) -> answers, all by head.
+Usual = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+AttendWithUsual = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Usual], torch.Tensor | None
+]
+
 
 def intercepted(forward: Forward, attend: Attend) -> Forward:
     """The forward with `attend` in it.
@@ -35,7 +42,13 @@ def intercepted(forward: Forward, attend: Attend) -> Forward:
     if isinstance(module, AttentionKVCompress):
         return _pixart(module, forward, attend)
 
-    def run(*args: Any, **call: Any) -> torch.Tensor:
+    return with_usual(forward, lambda q, k, v, mask, _: attend(q, k, v, mask))
+
+
+def with_usual(forward: Forward, attend: AttendWithUsual) -> Forward:
+    """The same for `attend` that may also call the attention that would run without it."""
+
+    def run(*args: Any, **call: Any) -> Any:
         options = call.get("transformer_options") or {}
         override = _override(attend, options.get(OVERRIDE))
         return forward(*args, **call | {"transformer_options": options | {OVERRIDE: override}})
@@ -43,7 +56,7 @@ def intercepted(forward: Forward, attend: Attend) -> Forward:
     return run
 
 
-def _override(attend: Attend, before: Forward | None) -> Forward:
+def _override(attend: AttendWithUsual, before: Forward | None) -> Forward:
     """What ComfyUI calls in place of its attention; `before` is the override that was there."""
 
     def override(
@@ -55,14 +68,25 @@ def _override(attend: Attend, before: Forward | None) -> Forward:
         mask: torch.Tensor | None = None,
         **more: Any,
     ) -> torch.Tensor:
-        split = more.get("skip_reshape", False)
-        by_head = [t if split else t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
-        out = attend(by_head[0], by_head[1], by_head[2], _four_dimensional(mask))
-        if out is not None:
-            return out if more.get("skip_output_reshape", False) else out.transpose(1, 2).flatten(2)
-        if before is not None:
-            return before(attention, q, k, v, heads, mask=mask, **more)
-        return attention(q, k, v, heads, mask=mask, **more)
+        usual = attention if before is None else partial(before, attention)
+        split, joined = more.get("skip_reshape", False), not more.get("skip_output_reshape", False)
+
+        def by_head(t: torch.Tensor, already: bool) -> torch.Tensor:
+            # SD 3's values come divided by head already, in a layout of their own.
+            return t if already else t.reshape(*t.shape[:2], heads, -1).transpose(1, 2)
+
+        def call_usual(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+        ) -> torch.Tensor:
+            """In the layout of the call that was met, which whatever answers it is known to take."""
+            q, k, v = (t if split else t.transpose(1, 2).flatten(2) for t in (q, k, v))
+            return by_head(usual(q, k, v, heads, mask=mask, **more), not joined)
+
+        parts = [by_head(t, split) for t in (q, k, v)]
+        out = attend(parts[0], parts[1], parts[2], _four_dimensional(mask), call_usual)
+        if out is None:
+            return usual(q, k, v, heads, mask=mask, **more)
+        return out.transpose(1, 2).flatten(2) if joined else out
 
     return override
 

@@ -12,7 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ....deltaconv_core.sites.sampling_range import SamplingRange
-from ....deltaconv_core.weights.checkpoint import HYBRID_KIND
+from ....deltaconv_core.weights.checkpoint import DELTACONV_KIND
 from ..model.sites import Site
 from ..model.standing import check_reach
 from . import site_patch
@@ -79,7 +79,7 @@ class AppliedBlocks(SitePatch):
     @property
     def keeps_projections(self) -> bool:
         """Whether the attentions' own layers still run, and what changes them still acts."""
-        return any(block.kind == HYBRID_KIND for block in self.blocks)
+        return any(block.kind != DELTACONV_KIND for block in self.blocks)
 
 
 def with_blocks(

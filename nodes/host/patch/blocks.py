@@ -11,7 +11,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ....deltaconv_core.block.module import HALF_OR_MORE, shared_copy
 from ....deltaconv_core.mixers.shared import shared_mixer
-from ....deltaconv_core.weights.checkpoint import DELTACONV_KIND
+from ....deltaconv_core.weights.checkpoint import DELTACONV_KIND, JOINT_KIND
 from .forwards import Layers
 
 
@@ -21,6 +21,25 @@ class DeltaConvBlocks(torch.nn.Module):
     def __init__(self, blocks: Mapping[str, torch.nn.Module]) -> None:
         super().__init__()
         self.blocks = torch.nn.ModuleList(blocks.values())
+
+
+class SiteMixers(torch.nn.Module):
+    """Joint mixers of one block of a network, which may have several attentions.
+
+    Args:
+        mixers: site id -> JointMixer.
+    """
+
+    kind = JOINT_KIND
+
+    def __init__(self, mixers: Mapping[str, torch.nn.Module]) -> None:
+        super().__init__()
+        self.ids = list(mixers)
+        self.mixers = torch.nn.ModuleList(mixers.values())
+
+    def of(self, id: str) -> Any:
+        """The mixer at a site; None where there is none."""
+        return self.mixers[self.ids.index(id)] if id in self.ids else None
 
 
 def build_blocks(trained: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, torch.nn.Module]:
@@ -35,6 +54,8 @@ def build_blocks(trained: Mapping[str, Any], dtype: torch.dtype | None) -> dict[
 
 
 def _copy(block: Any, dtype: torch.dtype | None) -> torch.nn.Module:
+    if isinstance(block, SiteMixers):
+        return SiteMixers({id: shared_mixer(block.of(id)) for id in block.ids})
     return shared_copy(block, None, dtype, Layers) if block.kind == DELTACONV_KIND else shared_mixer(block)
 
 

@@ -20,6 +20,7 @@ import torch
 
 from ....deltaconv_core.errors import DeltaConvError
 from ....deltaconv_core.sites.sampling_range import Choice
+from ..model.joint import Tokens
 from ..model.sites import Site
 from ..model.standing import Forward
 
@@ -33,12 +34,14 @@ class Call:
         own: the attention's own forward, by path, where a mixer runs inside it.
         behind: what would run without the patch, by path, where something else than the mixer may run.
         grids: (H, W) at the sites that have run already, by id.
+        tokens: of a model with joint attention, what is known of them.
     """
 
     choice: Choice = True
     own: dict[str, Forward] = field(default_factory=dict)
     behind: dict[str, Forward] = field(default_factory=dict)
     grids: dict[str, tuple[int, int]] = field(default_factory=dict)
+    tokens: Tokens | None = None
 
 
 class Calls(dict[object, Call]):

@@ -85,12 +85,12 @@ class SitePatch:
         def wrapper(
             executor: Any, x: torch.Tensor, sigmas: torch.Tensor, *args: Any, **kwargs: Any
         ) -> torch.Tensor:
-            with running(self.owner, self._call(executor.class_obj, sigmas)):
+            with running(self.owner, self._call(executor.class_obj, x, sigmas)):
                 return executor(x, sigmas, *args, **kwargs)
 
         return wrapper
 
-    def _call(self, base: BaseModel, sigmas: torch.Tensor) -> Call:
+    def _call(self, base: BaseModel, x: torch.Tensor, sigmas: torch.Tensor) -> Call:
         choice: Choice = True
         if not self.sampling.is_everything:
             choice = self.sampling.choose(sigmas, base.model_sampling.percent_to_sigma)
