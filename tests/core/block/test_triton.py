@@ -17,6 +17,7 @@ import torch
 
 from deltaconv_core.block.ops.by_reference import ReferenceBackend
 from deltaconv_core.block.ops.triton import BACKEND, by_triton
+from testing.machine_code import build
 
 HERE = Path(__file__).parent
 
@@ -38,7 +39,6 @@ def test_kernels(interpreted):
     assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
 
 
-FLOATS = {"factor", "row_ratio", "col_ratio", "first_rows", "first_cols", "second_rows", "second_cols"}
 PROJECT = {"HAS_STAGE": True, "HAS_BIAS": True, "SMALLER": 2, "HALF": False, "LARGEST": 2.0**15}
 PROJECT |= {"WIDE": False, "FLOAT32": "ieee"}
 PROJECTED = ("stage", "weight", "bias", "first", "second", "out")
@@ -69,32 +69,11 @@ BUILDS = {
 )
 @pytest.mark.parametrize("name", BUILDS)
 def test_kernels_compile_without_a_gpu(name, target, tmp_path, monkeypatch):
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     module, kernel = name.split()[0].split(".")
     tuner = getattr(importlib.import_module(f"deltaconv_core.block.ops.triton.{module}"), kernel).tuner
-    pointers, constants = BUILDS[name]
-    config = tuner.configs[-1]
-    constants = {**constants, **config.kwargs}
-    signature = {
-        argument: "constexpr" if argument in constants
-        else f"*{pointers[argument]}" if argument in pointers
-        else "fp32" if argument in FLOATS
-        else "i32"
-        for argument in tuner.fn.arg_names
-    }  # fmt: skip
-    # Pointers and numbers of channels are multiples of 16, as those of a model are.
-    aligned = [*pointers, "C", "CHANNELS", "weight_stride"]
-    attributes = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (argument, kind) in enumerate(signature.items())
-        if argument in aligned and kind != "constexpr"
-    }
-    source = ASTSource(tuner.fn, signature, constants, attributes)
-    built = triton.compile(source, target=GPUTarget(*target), options={"num_warps": config.num_warps})
+    built = build(tuner, tuner.configs[-1], *BUILDS[name], target)
     assert built.metadata.shared <= 64 * 1024  # what every GPU has
 
 
