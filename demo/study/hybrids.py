@@ -58,7 +58,10 @@ SHAPES = {
     **{f"Nyström {n}": _everywhere(n, nystrom="cholesky") for n in COUNTS},
     **{f"Nyström {n}, Newton": _everywhere(n, nystrom="newton") for n in (36, 64)},
     **{f"Nyström {n}, K 5": _everywhere(n, nystrom="cholesky", **_local(5)) for n in (36, 64, 144)},
-    "Nyström 64, K 5 by channel": _everywhere(64, nystrom="cholesky", **_local(5, share="channel")),
+    **{
+        f"Nyström {n}, K 5 by channel": _everywhere(n, nystrom="cholesky", **_local(5, share="channel"))
+        for n in (64, 144)
+    },
     "Nyström 64, 36, 16": Shape((64, 36, 16), {"nystrom": "cholesky"}),
     "K 5": _everywhere(0, **_local(5)),
 }

@@ -3,12 +3,13 @@
 import argparse
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from deltaconv_core import DeltaConvError
+from deltaconv_core import BlockSpec, Checkpoint, DeltaConvBlock, DeltaConvError, save_checkpoint
 from demo.files import named_file, student_file, teacher_file
 from demo.study import evaluate
 from demo.study.curves import curve, draw_curves, read_log, stage_changes
@@ -133,9 +134,12 @@ def test_other_files_are_no_logs(tmp_path, text, message):
 
 
 @pytest.mark.slow
-def test_operations_grow_with_the_square_of_the_pixels_for_attention_only(pack):
-    models = Models(teacher_file(), {"ΔConv": student_file()})
+def test_operations_grow_with_the_square_of_the_pixels_for_attention_only(pack, tmp_path):
+    models = Models(teacher_file(), {"ΔConv": tmp_path / "all.safetensors"})
     models.pack = pack.__name__
+    found = import_module(".nodes.host.model.sites", models.pack).find_sites(models.teacher)
+    blocks = {site: DeltaConvBlock(BlockSpec.lean(dim, 5)) for site, dim in found.channels.items()}
+    save_checkpoint(Checkpoint(found.architecture, blocks), models.students["ΔConv"])
     prompts = held_out_prompts(2, 0)
     small, large = (
         {
