@@ -175,7 +175,7 @@ def from_runs(output: Path) -> None:
                     node["inputs"]["batch_size"] = 2
             outputs = server.run(prompt)
             shown = [outputs[key]["images"][0] for key, node in prompt.items() if node["class_type"] == kind]
-            with Image.open(io.BytesIO(server.view(shown[-1]))) as picture:
+            with Image.open(io.BytesIO(server.view(shown[0]))) as picture:
                 fit(picture.convert("RGB")).save(output / f"{name}.jpg", quality=88, optimize=True)
 
 
