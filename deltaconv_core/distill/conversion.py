@@ -26,10 +26,11 @@ from ..bench import Span, alternate, synchronize
 from ..errors import DeltaConvError
 from ..mixers.hybrid import HybridMixer, HybridSpec
 from ..mixers.hybrid.cells import cells_of
+from ..mixers.joint import JointLayout, JointMixer, JointSpec
 from ..mixers.joint.plan import FASTER, TIMED_CALLS
 from ..weights.checkpoint import Checkpoint
 from .budget import Attention, Decision, within_cost, within_error
-from .hybrid import Chosen, FitSettings, Fitted, HybridFit, SeeCall, choose, fit_hybrids
+from .hybrid import Chosen, FitSettings, Fitted, HybridFit, MixerSpec, SeeCall, choose, fit_hybrids
 
 QUALITY, SPEED = "quality", "speed"
 LANDMARKS = (36, 64, 144, 256, 576)
@@ -39,6 +40,20 @@ LONGEST_CALL = 10.0
 
 Attending = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of q, k, v (B, heads, N, d) -> the answers in any layout, as the model computes it."""
+
+
+JOINT_LANDMARKS = (64, 256, 1024)
+JOINT_KERNELS = (0, 9)
+
+
+def joint_candidates(dim: int, heads: int, head_dim: int) -> list[JointSpec]:
+    """The mixers that are fitted to one joint attention: from few landmarks to many, with and without local
+    kernels; arguments as for `candidates`."""
+    return [
+        JointSpec(dim, heads, head_dim, landmarks=n, kernel_size=size)
+        for n in JOINT_LANDMARKS
+        for size in JOINT_KERNELS
+    ]
 
 
 def candidates(dim: int, heads: int, head_dim: int) -> list[HybridSpec]:
@@ -102,7 +117,7 @@ class ConvertedLayer:
 
     site: str
     grid: tuple[int, int]
-    mixer: HybridSpec | None
+    mixer: MixerSpec | None
     error: float
     calls: int
     seconds: tuple[float, float]
@@ -121,7 +136,7 @@ class Conversion:
         more: layers that stay attention at this size, and would not at twice the height and width.
     """
 
-    mixers: dict[str, HybridMixer]
+    mixers: dict[str, HybridMixer | JointMixer]
     kept: dict[str, str]
     layers: list[ConvertedLayer]
     picture: float
@@ -164,13 +179,14 @@ class Conversion:
 
 
 def fit_and_choose(
-    sites: Mapping[str, Sequence[HybridSpec]],
+    sites: Mapping[str, Sequence[MixerSpec]],
     watched: Callable[[SeeCall], AbstractContextManager[None]],
     sample: Callable[[int], None],
     wishes: Wishes,
     attend: Attending = F.scaled_dot_product_attention,
     check: Callable[[], object] = lambda: None,
     on_picture: Callable[[int], None] | None = None,
+    fitting: type[HybridFit] = HybridFit,
 ) -> Conversion:
     """Fits, times and chooses; the model stays as it is.
 
@@ -180,6 +196,7 @@ def fit_and_choose(
         wishes: of the user.
         attend: the attention as the model computes it, which is timed.
         check: called often; raises to stop.
+        fitting: `JointFit` for joint mixers. Of pictures of several sizes, the times of the largest decide.
 
     Raises:
         DeltaConvError: a budget or number of pictures out of range, or no attention that was ever called.
@@ -190,7 +207,7 @@ def fit_and_choose(
             f"expected at least {settings.held_out} calibration pictures, of which one in "
             f"{settings.held_out} is held out to measure the error, got {wishes.pictures}"
         )
-    fit = HybridFit(sites, settings)
+    fit = fitting(sites, settings)
     meter = _Meter(fit, sample, check)
     fitted = fit_hybrids(
         fit, lambda see: watched(meter.see), meter.sample, wishes.pictures, on_picture=on_picture
@@ -215,17 +232,17 @@ def fit_and_choose(
             ConvertedLayer(site, fit.grids[site], mixer, error, meter.counts[site], seconds, larger)
         )
     more = len(later.mixers.keys() - chosen.mixers.keys())
-    return Conversion(chosen.mixers, chosen.kept, layers, statistics.median(meter.pictures), wishes, more)
+    return Conversion(chosen.mixers, chosen.kept, layers, meter.picture, wishes, more)
 
 
-Known = Mapping[str, Mapping[HybridSpec | None, float]]
+Known = Mapping[str, Mapping[MixerSpec | None, float]]
 """Site -> mixer, or None for the attention -> seconds of a call."""
 
 
 def _chosen(fit: HybridFit, fitted: Mapping[str, Sequence[Fitted]], wishes: Wishes, known: Known) -> Chosen:
     """What the budget says, by these times; no mixer that is not faster than its attention."""
 
-    def cost(site: str, spec: HybridSpec | None) -> float:
+    def cost(site: str, spec: MixerSpec | None) -> float:
         own, attention = known[site][spec], known[site][None]
         faster = own < FASTER * attention and not _is_attention(spec, fit.grids[site])
         return own if spec is None or faster else max(own, attention)
@@ -233,24 +250,44 @@ def _chosen(fit: HybridFit, fitted: Mapping[str, Sequence[Fitted]], wishes: Wish
     return choose(fit, fitted, wishes.decide, cost)
 
 
-def _is_attention(spec: HybridSpec | None, grid: tuple[int, int]) -> bool:
+def _is_attention(spec: MixerSpec | None, grid: tuple[int, int]) -> bool:
     """Whether a mixer has a landmark for each token, so that it is the attention, at the same cost."""
     return spec is not None and cells_of(grid, spec.landmarks) == grid
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What a call of an attention looked like: all that its time depends on."""
+    """What a call of an attention looked like: all that its time depends on.
+
+    Args:
+        shape: of the queries.
+        keys: of keys and values.
+        place: the image's (H, W), or where it is among other tokens.
+        dtype, device: of the tokens.
+    """
 
     shape: tuple[int, ...]
-    grid: tuple[int, int]
+    keys: tuple[int, ...]
+    place: tuple[int, int] | JointLayout
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(H, W) of the image."""
+        return self.place.grid if isinstance(self.place, JointLayout) else self.place
+
     def larger(self) -> _Call:
-        """At twice the height and width."""
-        batch, heads, tokens, d = self.shape
-        return replace(self, shape=(batch, heads, 4 * tokens, d), grid=(2 * self.grid[0], 2 * self.grid[1]))
+        """At twice the height and width of the image."""
+        height, width = (2 * side for side in self.grid)
+        more = 3 * self.grid[0] * self.grid[1]
+        place = (height, width)
+        return replace(
+            self,
+            shape=(*self.shape[:2], self.shape[2] + more, self.shape[3]),
+            keys=(*self.keys[:2], self.keys[2] + more, self.keys[3]),
+            place=replace(self.place, grid=place) if isinstance(self.place, JointLayout) else place,
+        )
 
 
 class _Meter:
@@ -260,15 +297,16 @@ class _Meter:
         self.fit, self._sample, self.check = fit, sample, check
         self.calls: dict[str, _Call] = {}
         self.counts: Counter[str] = Counter()
-        self.pictures: list[float] = []
+        self._pictures: list[tuple[int, float]] = []
+        self._queries = 0
         self._spans: list[Span] = []
 
-    def see(
-        self, site: str, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], mask: Tensor | None
-    ) -> None:
+    def see(self, site: str, q: Tensor, k: Tensor, v: Tensor, grid: Any, mask: Tensor | None) -> None:
         self.check()
-        self.calls[site] = _Call(tuple(q.shape), grid, q.dtype, q.device)
+        call = _Call(tuple(q.shape), tuple(k.shape), grid, q.dtype, q.device)
+        self.calls[site] = max(self.calls.get(site, call), call, key=lambda one: one.shape[2])
         self.counts[site] += 1
+        self._queries = max(self._queries, q.shape[2])
         with Span(q.device) as span:
             self.fit.see(site, q, k, v, grid, mask)
         self._spans.append(span)
@@ -276,12 +314,19 @@ class _Meter:
     def sample(self, number: int) -> None:
         self.counts.clear()
         self._spans.clear()
+        self._queries = 0
         start = time.perf_counter()
         self._sample(number)
         for device in {call.device for call in self.calls.values()}:
             synchronize(device)
         whole = time.perf_counter() - start
-        self.pictures.append(whole - sum(span.seconds for span in self._spans))
+        self._pictures.append((self._queries, whole - sum(span.seconds for span in self._spans)))
+
+    @property
+    def picture(self) -> float:
+        """Seconds of a picture of the largest size."""
+        largest = max(queries for queries, _ in self._pictures)
+        return statistics.median(seconds for queries, seconds in self._pictures if queries == largest)
 
 
 class _Times:
@@ -295,11 +340,11 @@ class _Times:
 
     def __init__(self, calls: Mapping[str, _Call], attend: Attending, check: Callable[[], object]) -> None:
         self.calls, self.attend, self.check = calls, attend, check
-        self._known: dict[tuple[_Call, Sequence[HybridSpec]], dict[HybridSpec | None, float]] = {}
+        self._known: dict[tuple[_Call, Sequence[MixerSpec]], dict[MixerSpec | None, float]] = {}
 
     def __call__(
-        self, site: str, specs: Sequence[HybridSpec], *, twice: bool = False
-    ) -> dict[HybridSpec | None, float]:
+        self, site: str, specs: Sequence[MixerSpec], *, twice: bool = False
+    ) -> dict[MixerSpec | None, float]:
         """Seconds of a call by mixer, and None for the attention.
 
         Args:
@@ -310,7 +355,7 @@ class _Times:
         call = self.calls[site]
         whole = call.larger() if twice else call
         if (key := (whole, tuple(specs))) not in self._known:
-            all_of_them: list[HybridSpec | None] = [None, *specs]
+            all_of_them: list[MixerSpec | None] = [None, *specs]
             if twice:
                 # Attention takes the square of the tokens, mixers their number.
                 reckoned = {
@@ -324,22 +369,26 @@ class _Times:
 
     @torch.no_grad()
     def _timed(
-        self, call: _Call, specs: Sequence[HybridSpec | None], repeats: int
-    ) -> dict[HybridSpec | None, float]:
+        self, call: _Call, specs: Sequence[MixerSpec | None], repeats: int
+    ) -> dict[MixerSpec | None, float]:
         random = torch.Generator(call.device).manual_seed(0)
         q, k, v = (
-            torch.randn(call.shape, generator=random, device=call.device).to(call.dtype) for _ in range(3)
+            torch.randn(shape, generator=random, device=call.device).to(call.dtype)
+            for shape in (call.shape, call.keys, call.keys)
         )
         failed: set[str] = set()
 
-        def run(name: str, spec: HybridSpec | None) -> Callable[[], None]:
-            mixer = None if spec is None else HybridMixer(spec, call.device)
+        def run(name: str, spec: MixerSpec | None) -> Callable[[], None]:
+            mixer: Any = None
+            if spec is not None:
+                made: Any = JointMixer if isinstance(spec, JointSpec) else HybridMixer
+                mixer = made(spec, call.device)
 
             def once() -> None:
                 if name in failed:
                     return
                 try:
-                    self.attend(q, k, v) if mixer is None else mixer(q, k, v, call.grid)
+                    self.attend(q, k, v) if mixer is None else mixer(q, k, v, call.place)
                 except torch.OutOfMemoryError:
                     failed.add(name)
 

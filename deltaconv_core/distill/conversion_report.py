@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ..mixers.hybrid import HybridSpec
+from ..mixers.joint import JointSpec
 from ..sites import short_name
 from ..util.text import markdown
 from .conversion import QUALITY, Conversion
@@ -20,7 +21,9 @@ def summary_lines(conversion: Conversion, size: tuple[int, int], steps: int) -> 
     """
     layers, (width, height) = conversion.layers, size
     replaced = [layer for layer in layers if layer.mixer is not None]
-    what = f"{len(replaced)} of {len(layers)} self-attentions are replaced by hybrid mixers"
+    joint = any(isinstance(layer.mixer, JointSpec) for layer in replaced)
+    kind = "joint" if joint else "hybrid"
+    what = f"{len(replaced)} of {len(layers)} self-attentions are replaced by {kind} mixers"
     if replaced:
         errors = [layer.error for layer in replaced]
         what += f", with errors of {min(errors):.2g} to {max(errors):.2g}"
@@ -75,11 +78,12 @@ def report_text(conversion: Conversion, size: tuple[int, int], steps: int) -> st
     return "\n".join(lines)
 
 
-def in_words(spec: HybridSpec | None) -> str:
+def in_words(spec: HybridSpec | JointSpec | None) -> str:
     """A mixer in a few words."""
     if spec is None:
         return "attention"
-    kind = f"{spec.landmarks} landmarks" + (", Nyström" if spec.nystrom != "none" else "")
+    kind = f"{spec.landmarks} landmarks"
+    kind += ", Nyström" if isinstance(spec, HybridSpec) and spec.nystrom != "none" else ""
     return kind + (f", K {spec.kernel_size}" if spec.kernel_size else "")
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from ..errors import CheckpointError, DeltaConvError
 from ..mixers.hybrid import HybridMixer, HybridSpec
 from ..mixers.hybrid.features import count, features, unpack
 from ..mixers.hybrid.flops import hybrid_flops
+from ..mixers.joint import JointMixer, JointSpec
 from ..util.foreign_json import parse_json
 from ..util.text import listing, quoted
 from ..weights.safefile import Pathlike, read_file, write_file
@@ -36,8 +38,10 @@ from .budget import Attention, Decision, Option
 from .hybrid_sums import HybridSums, add_queries, named_sums, sums_bytes
 from .order import generator
 
-SeeCall = Callable[[str, Tensor, Tensor, Tensor, tuple[int, int], Tensor | None], None]
-"""Is told (site id, q, k, v (B, heads, N, d), grid, mask of the keys (B, N) or None) of a call."""
+MixerSpec = HybridSpec | JointSpec
+SeeCall = Callable[[str, Tensor, Tensor, Tensor, Any, Tensor | None], None]
+"""Is told (site id, q, k, v (B, heads, N, d), grid, mask of the keys (B, N) or None) of a call; of joint
+attention, what `JointFit.see` takes."""
 
 FEATURE_BYTES = 2**26  # bytes of features that exist at a time
 FIT_KEY = "deltaconv_hybrid_fit"
@@ -84,7 +88,7 @@ class Fitted:
         start_error: the same of the mixer as it starts.
     """
 
-    mixer: HybridMixer
+    mixer: HybridMixer | JointMixer
     error: float
     start_error: float
 
@@ -103,9 +107,9 @@ class HybridFit:
     """
 
     def __init__(
-        self, candidates: Mapping[str, Sequence[HybridSpec]], settings: FitSettings | None = None
+        self, candidates: Mapping[str, Sequence[MixerSpec]], settings: FitSettings | None = None
     ) -> None:
-        self.candidates = {site: tuple(specs) for site, specs in candidates.items()}
+        self.candidates: dict[str, tuple[Any, ...]] = {site: tuple(s) for site, s in candidates.items()}
         self.settings = settings or FitSettings()
         needed = sums_bytes([spec for specs in self.candidates.values() for spec in specs])
         if needed > self.settings.memory:
@@ -137,12 +141,13 @@ class HybridFit:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        grid: tuple[int, int],
+        grid: Any,
         mask: Tensor | None = None,
     ) -> None:
         """One call of an attention: its queries, keys and values (B, heads, H * W, d), as it uses them.
 
         Args:
+            grid: (H, W).
             mask: (B, H * W) of the keys, as `HybridMixer` takes it.
         """
         if site not in self.candidates:
@@ -188,17 +193,21 @@ class HybridFit:
                 change = own.solve(self.settings.ridge)
                 start = torch.zeros_like(change)
                 start[:, -1] = bool(spec.landmarks)
-                mixer = unpack(spec, (start + change).cpu())
+                mixer = self._mixer(spec, (start + change).cpu())
                 errors = (others.error(change), others.error(torch.zeros_like(change)))
                 found[site].append(Fitted(mixer, *errors))
         return found
 
-    def flops(self, site: str, spec: HybridSpec | None) -> float:
+    def _mixer(self, spec: Any, w: Tensor) -> Any:
+        """The mixer with these parameters, in float32."""
+        return unpack(spec, w)
+
+    def flops(self, site: str, spec: Any) -> float:
         """Operations of a mixer, or of the attention (None), on the grid that was seen at a site."""
         if spec is not None:
             return hybrid_flops(spec, self.grids[site])
         tokens, own = self.grids[site][0] * self.grids[site][1], self.candidates[site][0]
-        return 8 * tokens * own.dim * own.inner + 4 * tokens**2 * own.inner
+        return float(8 * tokens * own.dim * own.inner + 4 * tokens**2 * own.inner)
 
     def save(self, path: Pathlike) -> None:
         """Writes the sums, so that `restore` continues after the last picture.
@@ -340,7 +349,7 @@ class Chosen:
         decisions: site id -> all that was decided, with reasons.
     """
 
-    mixers: dict[str, HybridMixer]
+    mixers: dict[str, HybridMixer | JointMixer]
     kept: dict[str, str]
     decisions: dict[str, Decision]
 
@@ -349,7 +358,7 @@ def choose(
     fit: HybridFit,
     fitted: Mapping[str, Sequence[Fitted]],
     budget: Callable[[Mapping[str, Attention]], dict[str, Decision]],
-    cost: Callable[[str, HybridSpec | None], float] | None = None,
+    cost: Callable[[str, MixerSpec | None], float] | None = None,
 ) -> Chosen:
     """Decides which attentions are replaced, and by which of the mixers that were fitted to them.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import DeltaConvError
 from ..mixers.hybrid import HybridSpec
 from ..mixers.hybrid.features import count
+from ..mixers.joint import JointSpec
 
 
 class HybridSums:
@@ -22,7 +23,7 @@ class HybridSums:
         answers: (heads or channels,) squares of attention's answer.
     """
 
-    def __init__(self, spec: HybridSpec, device: torch.device) -> None:
+    def __init__(self, spec: HybridSpec | JointSpec, device: torch.device) -> None:
         size, shared = count(spec), spec.shared
         self.gram, self.products, self.rest, self.answers = (
             torch.zeros(shape, dtype=torch.float64, device=device)
@@ -70,7 +71,7 @@ class HybridSums:
             setattr(self, name, tensor.to(device))
 
 
-def sums_bytes(specs: Sequence[HybridSpec]) -> int:
+def sums_bytes(specs: Sequence[HybridSpec | JointSpec]) -> int:
     """What the sums for these mixers take, whatever the size and number of the pictures."""
     return sum(2 * 8 * spec.shared * (count(spec) ** 2 + count(spec) + 2) for spec in specs)
 
@@ -86,9 +87,19 @@ def named_sums(sums: Mapping[str, Sequence[tuple[HybridSums, HybridSums]]]) -> d
     }
 
 
-def add_queries(sums: HybridSums, spec: HybridSpec, x: Tensor, answers: Tensor) -> None:
-    """Features (B, heads, n, F, d) and attention's answers (B, heads, n, d) of some queries."""
-    rest = answers - x[:, :, :, -1] if spec.landmarks else answers
+def add_queries(
+    sums: HybridSums,
+    spec: HybridSpec | JointSpec,
+    x: Tensor,
+    answers: Tensor,
+    exact: Tensor | float = 0.0,
+) -> None:
+    """Features (B, heads, n, F, d) and attention's answers (B, heads, n, d) of some queries.
+
+    Args:
+        exact: what the mixer answers whatever its parameters are, in the shape of the answers.
+    """
+    rest = answers - exact - (x[:, :, :, -1] if spec.landmarks else 0.0)
     if spec.share == "head":
         by = x.permute(1, 0, 2, 4, 3).flatten(1, 3)
         flat = [t.transpose(0, 1).flatten(1) for t in (rest, answers)]

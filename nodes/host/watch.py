@@ -13,6 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from .model.attend import Forward, intercepted
+from .model.joint import JointSite, JointSites, Tokens
 from .model.sampler_call import COMPILED
 from .model.sites import Site, uncompiled
 from .model.standing import own_forward
@@ -22,8 +23,11 @@ from .patch.conflicts import GUIDANCE_KEYS
 CFG_KEYS = ("disable_cfg1_optimization", *GUIDANCE_KEYS)
 """ComfyUI's keys of all that changes what guidance does (PAG, SAG, RescaleCFG, ...)."""
 
+WATCH_KEY = "deltaconv_watch"
 See = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, int], torch.Tensor | None], None]
 """Is told (site id, q, k, v (B, heads, N, d), grid, mask or None) of a call."""
+SeeJoint = Callable[[JointSite, Tokens, tuple[Any, ...], tuple[Any, ...], dict[str, Any]], None]
+"""Is told (site, tokens, (q, k, v, mask or None) by head, arguments and keyword arguments of the block)."""
 
 
 def plain(model: ModelPatcher) -> ModelPatcher:
@@ -63,6 +67,34 @@ def _watched(site: Site, forward: Forward, see: See, wanted: Callable[[], bool])
         return intercepted(forward, attend)(x, *args, **call)
 
     return run
+
+
+def watch_joint(
+    clone: ModelPatcher, found: JointSites, see: SeeJoint, wanted: Callable[[], bool] = lambda: True
+) -> None:
+    """Has `see` told of every call of the joint attentions, before they answer; arguments as for
+    `watch_sites`."""
+    running: list[Tokens] = []
+
+    def wrapper(executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        running[:] = [found.tokens(x)]
+        return executor(x, *args, **kwargs)
+
+    def watched(site: JointSite, forward: Forward) -> Forward:
+        def run(*args: Any, **call: Any) -> Any:
+            if not wanted() or not running:
+                return forward(*args, **call)
+
+            def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> None:
+                see(site, running[0], (q, k, v, mask), args, call)
+
+            return intercepted(forward, attend)(*args, **call)
+
+        return run
+
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WATCH_KEY, wrapper)
+    for site in found.sites:
+        clone.add_object_patch(f"{site.path}.forward", watched(site, own_forward(clone.model, site.path)))
 
 
 def fitting(model: ModelPatcher, latent: dict[str, Any]) -> torch.Tensor:

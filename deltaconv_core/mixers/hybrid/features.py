@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from ...block import ops
+from ..joint.spec import JointSpec
 from .cells import Cells, Grid, key_weights
 from .landmarks import global_part, own_share
 from .module import HybridMixer
 from .spec import HybridSpec
 
 
-def count(spec: HybridSpec) -> int:
+def count(spec: HybridSpec | JointSpec) -> int:
     """F, the parameters of one head or channel."""
     return spec.num_parameters // spec.shared
 
@@ -38,7 +39,7 @@ def features(
     if spec.kernel_size:
         weighed = v if weights is None else v * weights[:, None, :, None].to(v.dtype)
         image = weighed.reshape(*v.shape[:2], *grid, v.shape[3])
-        near = torch.cat([_shifted(image, scale, spec.kernel_size, rows) for scale in spec.scales], dim=3)
+        near = torch.cat([shifted(image, scale, spec.kernel_size, rows) for scale in spec.scales], dim=3)
         if spec.gate and cells is not None:
             near = near * own_share(q, k, cells, rows)[:, :, :, None]
         parts.append(near)
@@ -66,7 +67,7 @@ def unpack(spec: HybridSpec, w: Tensor) -> HybridMixer:
     return mixer.requires_grad_(False)
 
 
-def _shifted(image: Tensor, scale: float, size: int, rows: Tensor) -> Tensor:
+def shifted(image: Tensor, scale: float, size: int, rows: Tensor) -> Tensor:
     """(B, heads, H, W, d) -> (B, heads, n, size², d): what each tap of a kernel sees from each query."""
     batch, heads, height, width, d = image.shape
     y, x = rows // width, rows % width

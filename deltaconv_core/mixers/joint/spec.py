@@ -53,14 +53,19 @@ class JointSpec:
         return self.heads * self.head_dim
 
     @property
-    def of_head(self) -> int:
-        """F, the parameters of one head: the kernels, the gain on the mean, the gain on the landmarks."""
-        return len(self.scales) * self.kernel_size**2 + 2
+    def share(self) -> str:
+        """Who has kernels and gains of its own: each head, as `HybridSpec` says it."""
+        return "head"
+
+    @property
+    def shared(self) -> int:
+        """How many kernels and gains there are of each kind."""
+        return self.heads
 
     @property
     def num_parameters(self) -> int:
         """Number of weights of one mixer."""
-        return self.heads * self.of_head
+        return self.heads * (len(self.scales) * self.kernel_size**2 + 2)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""

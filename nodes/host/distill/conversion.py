@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import comfy.ldm.modules.attention
@@ -16,17 +17,20 @@ from comfy.model_patcher import ModelPatcher
 from ....deltaconv_core.bench import LATENT
 from ....deltaconv_core.distill import conversion, conversion_report
 from ....deltaconv_core.distill.conversion import Conversion, Wishes
-from ....deltaconv_core.distill.hybrid import SeeCall
+from ....deltaconv_core.distill.hybrid import FitSettings, HybridFit, SeeCall
+from ....deltaconv_core.distill.joint_fit import JointFit
 from ....deltaconv_core.errors import DeltaConvError
 from ....deltaconv_core.sites import select
 from ....deltaconv_core.sites.sampling_range import SamplingRange
 from ....deltaconv_core.weights.checkpoint import Checkpoint
 from ..model.attend import OVERRIDE, heads_of
-from ..model.sites import Site, Sites, find_sites
+from ..model.joint import JointSite, JointSites, Tokens, find_joint_sites
+from ..model.sites import Site, Sites, find_sites, network_of
 from ..model.standing import check_reach
 from ..patch.apply import PatchSettings, apply_checkpoint
+from ..patch.joint_mixers import apply_joint, layout_of
 from ..report import Report, show
-from ..watch import fitting, plain, sample, watch_sites
+from ..watch import fitting, plain, sample, watch_joint, watch_sites
 
 GUIDANCE = 4.0
 CONVERT_REMEDY = "convert the MODEL without that node"
@@ -73,7 +77,8 @@ def convert(
         model: ModelPatcher; ΔConv that may be on it is replaced.
         positive: conditioning.
         negative: likewise; None: pictures are sampled without guidance.
-        latent: its size is that of the pictures.
+        latent: its size is that of the pictures; models of text and image together also draw some of half
+            its sides.
         job: what the user chose.
         hidden: the node's hidden inputs, for the text under it.
 
@@ -81,22 +86,32 @@ def convert(
         DeltaConvError: a MODEL whose attention cannot be replaced, or wishes that cannot be.
     """
     clone = plain(model)
-    found = find_sites(clone)
+    found = find_joint_sites(network_of(clone)) or find_sites(clone)
     chosen = select(job.blocks, found.channels)
-    check_reach(clone, (found.sites[id].path for id in chosen), CONVERT_REMEDY)
+    places = found.sites if isinstance(found, JointSites) else [found.sites[id] for id in chosen]
+    check_reach(clone, (place.path for place in places), CONVERT_REMEDY)
     samples = fitting(clone, latent)[:1]
-    done = _fit(clone, found, chosen, (positive, negative), samples, job, hidden)
+    sizes = _sizes(samples) if isinstance(found, JointSites) else [samples]
+    done = _fit(clone, found, chosen, (positive, negative), sizes, job, hidden)
+    latents = " and ".join(f"{one.shape[-1]}x{one.shape[-2]}" for one in sizes)
     metadata = {
         "teacher": type(model.model).__name__,
         "source": "converted with ComfyUI-DeltaConv",
-        "pictures": f"{job.wishes.pictures} of {samples.shape[-1]}x{samples.shape[-2]} latents, "
-        f"{job.steps} steps",
+        "pictures": f"{job.wishes.pictures} of {latents} latents, {job.steps} steps",
     }
+    if isinstance(found, JointSites):
+        grids = [found.tokens(one).grid for one in sizes]
+        metadata["sizes"] = ", ".join(f"{width}x{height}" for height, width in grids)
     checkpoint = done.checkpoint(found.architecture, found.channels, metadata)
     pixels = getattr(model.model.latent_format, "spacial_downscale_ratio", LATENT)
     size = (samples.shape[-1] * pixels, samples.shape[-2] * pixels)
     lines, warnings = conversion_report.summary_lines(done, size, job.steps), []
-    if checkpoint.blocks:
+    if checkpoint.blocks and isinstance(found, JointSites):
+        model, patched = apply_joint(
+            model, found, checkpoint, "all", SamplingRange(), partial(show, hidden=hidden)
+        )
+        warnings = list(patched.warnings)
+    elif checkpoint.blocks and isinstance(found, Sites):
         settings = PatchSettings("all", SamplingRange(), None)
         model, patched = apply_checkpoint(model, found, checkpoint, settings)
         warnings = list(patched.warnings)
@@ -105,12 +120,19 @@ def convert(
     )
 
 
+def _sizes(samples: torch.Tensor) -> list[torch.Tensor]:
+    """Latents of the size that is wished for and of half its sides, in whole patches; joint mixers are fitted
+    to both, so that they also fit the sizes between."""
+    height, width = (max(2, side // 4 * 2) for side in samples.shape[-2:])
+    return [samples, samples[..., :height, :width]]
+
+
 def _fit(
     clone: ModelPatcher,
-    found: Sites,
+    found: Sites | JointSites,
     chosen: tuple[str, ...],
     conditions: tuple[Any, Any],
-    samples: torch.Tensor,
+    sizes: list[torch.Tensor],
     job: ConversionJob,
     hidden: Any,
 ) -> Conversion:
@@ -126,6 +148,8 @@ def _fit(
             bar.update_absolute(number * steps + step, pictures * steps)
 
         guidance = 1.0 if negative is None else GUIDANCE
+        # Of the pictures that are held out, one in four, each size has its part as well.
+        samples = sizes[(number + number // FitSettings.held_out) % len(sizes)]
         sample(clone, given, samples, steps, job.wishes.seed + number, turn_to, guidance)
 
     @contextmanager
@@ -133,7 +157,16 @@ def _fit(
         def of_keys(id: str, q: Any, k: Any, v: Any, grid: tuple[int, int], mask: Any) -> None:
             see(id, q, k, v, grid, _of_keys(id, mask, q))
 
-        watch_sites(clone, [found.sites[id] for id in chosen], of_keys)
+        def of_image(site: JointSite, tokens: Tokens, qkvm: Any, args: Any, call: Any) -> None:
+            q, k, v, mask = qkvm
+            layout = layout_of(site, tokens, (q, k, mask), args, call)
+            if not isinstance(layout, str):
+                see(site.id_of(q.shape[2], tokens), q, k, v, layout, mask)
+
+        if isinstance(found, JointSites):
+            watch_joint(clone, found, of_image)
+        else:
+            watch_sites(clone, [found.sites[id] for id in chosen], of_keys)
         try:
             yield
         finally:
@@ -143,9 +176,18 @@ def _fit(
         if count == pictures:
             show("timing attention and mixers", hidden)
 
-    sites = {id: conversion.candidates(*_shape(clone, found.sites[id])) for id in chosen}
+    kind: type[HybridFit] = HybridFit
+    sites: dict[str, Any]
+    if isinstance(found, JointSites):
+        kind, heads = JointFit, found.heads
+        shapes = {id: (found.channels[id], heads[id], found.channels[id] // heads[id]) for id in chosen}
+        sites = {id: conversion.joint_candidates(*shape) for id, shape in shapes.items()}
+    else:
+        sites = {id: conversion.candidates(*_shape(clone, found.sites[id])) for id in chosen}
     check = comfy.model_management.throw_exception_if_processing_interrupted
-    return conversion.fit_and_choose(sites, watched, draw, job.wishes, _attention_of(clone), check, drawn)
+    return conversion.fit_and_choose(
+        sites, watched, draw, job.wishes, _attention_of(clone), check, drawn, fitting=kind
+    )
 
 
 def _shape(clone: ModelPatcher, site: Site) -> tuple[int, int, int]:

@@ -9,19 +9,15 @@ import comfy.model_management
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
 
 from ....deltaconv_core.errors import DeltaConvError
 from ....deltaconv_core.locality import LayerLocality, LayerStatistics
 from ....deltaconv_core.locality.sampled_steps import spread
 from ....deltaconv_core.sites import select
-from ..model.attend import Forward, intercepted
 from ..model.joint import JointSite, JointSites, Tokens, find_joint_sites
 from ..model.sites import find_sites, network_of
-from ..model.standing import check_reach, own_forward
-from ..watch import fitting, plain, sample, watch_sites
-
-LOOK_KEY = "deltaconv_look"
+from ..model.standing import check_reach
+from ..watch import fitting, plain, sample, watch_joint, watch_sites
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ def look(model: ModelPatcher, positive: Any, latent: dict[str, Any], settings: L
         {id: found.channels[id] for id in chosen}, total=settings.steps + len(at) * len(chosen)
     )
     if isinstance(found, JointSites):
-        _watch_joint(clone, watch, found)
+        watch_joint(clone, found, watch.see_joint, lambda: watch.moment is not None)
     else:
         sites = [found.sites[id] for id in chosen]
         watch_sites(clone, sites, watch.see_site, lambda: watch.moment is not None)
@@ -109,7 +105,6 @@ class LocalityWatch:
     statistics: dict[str, LayerStatistics]
     bar: comfy.utils.ProgressBar
     moment: str | None = None
-    tokens: Tokens | None = None
 
     @classmethod
     def of(cls, channels: dict[str, int], total: int) -> LocalityWatch:
@@ -135,6 +130,20 @@ class LocalityWatch:
         """A call of an attention among the tokens of the picture alone."""
         self.see(id, q, k, grid, slice(0, q.shape[2]), mask)
 
+    def see_joint(
+        self,
+        site: JointSite,
+        tokens: Tokens,
+        qkvm: tuple[Any, ...],
+        args: tuple[Any, ...],
+        call: dict[str, Any],
+    ) -> None:
+        """A call of an attention among tokens of other kinds too."""
+        q, k, _, mask = qkvm
+        image = site.locate(args, call, q.shape[2], tokens)
+        if image is not None:
+            self.see(site.id_of(q.shape[2], tokens), q, k, tokens.grid, image, mask)
+
     def see(
         self,
         id: str,
@@ -148,34 +157,6 @@ class LocalityWatch:
         if id in self.statistics:
             self.statistics[id].add(q, k, grid, self.moment or "", image, mask)
             self.bar.update(1)
-
-
-def _watch_joint(clone: ModelPatcher, watch: LocalityWatch, found: JointSites) -> None:
-    def wrapper(executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        watch.tokens = found.tokens(x)
-        return executor(x, *args, **kwargs)
-
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, LOOK_KEY, wrapper)
-    for site in found.sites:
-        forward = _watched_joint(watch, site, own_forward(clone.model, site.path))
-        clone.add_object_patch(f"{site.path}.forward", forward)
-
-
-def _watched_joint(watch: LocalityWatch, site: JointSite, forward: Forward) -> Forward:
-    def run(*args: Any, **call: Any) -> Any:
-        tokens = watch.tokens
-        if watch.moment is None or tokens is None:
-            return forward(*args, **call)
-        ids = iter(site.ids)
-
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> None:
-            id, image = next(ids), site.locate(args, call, q.shape[2], tokens)
-            if image is not None:
-                watch.see(id, q, k, tokens.grid, image, mask)
-
-        return intercepted(forward, attend)(*args, **call)
-
-    return run
 
 
 def _result(watch: LocalityWatch, architecture: str, size: tuple[int, int], replaceable: bool) -> Look:

@@ -67,6 +67,10 @@ class JointSite:
         """Of the module among others."""
         return self.ids[0]
 
+    def id_of(self, queries: int, tokens: Tokens) -> str:
+        """Of the attention that has so many queries: only a second one in a block is of the image alone."""
+        return self.ids[-1] if queries == tokens.image else self.ids[0]
+
     @property
     def block(self) -> None:
         """There are no attn1 replace patches for it."""

@@ -122,22 +122,17 @@ class JointForward(MixerForward):
         """A mixer's answer; None: attention as usual."""
         site: Any = self.site
         mixers: Any = self.block
-        tokens, told, (queries, keys) = run.tokens, self.told, (met.q.shape[2], met.k.shape[2])
+        tokens, told = run.tokens, self.told
         if tokens is None or told is None:
             return None
-        # Only the second attention of a block is one of the image alone.
-        id = site.ids[-1] if queries == tokens.image else site.ids[0]
+        id = site.id_of(met.q.shape[2], tokens)
         mixer = mixers.of(id)
         if mixer is None:
             return None
-        place = site.locate(args, call, queries, tokens)
-        why = _refusal(place, tokens, queries, keys, call)
-        if not why:
-            layout = JointLayout(tokens.grid, place.start)
-            why = refusal_of_mask(met.mask, layout)
-        if why:
-            told.note(tokens.grid, id, False, why)
-            warn_once(f"attention stays where joint mixers could be, since {why}", told.said)
+        layout = layout_of(site, tokens, (met.q, met.k, met.mask), args, call)
+        if isinstance(layout, str):
+            told.note(tokens.grid, id, False, layout)
+            warn_once(f"attention stays where joint mixers could be, since {layout}", told.said)
             return None
         given = (met.q, met.k, met.v, layout, met.mask, met.usual)
         verdict = told.plan.verdict(mixer, *given)
@@ -145,8 +140,24 @@ class JointForward(MixerForward):
         return mixer(*given) if verdict.mixer else None
 
 
-def _refusal(place: slice | None, tokens: Tokens, queries: int, keys: int, call: Mapping[str, Any]) -> str:
-    """Why no mixer can answer a call, by numbers of queries and keys; empty where one can."""
+def layout_of(
+    site: JointSite,
+    tokens: Tokens,
+    qkm: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    args: tuple[Any, ...],
+    call: dict[str, Any],
+) -> JointLayout | str:
+    """Where the image is in a call of an attention; or why no mixer can answer the call.
+
+    Args:
+        site: of the block that calls it.
+        tokens: what is known of the tokens of the running call of the network.
+        qkm: the attention's queries, keys and mask, by head.
+        args, call: of the block.
+    """
+    (q, k, mask) = qkm
+    queries, keys = q.shape[2], k.shape[2]
+    place = site.locate(args, call, queries, tokens)
     if place is None:
         return "the host has not said how many tokens of text come before the image"
     if tokens.frames > 1:
@@ -162,7 +173,8 @@ def _refusal(place: slice | None, tokens: Tokens, queries: int, keys: int, call:
     others = {name_of(patch) for patch in patches} - {APPENDS_KEYS}
     if keys > queries and others:
         return f"{', '.join(sorted(others))} (attn1 patch) adds keys, and may put them before the image"
-    return ""
+    layout = JointLayout(tokens.grid, place.start)
+    return refusal_of_mask(mask, layout) or layout
 
 
 class JointPatch(AppliedBlocks):

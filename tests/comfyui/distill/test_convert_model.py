@@ -203,21 +203,14 @@ def test_half_precision(pack, dtype):
     assert (sample(patched).float() - plain).norm() / plain.norm() < 0.5
 
 
-def joint(pack):
-    from testing.comfy_joint_models import make_joint
-
-    return make_joint("flux")
-
-
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
         (lambda pack: make_unet(), {"blocks": "side"}, "'side' matches no site"),
         (lambda pack: make_unet(), {"pictures": 3}, "at least 4 calibration pictures"),
         (lambda pack: make_unet(), {"budget": "speed", "max_time": 2.0}, "time budget above 0 and at most 1"),
-        (joint, {}, "has no self-attention that"),
     ],
-    ids=["blocks", "pictures", "budget", "joint attention"],
+    ids=["blocks", "pictures", "budget"],
 )
 def test_refusals(pack, model, options, message):
     with pytest.raises(Exception, match=message):
