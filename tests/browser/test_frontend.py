@@ -2,82 +2,32 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
 
 import pytest
 
-from scripts import workflow
+from scripts import comfy_page, workflow
 from scripts.comfy_host import PACK_NAME, REPOSITORY
-from scripts.comfy_server import ComfyServer
+from scripts.comfy_page import Page
 
 pytestmark = pytest.mark.browser
 
 FILES = sorted(workflow.FOLDER.glob("*.json"))
-# Chromium starts as root only without its sandbox; the rest keeps it from calling home.
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-FLAGS += " --disable-component-update --disable-sync"
 
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     """A browser; $CHROMIUM names its program, else one is looked for on the path."""
-    program = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    program = comfy_page.chromium_program()
     if program is None:
         pytest.skip("no Chromium on this machine (Debian: apt-get install chromium; or set CHROMIUM)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=FLAGS.split())
+    with comfy_page.chromium(program) as browser:
         yield browser
-        browser.close()
 
 
-SHOWN = """JSON.stringify([...document.querySelectorAll("[data-node-id]")].map(
-    shown => shown.getBoundingClientRect()))"""
-
-
-class Page:
-    """ComfyUI's page, and what its console said."""
-
-    def __init__(self, browser: Any, server: ComfyServer, style: str) -> None:
-        self.complaints: list[str] = []
-        self.vue = style == "vue"
-        # The first is against the welcome dialog.
-        server.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": self.vue})
-        self.page = browser.new_page(viewport={"width": 1440, "height": 900})
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("console", self._console)
-        self.page.goto(server.url)
-        self.page.wait_for_function("window.app?.graph && window.app.extensionManager", timeout=120_000)
-
-    def _console(self, message: Any) -> None:
-        if message.type == "error":
-            self.complaints.append(message.text)
-
-    def open(self, saved: dict[str, Any]) -> None:
-        self.complaints.clear()
-        self.page.evaluate("workflow => window.app.loadGraphData(workflow)", saved)
-        self.page.wait_for_timeout(1500)
-        before = None
-        for _ in range(20):  # a slow machine lays Vue nodes out later
-            now = self.page.evaluate(SHOWN)
-            if now == before:
-                break
-            before = now
-            self.page.wait_for_timeout(500)
-
-    def ours(self) -> list[str]:
-        """Complaints that name this extension, but for the frontend's look-ups in the node registry."""
-        return [
-            text for text in self.complaints if "deltaconv" in text.lower() and "api.comfy.org" not in text
-        ]
-
-
-@pytest.fixture(scope="module", params=["classic", "vue"])
+@pytest.fixture(scope="module", params=comfy_page.STYLES)
 def page(request, chromium, server_with_models) -> Iterator[Page]:
     """One page for all templates, with one of the two kinds of nodes that ComfyUI draws."""
     opened = Page(chromium, server_with_models, request.param)
