@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import conv2d, scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltaconv_core import DeltaConvError
 from deltaconv_core.mixers.joint import JointLayout, JointMixer, JointSpec
 from deltaconv_core.mixers.joint.place import refusal_of_mask
 from deltaconv_core.mixers.joint.reference import reference_joint
+from deltaconv_core.mixers.joint.tiles import tiled_convolution
 
 HEADS, WIDTH = 4, 4
 KINDS = {"landmarks": {"kernel_size": 0}, "kernels": {"kernel_size": 3, "scales": (1.0, 0.5)}}
@@ -178,6 +179,24 @@ def test_half_precision_errs_as_attention_does(dtype, mask):
     )
     assert mixer(*qkv, layout, some).dtype == dtype
     assert own <= 2 * theirs
+
+
+@pytest.mark.parametrize("size", [1, 3, 9])
+@pytest.mark.parametrize("grid", [(16, 32), (5, 7), (17, 33), (1, 1)])
+def test_kernels_by_tiles_are_the_convolution(grid, size):
+    """As GPUs run them: forward and gradients."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(2, HEADS, *grid, WIDTH, generator=generator, dtype=torch.float64).requires_grad_()
+    kernels = torch.randn(HEADS, size, size, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = kernels[:, None].repeat_interleave(WIDTH, dim=0)
+    flat = image.permute(0, 1, 4, 2, 3).flatten(1, 2)
+    wanted = conv2d(flat, weight, padding=size // 2, groups=HEADS * WIDTH)
+    wanted = wanted.unflatten(1, (HEADS, WIDTH)).permute(0, 1, 3, 4, 2)
+    found = tiled_convolution(image, kernels)
+    torch.testing.assert_close(found, wanted)
+    own, other = (torch.autograd.grad(y.square().sum(), (image, kernels)) for y in (found, wanted))
+    for a, b in zip(own, other, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 class Largest(TorchDispatchMode):
