@@ -26,7 +26,8 @@ class ConvertModel(TellsAgain):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A U-Net (SD 1.x, SD 2.x, SDXL, ...) or PixArt; LoRAs on it act as before.",
+                    tooltip="A U-Net (SD 1.x, SD 2.x, SDXL, ...), PixArt, or FLUX, Chroma, Z-Image, "
+                    "Lumina 2, Qwen-Image, SD 3; LoRAs on it act as before.",
                 ),
                 io.Conditioning.Input(
                     "positive", tooltip="What the calibration pictures show; something that you often draw."
