@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..block.spec import BlockSpec
 from ..mixers.hybrid import HybridMixer, HybridSpec
+from ..mixers.joint import JointSpec
 from .projections import mixed
 from .sites import network_of
 
@@ -25,7 +26,7 @@ class Applied:
 
     Args:
         architecture: of the model.
-        mixer: what stands there, "deltaconv" or "hybrid".
+        mixer: what stands there, "deltaconv", "hybrid" or "joint".
         specs: site id -> what the mixer there is made of, in the order of the network.
         start_percent, end_percent: the part of the sampling in which the blocks run, attention outside.
         base_weights: names of the model's parameters that base weights were put into.
@@ -36,7 +37,7 @@ class Applied:
 
     architecture: str
     mixer: str
-    specs: dict[str, BlockSpec] | dict[str, HybridSpec]
+    specs: dict[str, BlockSpec] | dict[str, HybridSpec] | dict[str, JointSpec]
     start_percent: float
     end_percent: float
     base_weights: tuple[str, ...]

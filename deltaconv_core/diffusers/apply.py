@@ -17,12 +17,13 @@ from ..sites import report
 from ..sites.match import check_heads, matching_sites
 from ..sites.report import Report
 from ..sites.sampling_range import SamplingRange
-from ..weights.checkpoint import HYBRID_KIND, load_checkpoint
+from ..weights.checkpoint import DELTACONV_KIND, HYBRID_KIND, JOINT_KIND, load_checkpoint
 from . import hooks
 from .applied import NAME, Applied, AppliedBlocks, blocks_on
 from .base_weights import BaseWeights, check_exchange, exchange
 from .conflicts import ConflictWatch, conflicts
 from .forwards import MixerForward, RangedForward
+from .joint import JointMixerForward, JointModel, find_joint
 from .projections import check_plain
 from .sites import Sites, find_sites, network_of
 
@@ -67,9 +68,12 @@ def apply(
         DeltaConvError: what does not go together, by name; the model is as it was before.
     """
     model = network_of(pipeline_or_model)
-    found = find_sites(model)
     sampling = SamplingRange(start_percent, end_percent)
     source = os.fspath(ckpt) if isinstance(ckpt, (str, os.PathLike)) else None
+    if joint := find_joint(model):
+        checkpoint = ckpt if source is None else load_checkpoint(source)
+        return _apply_joint(model, joint, checkpoint, blocks, sampling, source)
+    found = find_sites(model)
     checkpoint = ckpt if source is None else load_checkpoint(source)
     chosen = matching_sites(found.architecture, found.channels, checkpoint, blocks)
     if checkpoint.mixer == HYBRID_KIND:
@@ -105,6 +109,51 @@ def apply(
     log.info("%s", " ".join(told.lines))
     for warning in told.warnings:
         log.warning("ΔConv: %s", warning)
+    return told
+
+
+def _apply_joint(
+    model: nn.Module,
+    found: JointModel,
+    checkpoint: Any,
+    blocks: str,
+    sampling: SamplingRange,
+    source: str | None,
+) -> Report:
+    """`apply` for a model whose attention is of text and image together."""
+    if checkpoint.mixer != JOINT_KIND:
+        raise DeltaConvError(
+            f"the weights are of {checkpoint.mixer} blocks for {checkpoint.architecture}, but this model is "
+            f"{found.architecture}, whose attention is of text and image together: choose joint mixers made "
+            "for it"
+        )
+    if not sampling.is_everything:
+        raise DeltaConvError(
+            f"joint mixers run in all of the sampling in diffusers, got start_percent={sampling.start}, "
+            f"end_percent={sampling.end}: leave both out"
+        )
+    chosen = matching_sites(found.architecture, found.channels, checkpoint, blocks)
+    check_heads(checkpoint, {site: int(found.attentions[site].heads) for site in chosen})
+    before = blocks_on(model)
+    trained = {site: checkpoint.blocks[site] for site in chosen}
+    specs = {site: block.spec for site, block in trained.items()}
+    about = Applied(
+        found.architecture, checkpoint.mixer, specs, 0.0, 1.0, (), 0.0, source, dict(checkpoint.metadata)
+    )
+    new = AppliedBlocks(_copies(model, trained), {site: found.attentions[site] for site in chosen}, about)
+    lines = [report.of_blocks(found.architecture, len(found.channels), new.blocks.values())]
+    lines += [*report.of_joint(checkpoint, chosen), *report.of_kept(checkpoint.kept)]
+    if before is not None:
+        _take_off(model, before)
+        lines.append("The ΔConv that was on this model before is replaced as a whole.")
+    for site, attention in new.attentions.items():
+        forward = JointMixerForward(site, new, found, attention.forward)
+        new.forwards[site] = attention.__dict__.get("forward")
+        attention.__dict__["forward"] = forward
+    new.handles.append(model.register_forward_pre_hook(found.tell, with_kwargs=True))
+    model.add_module(NAME, new)
+    told = Report(lines, report.assumptions(checkpoint))
+    log.info("%s", " ".join(told.lines))
     return told
 
 
@@ -152,7 +201,9 @@ def _copies(model: nn.Module, trained: Mapping[str, Any]) -> dict[str, Any]:
     dtype = getattr(model, "dtype", weight.dtype)
     known = dtype if dtype in HALF_OR_MORE else None
     return {
-        site: shared_mixer(block, device) if block.kind == HYBRID_KIND else shared_copy(block, device, known)
+        site: shared_copy(block, device, known)
+        if block.kind == DELTACONV_KIND
+        else shared_mixer(block, device)
         for site, block in trained.items()
     }
 

@@ -1,0 +1,222 @@
+"""Joint mixers in transformers of diffusers: FLUX.1, Chroma, SD 3 and Qwen-Image.
+
+A mixer answers PyTorch's `scaled_dot_product_attention` where an attention's own processor calls it: so
+projections, LoRA, rotary embeddings, IP-Adapters and ControlNets stay as they are. Where the image is among
+the tokens comes from what the pipeline hands to the model. Another attention backend than PyTorch's hides
+that call; then attention runs, and the log says so.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ..mixers.joint import JointLayout
+from ..mixers.joint.module import attention
+from ..mixers.joint.place import refusal_of_mask
+from ..mixers.joint.plan import Plan
+from .applied import AppliedBlocks
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class JointCall:
+    """One call of the model.
+
+    Args:
+        layout: where the image is; or why that is not known.
+        queries: how many an attention may have that the image is in at that place.
+    """
+
+    layout: JointLayout | str
+    queries: tuple[int, ...] = ()
+
+
+@dataclass
+class JointModel:
+    """The joint attentions of a model.
+
+    Args:
+        architecture: its family, named as in ComfyUI.
+        attentions: site id -> the attention.
+        read: (arguments of the model's forward) -> what its call is.
+        plan: which of mixer and attention is faster.
+        said: what was logged already.
+        call: the running one.
+    """
+
+    architecture: str
+    attentions: dict[str, Any]
+    read: Callable[[dict[str, Any]], JointCall]
+    plan: Plan = field(default_factory=Plan)
+    said: set[str] = field(default_factory=set)
+    call: JointCall | None = None
+
+    @property
+    def channels(self) -> dict[str, int]:
+        return {site: int(one.inner_dim) for site, one in self.attentions.items()}
+
+    def tell(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook of the model."""
+        given = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
+        self.call = self.read(given.arguments)
+
+    def say(self, sentence: str) -> None:
+        """Logs it once."""
+        if sentence not in self.said:
+            self.said.add(sentence)
+            log.info("ΔConv: %s", sentence)
+
+
+def find_joint(model: nn.Module) -> JointModel | None:
+    """The joint attentions of a model; None for one of another family."""
+    reader = JOINT_FAMILIES.get(type(model).__name__)
+    return None if reader is None else reader(model)
+
+
+class JointMixerForward:
+    """The `forward` of an attention with a joint mixer in it.
+
+    Args:
+        site: its id.
+        blocks: all that is on the model.
+        found: the joint attentions of the model.
+        original: the forward that was there.
+    """
+
+    def __init__(self, site: str, blocks: AppliedBlocks, found: JointModel, original: Any) -> None:
+        self.site, self.blocks, self.found, self.original = site, blocks, found, original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mode = _Answering(self)
+        with mode:
+            y = self.original(*args, **kwargs)
+        if not mode.met:
+            self.found.say(
+                f"the attention backend at {self.site} is not PyTorch's own, so joint mixers do not run "
+                "there; set_attention_backend('native') lets them"
+            )
+        return y
+
+    def answer(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor | None:
+        """A mixer's answer to what PyTorch's attention is asked; None: attention as usual."""
+        call, found = self.found.call, self.found
+        plain = not dropout_p and not is_causal and scale in (None, query.shape[-1] ** -0.5)
+        if call is None or not plain:
+            return None
+        layout = call.layout
+        if isinstance(layout, JointLayout) and (
+            query.shape[2] not in call.queries or key.shape[2] < query.shape[2]
+        ):
+            return None  # a second attention beside it, as an IP-Adapter has
+        why = layout if isinstance(layout, str) else refusal_of_mask(attn_mask, layout)
+        if why or isinstance(layout, str):
+            found.say(f"attention stays where joint mixers could be, since {why}")
+            return None
+        mixer = self.blocks.blocks[self.site]
+        verdict = found.plan.verdict(mixer, query, key, value, layout, attn_mask, attention)
+        what = "mixers run" if verdict.mixer else "attention stays"
+        found.say(f"images of {layout.grid[0]} x {layout.grid[1]} tokens: {what}: {verdict.reason}")
+        y: Tensor | None = mixer(query, key, value, layout, attn_mask) if verdict.mixer else None
+        return y
+
+
+class _Answering(TorchFunctionMode):
+    """Has a forward answer PyTorch's attention."""
+
+    def __init__(self, forward: JointMixerForward) -> None:
+        super().__init__()
+        self.forward, self.met = forward, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self.met = True
+            y = self.forward.answer(*args, **kwargs)
+            if y is not None:
+                return y
+        return func(*args, **kwargs)
+
+
+def _attentions(model: Any, *names: str) -> dict[str, Any]:
+    """Site id -> attention, for lists of blocks and the names of the attentions in them."""
+    stacks, inside = names[:-1], names[-1].split()
+    return {
+        f"{stack}.{number}.{name}": getattr(block, name)
+        for stack in stacks
+        for number, block in enumerate(getattr(model, stack))
+        for name in inside
+        if getattr(block, name, None) is not None
+    }
+
+
+def _flux(model: Any) -> JointModel:
+    family = "chroma" if type(model).__name__.startswith("Chroma") else "flux"
+    found = _attentions(model, "transformer_blocks", "single_transformer_blocks", "attn")
+    return JointModel(family, found, _read_flux)
+
+
+def _read_flux(given: dict[str, Any]) -> JointCall:
+    """Text first; `img_ids` has the row and column of each of the image's tokens, and a number that tells
+    references from it."""
+    ids, text = given["img_ids"], given["encoder_hidden_states"].shape[1]
+    ids = ids[0] if ids.ndim == 3 else ids
+    count = int((ids[:, 0] == ids[0, 0]).sum())
+    last = (ids[:count, 1:] - ids[0, 1:]).amax(dim=0).tolist()
+    height, width = int(last[0]) + 1, int(last[1]) + 1
+    if height * width != count:
+        return JointCall(f"its {count} tokens are no picture of {height} x {width}")
+    queries = text + given["hidden_states"].shape[1]
+    return JointCall(JointLayout((height, width), text), (queries,))
+
+
+def _sd3(model: Any) -> JointModel:
+    def read(given: dict[str, Any]) -> JointCall:
+        """The image first; a second attention is of the image alone."""
+        height, width = (side // model.config.patch_size for side in given["hidden_states"].shape[-2:])
+        tokens = height * width
+        queries = (tokens, tokens + given["encoder_hidden_states"].shape[1])
+        return JointCall(JointLayout((height, width)), queries)
+
+    return JointModel("sd3", _attentions(model, "transformer_blocks", "attn attn2"), read)
+
+
+def _qwen(model: Any) -> JointModel:
+    return JointModel("qwen_image", _attentions(model, "transformer_blocks", "attn"), _read_qwen)
+
+
+def _read_qwen(given: dict[str, Any]) -> JointCall:
+    """Text first, then pictures, of which `img_shapes` has frames, rows and columns; the first is drawn."""
+    shapes = [one[0] if isinstance(one, list) else one for one in given["img_shapes"]]
+    frames, height, width = shapes[0]
+    if frames > 1 or len(set(shapes)) > 1:
+        return JointCall("there are several images one after the other, or of several sizes")
+    text = given["encoder_hidden_states"].shape[1]
+    return JointCall(JointLayout((height, width), text), (text + given["hidden_states"].shape[1],))
+
+
+JOINT_FAMILIES: dict[str, Callable[[Any], JointModel]] = {
+    "FluxTransformer2DModel": _flux,
+    "ChromaTransformer2DModel": _flux,
+    "SD3Transformer2DModel": _sd3,
+    "QwenImageTransformer2DModel": _qwen,
+}
+"""diffusers' classes -> what is known of them."""

@@ -1,0 +1,167 @@
+"""Joint mixers on diffusers' own classes of FLUX, Chroma, SD 3 and Qwen-Image."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deltaconv_core import Checkpoint, DeltaConvError, save_checkpoint
+from deltaconv_core.diffusers import apply, remove
+from deltaconv_core.diffusers.applied import applied
+from deltaconv_core.diffusers.joint import find_joint
+from deltaconv_core.mixers.joint import JointMixer, JointSpec
+from deltaconv_core.mixers.joint import plan as plans
+
+FAMILIES = ["flux", "flux_reference", "chroma", "sd3", "qwen", "qwen_masked", "qwen_reference"]
+EXACT = {"landmarks": 2**14, "kernel_size": 0}
+MIXED = {"landmarks": 6, "kernel_size": 3}
+GRID, TEXT = (5, 7), 4
+
+
+@pytest.fixture(params=FAMILIES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch):
+    """Mixers run wherever they can."""
+    monkeypatch.setattr(plans.Plan, "_found", lambda *_: plans.Verdict(True, None, "a test says so"))
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The layout of each call of a mixer."""
+    calls, own = [], JointMixer.forward
+
+    def forward(self, q, k, v, layout, *more):
+        calls.append(layout)
+        return own(self, q, k, v, layout, *more)
+
+    monkeypatch.setattr(JointMixer, "forward", forward)
+    return calls
+
+
+def make(name):
+    import diffusers
+
+    torch.manual_seed(0)
+    flux = {"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
+    flux |= {"joint_attention_dim": 12, "axes_dims_rope": (4, 6, 6), "in_channels": 8}
+    if name.startswith("flux"):
+        model = diffusers.FluxTransformer2DModel(**flux, pooled_projection_dim=8)
+    elif name == "chroma":
+        more = {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1}
+        model = diffusers.ChromaTransformer2DModel(**flux, **more)
+    elif name == "sd3":
+        model = diffusers.SD3Transformer2DModel(
+            sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=12, caption_projection_dim=32, pooled_projection_dim=8,
+            pos_embed_max_size=16, dual_attention_layers=(0,),
+        )  # fmt: skip
+    else:
+        model = diffusers.QwenImageTransformer2DModel(
+            in_channels=8, out_channels=2, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=12, axes_dims_rope=(4, 6, 6),
+        )  # fmt: skip
+    return model.eval().requires_grad_(False)
+
+
+def ids(height, width, first=0):
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.full_like(rows, first), rows, columns], dim=-1).reshape(-1, 3).float()
+
+
+def draw(model, name):
+    """One call of two samples."""
+    generator, (height, width) = torch.Generator().manual_seed(1), GRID
+    tokens = height * width + (6 if name.endswith("reference") else 0)
+    given = {
+        "hidden_states": torch.randn(2, tokens, 8, generator=generator),
+        "encoder_hidden_states": torch.randn(2, TEXT, 12, generator=generator),
+        "timestep": torch.tensor([0.7, 0.7]),
+    }
+    if name.startswith("flux") or name == "chroma":
+        extra = [ids(2, 3, 1)] if name.endswith("reference") else []
+        given |= {"img_ids": torch.cat([ids(height, width), *extra]), "txt_ids": torch.zeros(TEXT, 3)}
+    if name.startswith("flux"):
+        given["pooled_projections"] = torch.randn(2, 8, generator=generator)
+    elif name == "sd3":
+        given["hidden_states"] = torch.randn(2, 4, 2 * height, 2 * width, generator=generator)
+        given["pooled_projections"] = torch.randn(2, 8, generator=generator)
+    elif name.startswith("qwen"):
+        shapes = [(1, height, width), (1, 2, 3)] if name.endswith("reference") else [(1, height, width)]
+        given["img_shapes"] = [shapes] * 2
+        if name == "qwen_masked":
+            given["encoder_hidden_states_mask"] = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    with torch.no_grad():
+        return model(**given).sample
+
+
+def mixers(model, **spec):
+    torch.manual_seed(3)
+    found = find_joint(model)
+    blocks = {}
+    for site, channels in found.channels.items():
+        heads = found.attentions[site].heads
+        blocks[site] = JointMixer(JointSpec(channels, heads, channels // heads, **spec)).requires_grad_(False)
+        if blocks[site].spec.kernel_size:
+            for parameter in blocks[site].parameters():
+                parameter.normal_(std=0.3)
+    return Checkpoint(found.architecture, blocks)
+
+
+def test_with_a_landmark_for_each_token_it_is_attention_and_comes_off_again(name, ran):
+    model = make(name)
+    before = draw(model, name)
+    own_report = apply(model, mixers(model, **EXACT))
+    sites = find_joint(model).attentions
+    torch.testing.assert_close(draw(model, name), before, rtol=1e-5, atol=1e-5)
+    assert len(ran) == len(sites) and {layout.grid for layout in ran} == {GRID}
+    assert f"A joint mixer stands in for {len(sites)} of {len(sites)}" in own_report.text
+    assert applied(model).mixer == "joint" and list(applied(model).specs) == list(sites)
+    remove(model)
+    assert applied(model) is None and torch.equal(draw(model, name), before)
+    assert all("forward" not in one.__dict__ for one in sites.values())
+    assert not model._forward_pre_hooks
+
+
+def test_mixers_change_what_is_drawn_and_are_replaced_as_a_whole(name, tmp_path):
+    model = make(name)
+    before = draw(model, name)
+    apply(model, mixers(model, **MIXED))
+    assert not torch.allclose(draw(model, name), before, atol=1e-5)
+    save_checkpoint(mixers(model, **EXACT), tmp_path / "joint.safetensors")
+    assert "replaced as a whole" in apply(model, tmp_path / "joint.safetensors").text
+    torch.testing.assert_close(draw(model, name), before, rtol=1e-5, atol=1e-5)
+
+
+def test_another_attention_backend_is_named_once(caplog):
+    model = make("flux")
+    before = draw(model, "flux")
+    apply(model, mixers(model, **MIXED), blocks="transformer_blocks")
+    attention = model.transformer_blocks[0].attn
+    attention.processor = lambda attn, x, encoder_hidden_states=None, *_, **__: (x, encoder_hidden_states)
+    with caplog.at_level("INFO"):
+        draw(model, "flux")
+        draw(model, "flux")
+    assert caplog.text.count("the attention backend at transformer_blocks.0.attn is not PyTorch's") == 1
+    assert before.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "said"),
+    [
+        (lambda c: setattr(c, "architecture", "chroma"), {}, "the weights are for chroma"),
+        (lambda c: None, {"end_percent": 0.5}, "run in all of the sampling"),
+        (lambda c: None, {"blocks": "mid"}, "matches no site"),
+        (lambda c: c.blocks.popitem(), {}, "none for single_transformer_blocks.1.attn"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(change, options, said):
+    model = make("flux")
+    checkpoint = mixers(model, **MIXED)
+    change(checkpoint)
+    with pytest.raises(DeltaConvError, match=said):
+        apply(model, checkpoint, **options)
+    assert applied(model) is None and not model._forward_pre_hooks
