@@ -12,7 +12,8 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> list[str]:
         rows: at least one, each with a cell for every column, all in the same order.
     """
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    # At least two for the line below the head, "-:"; a colon alone makes no table.
+    widths = [max(2, *map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
     return [f"| {' | '.join(line)} |" for line in aligned]
