@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 TILE_SIDE = 16  # pixels along each side of a tile
+ENTRIES = 2**27
+"""About how many numbers of tiles with what is around them exist at a time: 256 MiB in half precision."""
 
 
 def tiled_convolution(image: Tensor, kernels: Tensor) -> Tensor:
@@ -26,6 +28,10 @@ def tiled_convolution(image: Tensor, kernels: Tensor) -> Tensor:
     """
     batch, heads, height, width, d = image.shape
     size = kernels.shape[-1]
+    together = max(1, int(ENTRIES * (TILE_SIDE / (TILE_SIDE + size)) ** 2) // (batch * height * width * d))
+    if together < heads:
+        some = [slice(first, first + together) for first in range(0, heads, together)]
+        return torch.cat([tiled_convolution(image[:, s], kernels[s]) for s in some], dim=1)
     radius, around = size // 2, TILE_SIDE + size - 1
     rows, columns = -(-height // TILE_SIDE), -(-width // TILE_SIDE)
     right, below = columns * TILE_SIDE - width + radius, rows * TILE_SIDE - height + radius

@@ -8,7 +8,7 @@ from torch.nn.functional import conv2d, scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltaconv_core import DeltaConvError
-from deltaconv_core.mixers.joint import JointLayout, JointMixer, JointSpec
+from deltaconv_core.mixers.joint import JointLayout, JointMixer, JointSpec, tiles
 from deltaconv_core.mixers.joint.place import refusal_of_mask
 from deltaconv_core.mixers.joint.reference import reference_joint
 from deltaconv_core.mixers.joint.tiles import tiled_convolution
@@ -183,7 +183,7 @@ def test_half_precision_errs_as_attention_does(dtype, mask):
 
 @pytest.mark.parametrize("size", [1, 3, 9])
 @pytest.mark.parametrize("grid", [(16, 32), (5, 7), (17, 33), (1, 1)])
-def test_kernels_by_tiles_are_the_convolution(grid, size):
+def test_kernels_by_tiles_are_the_convolution(grid, size, monkeypatch):
     """As GPUs run them: forward and gradients."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(2, HEADS, *grid, WIDTH, generator=generator, dtype=torch.float64).requires_grad_()
@@ -194,6 +194,8 @@ def test_kernels_by_tiles_are_the_convolution(grid, size):
     wanted = wanted.unflatten(1, (HEADS, WIDTH)).permute(0, 1, 3, 4, 2)
     found = tiled_convolution(image, kernels)
     torch.testing.assert_close(found, wanted)
+    monkeypatch.setattr(tiles, "ENTRIES", 1)  # head by head
+    torch.testing.assert_close(tiled_convolution(image, kernels), wanted)
     own, other = (torch.autograd.grad(y.square().sum(), (image, kernels)) for y in (found, wanted))
     for a, b in zip(own, other, strict=True):
         torch.testing.assert_close(a, b)
