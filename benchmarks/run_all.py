@@ -4,7 +4,8 @@
 
 Files are named by benchmark, device and dtype. Rows that are in them are not measured again, so this can be
 stopped at any time and restarted; delete a file to measure again. --show prints the commands and runs none.
-Afterwards, `python -m scripts.speed_tables` puts the figures into docs/speed.md.
+Afterwards, `python -m scripts.speed_tables` puts the figures into docs/speed.md. Kernels and whole networks
+on a GPU are measured by `benchmarks.gpu`.
 """
 
 from __future__ import annotations
@@ -29,10 +30,8 @@ ON_CPU = {
     "paper": "--patience 30",
 }
 ON_GPU = {
-    "network": "--repeats 5 --patience 60",
     "block": "--preset kernel sd15-1024 sdxl-1024 pixart_sigma-1024 paper --repeats 20 --patience 20",
     "block backward": "--preset kernel --backward --repeats 20",
-    "paper": "--repeats 20",
 }
 MODULES = {
     "network": "benchmarks.network",
