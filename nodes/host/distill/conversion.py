@@ -101,7 +101,7 @@ def convert(
     }
     if isinstance(found, JointSites):
         grids = [found.tokens(one).grid for one in sizes]
-        metadata["sizes"] = ", ".join(f"{width}x{height}" for height, width in grids)
+        metadata["sizes"] = ", ".join(f"{height} x {width}" for height, width in grids)
     checkpoint = done.checkpoint(found.architecture, found.channels, metadata)
     pixels = getattr(model.model.latent_format, "spacial_downscale_ratio", LATENT)
     size = (samples.shape[-1] * pixels, samples.shape[-2] * pixels)

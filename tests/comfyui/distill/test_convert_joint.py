@@ -54,7 +54,7 @@ def test_the_model_comes_out_with_joint_mixers_and_stays_as_it_was(pack, name):
     patched, checkpoint, report = output.args
     sites = joint_sites(pack, model).channels
     assert checkpoint.mixer == "joint" and list(checkpoint.blocks) == list(sites)
-    assert checkpoint.metadata["sizes"] == "24x16, 12x8"
+    assert checkpoint.metadata["sizes"] == "16 x 24, 8 x 12"
     assert f"{len(sites)} of {len(sites)} self-attentions are replaced by joint mixers" in report
     assert 1e-6 < largest_error(sample_joint(patched, name, SIZE), before) < 0.5
     patched.detach()
