@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu --output FILE [--seconds 480] [--steps machine kernels ...] [--wheels FOLDER]
     python -m benchmarks.gpu --output FILE --cpu     # the same at tiny sizes, in Triton's interpreter
+    python -m benchmarks.gpu --output FILE --show    # the table of what is in FILE
 
 Each step is a process of its own with a time limit, so that neither a fault of the GPU nor a kernel that
 hangs costs more than that step. Each result is a line of JSON in FILE, written at once; cases that are in the
@@ -72,7 +73,11 @@ def main() -> int:
     command.add_argument("--steps", nargs="+", choices=LIMITS, default=list(LIMITS), metavar="STEP")
     command.add_argument("--wheels", type=Path, metavar="FOLDER", help="wheels that are not installed here")
     command.add_argument("--cpu", action="store_true", help="tiny sizes, without a GPU")
+    command.add_argument("--show", action="store_true", help="measure nothing, print the table of FILE")
     args = command.parse_args()
+    if args.show:
+        print("\n".join(table(read(args.output))))
+        return 0
     end = time.time() + args.seconds - RESERVE
     signal.signal(signal.SIGTERM, stop)
     args.output.parent.mkdir(parents=True, exist_ok=True)

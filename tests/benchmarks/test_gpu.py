@@ -57,6 +57,11 @@ def test_steps_end_with_the_time(tmp_path):
     assert done.returncode == 0 and done.stdout.count("time is up") == 2
 
 
+def test_the_table_of_a_file_is_shown_without_measuring():
+    done = started(REPOSITORY / "benchmarks" / "results" / "gpu_h100.jsonl", "--show")
+    assert done.returncode == 0 and "== check: 216 rows" in done.stdout and "162 of 162 right" in done.stdout
+
+
 def test_a_torn_line_is_no_row(tmp_path):
     output = tmp_path / "gpu.jsonl"
     gpu.append(output, {"step": "check", "case": "one", "ok": True})
