@@ -85,7 +85,7 @@ def take_page(browser: Any, server: ComfyServer, name: str, style: str, folder: 
 def take_nodes(browser: Any, server: ComfyServer, name: str, done: set[str]) -> None:
     """Our nodes in a template that were in none before, after its run, twice as large as the panel is."""
     page = Page(browser, server, "vue", device_scale_factor=2)
-    page.page.set_viewport_size({"width": 1440, "height": 1400})  # for the highest node
+    page.page.set_viewport_size({"width": 1440, "height": 2000})  # for the highest node
     page.open(workflow.load(workflow.FOLDER / f"{name}.json"))
     if name == START:
         choices = server.object_info()["DeltaConvLoadWeights"]["input"]["required"]["weights"]
