@@ -55,7 +55,8 @@ RESERVE = 4  # seconds in which the table is printed
 GPU_FAULT = 3  # exit status of a step whose GPU context is lost; the step starts again after that case
 UNFINISHED = 4  # exit status of a step whose time was up before its last case
 STARTS = 4  # of a step, at most
-WIDEST = 11_000  # characters of the table
+WIDEST = 11_000  # characters of the table, whose end is left out first
+LONG = ("kernels", "compile")  # steps whose rows come last in it
 
 Row = dict[str, Any]
 
@@ -236,7 +237,7 @@ def table(rows: Iterable[Row]) -> list[str]:
     wrong = [row for row in rows if not row["ok"]]
     lines = [f"\n== {len(wrong)} of {len(rows)} wrong or failed"]
     lines += [f"{row['step']} {row['case']}: {reason(row)}" for row in wrong[:16]]
-    for step in LIMITS:
+    for step in sorted(LIMITS, key=lambda step: step in LONG):
         own = [row for row in rows if row["step"] == step and row["case"] != "step"]
         if own:
             bad = sum(not row["ok"] for row in own)

@@ -97,6 +97,13 @@ def test_a_graph_that_is_not_captured_ends_the_process_after_its_row(tmp_path):
     assert [(row["case"], "no" in row["error"]) for row in gpu.read(output)] == [("one", True)]
 
 
+def test_the_long_list_of_kernels_stands_after_what_it_is_for():
+    steps = ["kernels", "models", "blocks", "machine"]
+    rows = [{"step": step, "case": "one", "ok": True, "seconds": 0.1} for step in steps]
+    titles = [line.split()[1] for line in gpu.table(rows) if line.startswith("\n== ")]
+    assert titles[1:] == ["machine:", "blocks:", "models:", "kernels:"]
+
+
 def test_the_table_takes_the_fastest_of_each_family():
     def row(how, cold):
         case = {"step": "kernels", "case": how, "ok": True, "about": "depthwise", "how": how}
