@@ -17,8 +17,8 @@ from deltaconv_core import BlockSpec, DeltaConvBlock
 from deltaconv_core.block import reference as slow
 from deltaconv_core.block.ops import choose
 from deltaconv_core.block.ops.by_torch import TorchBackend
+from deltaconv_core.block.ops.operators import NAMESPACE
 from deltaconv_core.block.ops.triton import BACKEND
-from deltaconv_core.block.ops.triton.operators import NAMESPACE
 from testing.compare import relative_l2
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))

@@ -8,7 +8,6 @@
 | `enlarge.py` | bilinear interpolation as a device function, and the kernel of its adjoint |
 | `pool.py` | adaptive average pooling and its adjoint, one kernel |
 | `tuning.py` | the tile sizes that may be chosen from, and when they are chosen |
-| `operators.py` | how a function becomes an operator that autograd and torch.compile know |
 
 Sums are float32. Nothing here waits for the GPU, except the measurements that choose a tile size the first
 time a shape of a new kind is met. No kernel uses atomic additions, so results are the same in every run.

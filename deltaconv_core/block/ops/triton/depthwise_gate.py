@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .operators import on_device, operator
+from ..operators import on_device, operator
 from .tuning import DEPTHWISE, DEPTHWISE_WEIGHT, bucket, tuned
 
 FORWARD, GRADIENT, PLAIN = 0, 1, 2  # what becomes of the two sums; kernels see the numbers

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import Size
-from .operators import on_device, operator
+from ..operators import on_device, operator
 from .tuning import RESAMPLE, bucket, tuned
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ..backend import Size
 from ..by_torch import enlarge
+from ..operators import on_device, operator
 from .enlarge import enlarge_adjoint, taps
-from .operators import on_device, operator
 from .tuning import INTERPRETED, PROJECT, bucket, tuned
 
 LARGEST = 2.0**15  # entry given to a float16 product

@@ -75,4 +75,4 @@ def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Kernels are launched on the current GPU, which has to be that of their tensors."""
-    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
+    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()  # type: ignore[no-untyped-call]
