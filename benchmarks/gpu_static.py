@@ -193,7 +193,7 @@ def tensor_core_code(sm: int, dtype: str, K: int) -> MachineCode | str:
     """The kernel for tensor cores, or why it cannot be compiled, as a clause."""
     try:
         build = import_module("deltaconv_core.block.ops.cuda.build")
-        cuda = import_module("deltaconv_core.block.ops.cuda.depthwise_gate")
+        cuda = import_module("deltaconv_core.block.ops.cuda.launcher")
     except ImportError as error:
         return f"this version has none ({error})"
     if K not in cuda.KERNEL_SIZES:
