@@ -201,7 +201,7 @@ def tensor_core_code(sm: int, dtype: str, K: int) -> MachineCode | str:
     macros = {"K": K, "BF16": int(dtype == "bf16"), "OUT": int(dtype == "fp16")}
     macros |= {"SIG": 0, "BIAS": 0, "WARPS": cuda.WARPS}
     try:
-        cubin = build.builder.nvrtc().compile(build.text(), divmod(sm, 10), macros)
+        cubin = build.builder.nvrtc().compile(build.kernel_text(), divmod(sm, 10), macros)
     except (OSError, RuntimeError) as error:
         return f"NVRTC cannot compile it here ({error})"
     return read_cubin(f"tensor cores {dtype} K{K}", cubin, 0, cuda.WARPS)

@@ -26,6 +26,8 @@ SAME = {
     "NEWTON_STEPS": "stated by the reference, which shares nothing with what is compared with it",
     "RIDGE": "the same",
     "cells_of": "the same",
+    "depthwise_gate": "a step of the block, by Triton and on tensor cores",
+    "why_not": "the reason why something does not fit, as a clause",
 }
 """By name, the one idea for which it stands in several places."""
 SAME_FILES = {

@@ -34,7 +34,7 @@ def emulated(tmp_path_factory):
         defines = kernels.defines_for(u.dtype, out_dtype, taps.shape[3], bias is not None, sigmoid)
         if defines not in libraries:
             path = folder / f"{len(libraries)}.so"
-            flags = [f"-D{name}={value}" for name, value in defines] + [f'-DKERNEL="{build.SOURCE}"']
+            flags = [f"-D{name}={value}" for name, value in defines] + [f'-DKERNEL="{build.KERNEL_FILE}"']
             command = [compiler, "-O1", "-w", "-shared", "-fPIC", "-std=c++17", *flags, EMULATOR, "-o", path]
             subprocess.run(command, check=True)
             libraries[defines] = ctypes.CDLL(str(path))

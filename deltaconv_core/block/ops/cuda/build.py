@@ -24,8 +24,8 @@ from .nvrtc import CudaError, Nvrtc
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernel.cu")
-NOTHING = 'extern "C" __global__ void nothing() {}'
+KERNEL_FILE = Path(__file__).with_name("kernel.cu")
+EMPTY_KERNEL = 'extern "C" __global__ void nothing() {}'
 
 Defines = tuple[tuple[str, int], ...]
 
@@ -85,7 +85,7 @@ class Builder:
         return found
 
     def _load(self, index: int, name: str, defines: Defines) -> Any:
-        source = NOTHING if name == "nothing" else text()
+        source = EMPTY_KERNEL if name == "nothing" else kernel_text()
         capability = torch.cuda.get_device_capability(index)
         path = self._place(source, capability, defines)
         if path is not None and (cubin := _read(path)):
@@ -118,9 +118,9 @@ builder = Builder()
 
 
 @functools.cache
-def text() -> str:
+def kernel_text() -> str:
     """kernel.cu."""
-    return SOURCE.read_text(encoding="utf-8")
+    return KERNEL_FILE.read_text(encoding="utf-8")
 
 
 def _read(path: Path) -> bytes:

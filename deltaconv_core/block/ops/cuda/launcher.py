@@ -18,11 +18,11 @@ from .build import builder
 from .driver import Launch
 from .nvrtc import CudaError
 
-DTYPES = (torch.float16, torch.bfloat16)
+_DTYPES = (torch.float16, torch.bfloat16)
 KERNEL_SIZES = range(3, 14, 2)  # larger ones do not fit the registers
-OLDEST_GPU = (8, 0)
+_OLDEST_GPU = (8, 0)
 WARPS = 4  # of a block of threads; each works alone
-COLUMNS = 8  # of a unit
+UNIT_COLUMNS = 8  # of a unit
 UNITS = 16  # of a warp
 ROWS = (8, 16, 32, 64, 128)  # of a unit, that may be chosen
 MOST_WARPS = 2**31 - WARPS
@@ -42,7 +42,7 @@ def unsuited(device: torch.device, dtype: torch.dtype, width: int, kernel_size: 
     """The same, for planes of a width."""
     if device.type != "cuda":
         return f"x is on a {device.type.upper()} and the kernel for tensor cores needs an NVIDIA GPU"
-    if dtype not in DTYPES:
+    if dtype not in _DTYPES:
         return f"x is {_name(dtype)} and the kernel for tensor cores takes float16 and bfloat16"
     if kernel_size not in KERNEL_SIZES:
         return f"K is {kernel_size} and the kernel for tensor cores takes odd K from 3 to 13"
@@ -62,7 +62,7 @@ def _tried(index: int) -> str:
     if torch.version.hip is not None:
         return "this is a ROCm GPU and the kernel for tensor cores is NVIDIA's"
     capability = torch.cuda.get_device_capability(index)
-    if capability < OLDEST_GPU:
+    if capability < _OLDEST_GPU:
         return "the GPU's compute capability is {}.{} and the kernel for tensor cores needs 8.0".format(
             *capability
         )
@@ -76,7 +76,7 @@ def _tried(index: int) -> str:
 
 def numbers_for(half: int, size: tuple[int, int], batch: int, rows: int) -> tuple[int, ...]:
     """kernel.cu's half, H, W, R, blocks, tiles and total."""
-    blocks = math.ceil(size[1] / COLUMNS)
+    blocks = math.ceil(size[1] / UNIT_COLUMNS)
     tiles = math.ceil(blocks * math.ceil(size[0] / rows) / UNITS)
     return half, *size, rows, blocks, tiles, tiles * half * batch
 

@@ -103,7 +103,7 @@ def load(cuda: str | None) -> Nvrtc:
         OSError: there is none, or none can be loaded.
     """
     reasons = []
-    for path in sorted(candidates(), key=lambda path: not _fits(path, cuda)):
+    for path in sorted(library_paths(), key=lambda path: not _fits(path, cuda)):
         try:
             return Nvrtc(path)
         except (OSError, AttributeError, CudaError) as error:  # another library, or half of one
@@ -111,7 +111,7 @@ def load(cuda: str | None) -> Nvrtc:
     raise OSError("; ".join(reasons) or "NVRTC is not installed; pip install nvidia-cuda-nvrtc brings it")
 
 
-def candidates() -> Iterator[str]:
+def library_paths() -> Iterator[str]:
     """Paths of libraries in the order in which they are looked for; the last may be a bare name."""
     for folder in (*_beside_torch(), *_in_nvidia_packages(), *_in_toolkit()):
         for path in sorted(folder.glob(PATTERN), reverse=True):
