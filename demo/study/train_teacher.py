@@ -9,6 +9,8 @@ detector found in the pictures.
 On a GPU, with a time instead of a number of steps:
 
     python -m demo.study.train_teacher --output runs/teacher --device cuda --batch-size 512 --minutes 4
+
+``--model joint`` trains the demo's other model in the same way: a NextDiT, the class of Lumina 2 and Z-Image.
 """
 
 from __future__ import annotations
@@ -49,29 +51,38 @@ def learning_rate(step: int, left: float, peak: float, decay: float, warmup: int
     return peak * min((step + 1) / warmup, falling, 1.0)
 
 
-def initialize(unet: torch.nn.Module) -> None:
+def initialize(network: torch.nn.Module) -> None:
     """PyTorch's default initialisation (ComfyUI's layers skip it), and zero for the last layer of every
-    branch."""
-    for module in unet.modules():
+    branch, or for what its modulation, which the branch is multiplied with, comes from."""
+    for module in network.modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
             torch.nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 bound = 1 / math.sqrt(module.weight[0].numel())
                 torch.nn.init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
-            torch.nn.init.ones_(module.weight)
-            torch.nn.init.zeros_(module.bias)
-    for name, module in unet.named_modules():
-        if name.endswith(("out_layers.3", "proj_out")) or name == "out.2":
+        elif isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm, torch.nn.RMSNorm)):
+            if module.weight is not None:
+                torch.nn.init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                torch.nn.init.zeros_(module.bias)
+    for name, module in network.named_modules():
+        last = name.endswith(("out_layers.3", "proj_out")) or name in ("out.2", "final_layer.linear")
+        if last or (isinstance(module, torch.nn.Linear) and "adaLN_modulation" in name):
             torch.nn.init.zeros_(module.weight)
             torch.nn.init.zeros_(module.bias)
+    for name, parameter in network.named_parameters():
+        if name.endswith("pad_token"):
+            torch.nn.init.normal_(parameter, std=0.02)
+
+
+EDGES = ("words.", "unet.input_blocks.0.", "unet.out.", "unet.x_embedder.", "unet.final_layer.linear.")
 
 
 def optimizers(model: torch.nn.ModuleDict, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the weights inside the network; AdamW for first and last layer, words, norms and biases."""
     inner, others = [], []
     for name, parameter in model.named_parameters():
-        edge = name.startswith(("words.", "unet.input_blocks.0.", "unet.out."))
+        edge = name.startswith(EDGES) or name.endswith("pad_token")
         (others if edge or parameter.ndim < 2 else inner).append(parameter)
     return [Muon(inner, rate), torch.optim.AdamW(others, rate, betas=(0.9, 0.99), weight_decay=0.0)]
 
@@ -121,7 +132,8 @@ def loss_of(model: torch.nn.ModuleDict, lesson: Lesson) -> torch.Tensor:
     alpha, sigma = alpha_sigma(lesson.timesteps)
     noisy = alpha * lesson.pictures + sigma * lesson.noise
     context = model["words"](lesson.rows)
-    picture = model["unet"](noisy, lesson.timesteps.float(), context, transformer_options={})
+    words = {"num_tokens": context.shape[1]} if hasattr(model["unet"], "cap_embedder") else {}
+    picture = model["unet"](noisy, lesson.timesteps.float(), context, transformer_options={}, **words)
     return (lesson.weights * (picture.float() - lesson.pictures).square()).mean()
 
 
@@ -161,17 +173,25 @@ def draws_right(weights: Path, count: int = 100, side: int = FULL, seed: int = 0
     return word_shares(words_right(sample(model, words, prompts, size, settings), prompts), prompts)
 
 
-def make_model(seed: int, start_from: Path | None) -> torch.nn.ModuleDict:
-    """The demo model's network and its word embedding, random or with the weights of a file."""
+def make_model(seed: int, start_from: Path | None, kind: str = "unet") -> torch.nn.ModuleDict:
+    """The demo's network of a ``kind`` and its word embedding, random or with the weights of a file."""
     demo_unet = import_module(".nodes.host.demo.unet", comfy_host.import_pack().__name__)
     torch.manual_seed(seed)
-    unet = demo_unet.DemoConfig().get_model({}).diffusion_model.float().requires_grad_(True)
+    config = demo_unet.CONFIGS[kind]()
+    unet = config.get_model({}).diffusion_model.float().requires_grad_(True)
     initialize(unet)
     words = torch.nn.Embedding(len(VOCABULARY), demo_unet.CONTEXT_DIM)
     model = torch.nn.ModuleDict({"unet": unet, "words": words})
     if start_from:
         model.load_state_dict({name: value.float() for name, value in load_file(start_from).items()})
     return model
+
+
+def compile_blocks(network: torch.nn.Module) -> None:
+    """Compile the blocks of a NextDiT, at the first call, once for all blocks and sizes."""
+    for blocks in (network.noise_refiner, network.layers):
+        for block in blocks:
+            block.compile(dynamic=True)
 
 
 def train(
@@ -260,6 +280,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     sizes = "48:75,32:15,64:5,96:5"
     add("--output", type=Path, required=True, help="folder for weights, logs and saved state")
+    add("--model", choices=("unet", "joint"), default="unet", help="the network (default unet)")
+    add("--compile", action="store_true", help="compile the transformer blocks of --model joint")
     add(
         "--start-from", type=Path, help="a teacher's safetensors file to start from (default: random weights)"
     )
@@ -289,7 +311,10 @@ def main() -> None:
     use_device(args.device)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    train(make_model(args.seed, args.start_from), args, stop)
+    model = make_model(args.seed, args.start_from, args.model)
+    if args.compile:
+        compile_blocks(model["unet"])
+    train(model, args, stop)
 
 
 if __name__ == "__main__":

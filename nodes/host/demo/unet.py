@@ -46,6 +46,26 @@ UNET_CONFIG: dict[str, Any] = {
 }
 
 
+JOINT_CONFIG: dict[str, Any] = {
+    "patch_size": PATCH,
+    "in_channels": 3,
+    "dim": 256,
+    "n_layers": 6,
+    "n_refiner_layers": 1,
+    "n_heads": 8,
+    "multiple_of": 32,
+    "ffn_dim_multiplier": 2.0,
+    "qk_norm": True,
+    "cap_feat_dim": CONTEXT_DIM,
+    "axes_dims": [8, 12, 12],
+    "axes_lens": [64, 512, 512],
+    "rope_theta": 256.0,
+    "z_image_modulation": True,
+    "pad_tokens_multiple": 8,
+}
+"""Z-Image's settings in small."""
+
+
 class PixelLatent(comfy.latent_formats.LatentFormat):
     """RGB in [-1, 1] at the picture's own size: what ComfyUI's ``pixel_space`` VAE encodes to and decodes
     from."""
@@ -86,8 +106,8 @@ class DemoConfig(comfy.supported_models_base.BASE):
         "timesteps": 1000,
     }
 
-    def __init__(self) -> None:
-        super().__init__({key: list(v) if isinstance(v, list) else v for key, v in UNET_CONFIG.items()})
+    def __init__(self, network: dict[str, Any] = UNET_CONFIG) -> None:
+        super().__init__({key: list(v) if isinstance(v, list) else v for key, v in network.items()})
 
     def get_model(
         self, state_dict: dict[str, Any], prefix: str = "", device: Any = None
@@ -97,13 +117,34 @@ class DemoConfig(comfy.supported_models_base.BASE):
         return model.eval()
 
 
+class JointConfig(DemoConfig):
+    """ComfyUI's description of the demo model whose attention is joint."""
+
+    def __init__(self) -> None:
+        super().__init__(JOINT_CONFIG)
+
+    def get_model(
+        self, state_dict: dict[str, Any], prefix: str = "", device: Any = None
+    ) -> comfy.model_base.BaseModel:
+        model = comfy.model_base.Lumina2(self, device=device)
+        # Nothing runs through it, and newer hosts have dropped it.
+        vars(model.diffusion_model)["_modules"].pop("norm_final", None)
+        model.model_sampling = PixelSampling(self)
+        return model.eval()
+
+
+CONFIGS: dict[str, type[DemoConfig]] = {"unet": DemoConfig, "joint": JointConfig}
+"""The demo's networks: ComfyUI's U-Net, and its NextDiT."""
+
+
 def load_demo_model(path: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """Build the demo MODEL in fp32 from the safetensors file at ``path``.
+    """Build the demo MODEL in fp32 from the safetensors file at ``path``, of whichever network.
 
     ``disable_dynamic`` is part of newer hosts' contract for ``cached_patcher_init``: they rebuild a model
     with it.
     """
-    config = DemoConfig()
+    file = comfy.utils.load_torch_file(path)
+    config = CONFIGS["joint" if "unet.x_embedder.weight" in file else "unet"]()
     load_device = comfy.model_management.get_torch_device()
     manual_cast = comfy.model_management.unet_manual_cast(
         torch.float32, load_device, config.supported_inference_dtypes
@@ -114,7 +155,7 @@ def load_demo_model(path: str, disable_dynamic: bool = False) -> comfy.model_pat
     plain = comfy.model_patcher.ModelPatcher
     patcher_class = plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
-    weights = {k: v.float() for k, v in comfy.utils.load_torch_file(path).items() if k.startswith("unet.")}
+    weights = {k: v.float() for k, v in file.items() if k.startswith("unet.")}
     assign = {"assign": True} if getattr(patcher, "is_dynamic", lambda: False)() else {}
     model.load_model_weights(weights, "unet.", **assign)
     patcher.cached_patcher_init = (load_demo_model, (path,))
