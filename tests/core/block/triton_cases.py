@@ -125,6 +125,15 @@ def test_gate_beyond_float16():
     torch.testing.assert_close(g, torch.full((1, 2, 2, 4), 300.0 * 300 * 2, device=DEVICE))
 
 
+@pytest.mark.parametrize("expanded", [False, True])
+def test_gate_of_a_bias_that_is_not_contiguous(expanded):
+    u, weight = torch.randn(1, *ODD, 12, device=DEVICE), torch.randn(12, 1, 3, 3, device=DEVICE)
+    wide = torch.randn(24, device=DEVICE)
+    bias = wide[:1].expand(12) if expanded else wide[::2]
+    g = BACKEND.depthwise_gate(u, weight, bias, "simple")
+    torch.testing.assert_close(g, slow.gated(slow.depthwise(u, weight, bias), "simple"), rtol=1e-4, atol=1e-4)
+
+
 def test_only_the_gradients_that_are_asked_for():
     u = torch.randn(1, 3, 2, 4, device=DEVICE)
     leaf = torch.randn(4, 1, 3, 3, device=DEVICE).transpose(2, 3).requires_grad_()
@@ -228,6 +237,12 @@ def test_projection_of_odd_grids(grid, sizes):
 
 def test_projection_of_more_channels_than_a_tile():
     check_project((3, 2), [(3, 2), (1, 1)], "concat", torch.float32, channels=40, dim=130, batch=1)
+
+
+def test_projection_refuses_one_bias_for_several_images():
+    stage, weight = torch.randn(2, *ODD, 6, device=DEVICE), torch.randn(10, 6, device=DEVICE)
+    with pytest.raises(ValueError, match=r"bias has shape \(1, 1, 10\); it must be \(B, 1, C\)"):
+        BACKEND.project([stage], weight, torch.zeros(1, 1, 10, device=DEVICE), ODD, "concat")
 
 
 @pytest.mark.parametrize("magnitude", [1e-2, 1e3, 1e6])

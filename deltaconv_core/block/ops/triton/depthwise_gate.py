@@ -145,7 +145,7 @@ def _sums(
             triton.cdiv(half, tile["CHANNELS"]),
             batch,
         )](
-            u, taps, taps if bias is None else bias, u if upstream is None else upstream, out,
+            u, taps, taps if bias is None else bias.contiguous(), u if upstream is None else upstream, out,
             H, W, factor, bucket(batch * H * W),
             HALF=half, K=K, STEP=step, SIGMOID=kind == "sigmoid", HAS_BIAS=bias is not None,
         )  # fmt: skip

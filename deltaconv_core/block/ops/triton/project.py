@@ -200,6 +200,9 @@ def _joined(gradients: list[Tensor], concat: bool) -> Tensor:
 def _project_stages(
     stages: list[Tensor], weight: Tensor, bias: Tensor, height: int, width: int, concat: bool
 ) -> Tensor:
+    expected = (len(stages[0]), 1, len(weight))
+    if bias.shape != expected:  # the kernel would read beyond it
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be (B, 1, C), here {expected}")
     first: Tensor | None = None
     first_part = weight
     smaller = []
