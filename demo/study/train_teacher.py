@@ -312,6 +312,8 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     model = make_model(args.seed, args.start_from, args.model)
+    # The rotary embeddings of newer versions of ComfyUI have no gradients otherwise.
+    import_module("comfy.model_management").in_training = True
     if args.compile:
         compile_blocks(model["unet"])
     train(model, args, stop)

@@ -28,7 +28,8 @@ def test_a_fresh_one_draws_nothing_at_any_size(fresh):
     assert picture.shape == noisy.shape and not picture.any()
 
 
-def test_every_weight_learns(pack):
+def test_every_weight_learns(pack, monkeypatch):
+    monkeypatch.setattr(import_module("comfy.model_management"), "in_training", True, raising=False)
     model, lessons = make_model(0, None, "joint"), Lessons(4, {36: 1.0}, seed=0)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     gradients, chosen = Gradients(model, threads=1), optimizers(model, 1e-2)
