@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import block, harness, hybrid, hybrid_fit, paper_tables, run_all
+from benchmarks import block, harness, hybrid, hybrid_fit, joint, joint_networks, paper_tables, run_all
 from deltaconv_core import BlockSpec, bench
 from deltaconv_core.bench import machine
 from deltaconv_core.mixers.hybrid.flops import hybrid_flops
@@ -117,6 +117,40 @@ def test_flops_of_hybrids_are_those_that_are_counted():
 
 
 # ---- block ----
+
+
+def test_joint_attentions_beside_mixers(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "joint.json"
+    options = ["--small", "--repeats", 1, "--model", "flux", "--side", 32, 64, "--whole", 40, "--json", file]
+    run(joint, monkeypatch, *options)
+    whole, part = json.loads(file.read_text())["rows"]
+    assert whole["timed_queries"] == whole["tokens"] == 8 + 4 * 4
+    assert part["timed_queries"] == 40 and part["tokens"] == 8 + 8 * 8
+    assert part["ratio"] == pytest.approx(part["seconds"]["attention"] / part["seconds"]["mixer"])
+    assert part["bytes"]["attention"] is None
+    assert capsys.readouterr().out.splitlines()[-1].count("~") == 2
+
+
+def test_multiply_adds_of_a_network_of_text_and_image(comfy_host):
+    from comfy.ldm.lumina.model import NextDiT
+
+    config = {"dim": 64, "n_heads": 2, "axes_dims": [8, 12, 12], "cap_feat_dim": 16, "in_channels": 16}
+    network = NextDiT(n_layers=3, n_refiner_layers=1, multiple_of=8, **config, **joint_networks._made())
+    given = {"context": torch.empty(1, 5, 16, device="meta", dtype=torch.bfloat16), "num_tokens": 5}
+    grid, image = (20, 30), 600
+    counted = joint_networks.count(network, given, grid)
+    joint_calls, alone, text = 3 * (image + 5) ** 2, image**2, 5**2
+    assert counted.attention == 2 * 64 * (joint_calls + alone + text)
+    assert counted.exact == counted.attention - 2 * 64 * 4 * image**2
+    landmarks = 13 * 19  # at most 256, in the shape of the grid
+    near = 4 * image * (landmarks * 2 + 81)
+    assert counted.mixed == 64 * (near + 2 * 3 * 5 * (image + image + 5) + 2 * text)
+    weights = sum(
+        p.numel() for name, p in network.named_parameters() if name.startswith("layers.0.attention")
+    )
+    assert counted.rest > 3 * (image + 5) * weights
+    lines = joint_networks.cells(counted)
+    assert float(lines["bound"].split()[0]) >= float(lines["mixers"].split()[0])
 
 
 def test_block(tmp_path, monkeypatch, capsys):
