@@ -162,7 +162,6 @@ def compile_all(sm: int, dtype: str, K: int) -> Compiled:
         "LARGEST": 2.0**15,
         "WIDE": False,
         "FLOAT32": "ieee",
-        "PLANES": False,
     }
     alone, added = matrix | {"HAS_BIAS": False, "SMALLER": 0}, matrix | {"HAS_BIAS": True, "SMALLER": 1}
     both = {"source": dtype, "out": dtype}

@@ -816,8 +816,7 @@ def blocks(run: Run) -> None:
 
 def block_cases(run: Run, about: str, spec: BlockSpec, side: int, dtype: torch.dtype) -> None:
     x = torch.randn(2, side * side, spec.dim, device=run.device).to(dtype)
-    left_out = run.pick(("reference",), ("reference", "cuda"))
-    for name in (*(n for n in choose.NAMES if n not in left_out), "attention"):
+    for name in (*(n for n in choose.NAMES if n != "reference"), "attention"):
         if name != "attention" or side <= 128:
             run.case(f"{about} {name}", partial(block_row, run, spec, (side, side), x, name))
 

@@ -1,8 +1,7 @@
 """Which dtype and which backend compute a block.
 
-Tensor cores (`cuda`) where they can, else Triton where it can, else plain PyTorch.
-DELTACONV_BACKEND=torch|cuda|triton|reference forces one. Why Triton does not run on a GPU is logged once for
-each dtype.
+Triton where it can, plain PyTorch otherwise. DELTACONV_BACKEND=torch|triton|reference forces one. Why Triton
+does not run on a GPU is logged once for each dtype.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,17 +19,14 @@ from ...errors import DeltaConvError
 from ...util.compiling import constant_result
 from ...util.once import Once
 from . import fastest
-from .backend import Backend, Size
+from .backend import Backend
 from .by_reference import ReferenceBackend
 from .by_torch import TorchBackend
-
-if TYPE_CHECKING:
-    from .cuda import CudaBackend
 
 log = logging.getLogger(__name__)
 
 VARIABLE = "DELTACONV_BACKEND"
-NAMES = ("torch", "cuda", "triton", "reference")
+NAMES = ("torch", "triton", "reference")
 TRIAL_TOKENS = 256
 
 TORCH, REFERENCE = TorchBackend(), ReferenceBackend()
@@ -74,23 +69,6 @@ def backend_for(x: Tensor) -> Backend:
     return TORCH
 
 
-def planes_backend_for(x: Tensor, grid: Size, kernel_size: int) -> CudaBackend | None:
-    """The backend that works on planes, for tokens like x on a grid (H, W); None where `backend_for` decides.
-
-    Raises:
-        DeltaConvError: DELTACONV_BACKEND asks for it and it cannot run.
-    """
-    name = _from_environment() if choice.forced is None else choice.forced
-    if name not in ("", "cuda") or (not name and x.device.type != "cuda"):
-        return None
-    from .cuda import BACKEND
-
-    reason = BACKEND.why_not(x, grid, kernel_size)
-    if reason and name:
-        raise DeltaConvError(f"{VARIABLE} is cuda, but {reason}; unset it, or set it to torch")
-    return None if reason else BACKEND
-
-
 @contextmanager
 def forced(name: str) -> Iterator[None]:
     """Takes this backend, whatever the environment says: for tests and benchmarks."""
@@ -131,10 +109,6 @@ def _from_environment() -> str:
 def _forced_backend(name: str, x: Tensor) -> Backend:
     if name not in NAMES:
         raise DeltaConvError(f"expected {VARIABLE} to be one of {', '.join(NAMES)}, got {name!r}")
-    if name == "cuda":
-        raise DeltaConvError(
-            f"{VARIABLE} is cuda, but a layer's weights cannot be read, or autocast is on; unset it"
-        )
     if name != "triton":
         return TORCH if name == "torch" else REFERENCE
     triton = _triton(x)

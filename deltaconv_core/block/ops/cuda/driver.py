@@ -15,23 +15,19 @@ from typing import Any
 
 from .nvrtc import CudaError
 
-DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 class Driver:
     """The driver's library.
 
-    Args:
-        path: of the file, or a name that the system's loader knows.
-
     Raises:
         OSError: it is not installed.
         CudaError: it does not work.
     """
 
-    def __init__(self, path: str = DRIVER) -> None:
-        self.library = ctypes.CDLL(path)
+    def __init__(self) -> None:
+        self.library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
         self.library.cuLaunchKernel.argtypes = [ctypes.c_void_p] + [ctypes.c_uint] * 7 + [ctypes.c_void_p] * 3
         self.call("cuInit", 0)
 
