@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import DeltaConvError
+from ..util.plain_values import built
 
 GATES = ("simple", "sigmoid", "scaled")
 MERGES = ("concat", "sum")
@@ -109,14 +110,7 @@ class BlockSpec:
         Raises:
             DeltaConvError: an unknown or missing field, or a value that the spec refuses.
         """
-        known = [f.name for f in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        missing = [name for name in ("dim", "kernel_size") if name not in values]
-        if unknown or missing:
-            raise DeltaConvError(
-                f"expected block settings among {known}, got unknown {unknown}, missing {missing}"
-            )
-        return cls(**values)
+        return built(cls, values, needed=("dim", "kernel_size"), what="block settings")
 
 
 def ratio_of(inter: int, dim: int) -> float:

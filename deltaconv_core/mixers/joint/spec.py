@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...block.spec import check_int, checked_scales
 from ...errors import DeltaConvError
+from ...util.plain_values import built
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,4 @@ class JointSpec:
         Raises:
             DeltaConvError: an unknown or missing field, or a value that the spec refuses.
         """
-        known = [f.name for f in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        missing = [name for name in ("dim", "heads", "head_dim") if name not in values]
-        if unknown or missing:
-            raise DeltaConvError(
-                f"expected settings of a joint mixer among {known}, got unknown {unknown}, missing {missing}"
-            )
-        return cls(**values)
+        return built(cls, values, needed=("dim", "heads", "head_dim"), what="settings of a joint mixer")
