@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu
-from benchmarks.gpu_steps import Run
+from benchmarks.gpu_steps.run import Run
 
 REPOSITORY = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(
@@ -87,7 +87,7 @@ def test_a_graph_that_is_not_captured_ends_the_process_after_its_row(tmp_path):
     output = tmp_path / "gpu.jsonl"
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from benchmarks.gpu_steps import NotCaptured, Run\n"
+        "from benchmarks.gpu_steps.run import NotCaptured, Run\n"
         "def fails(): raise NotCaptured('no')\n"
         "run = Run('kernels', Path(sys.argv[1]), time.time() + 60, cpu=True)\n"
         "run.case('one', fails); run.case('two', dict)"

@@ -1,0 +1,178 @@
+"""The step `check`: each kernel, and whole blocks with gradients, against float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaconv_core import BlockSpec, DeltaConvBlock
+from deltaconv_core.block.ops import by_torch, choose
+from deltaconv_core.block.ops.by_torch import TorchBackend
+from deltaconv_core.block.reference import depthwise, gated, reference_block, shrunk, stretched
+from testing.compare import relative_l2
+
+from ..gpu import Row
+from .run import DTYPES, NAMES, Run, Size, in_parallel
+from .tiles import only, tensor_core_kernel, triton_backend
+
+SHAPES: tuple[Size, ...] = ((67, 93), (1, 37), (128, 128), (33, 46), (37, 1), (64, 64), (45, 61), (2, 2))
+TINY_SHAPES: tuple[Size, ...] = ((5, 6), (1, 4))
+
+
+def check(run: Run) -> None:
+    cases: dict[str, Callable[[], Row]] = {}
+    sizes = run.pick((9, 13, 7, 5, 3, 11, 15, 17), (3,))
+    shapes = run.pick(SHAPES, TINY_SHAPES)
+    for number, K in enumerate(sizes):
+        for dtype in DTYPES:
+            for more in range(run.pick(3, 1)):
+                size = shapes[(number + 3 * more) % len(shapes)]
+                kind = ("simple", "sigmoid", "scaled")[more]
+                name = f"{size[0]}x{size[1]} K{K} {NAMES[dtype]} {kind}"
+                cases[f"depthwise {name}"] = partial(check_depthwise, run, size, K, dtype, kind, False)
+                cases[f"tensor cores {name}"] = partial(check_depthwise, run, size, K, dtype, kind, True)
+        for dtype in run.pick(DTYPES, (torch.float32,)):
+            spec, size = block_to_check(K, number, run), shapes[(number + run.pick(0, 1)) % len(shapes)]
+            gradients = number < 3
+            name = f"{size[0]}x{size[1]} K{K} {NAMES[dtype]} {'and gradients' if gradients else 'forward'}"
+            cases[f"block {name}"] = partial(check_block, run, size, spec, dtype, gradients)
+    for size in shapes:
+        for dtype in run.pick(DTYPES, (torch.bfloat16,)):
+            name = f"{size[0]}x{size[1]} {NAMES[dtype]}"
+            cases[f"project {name}"] = partial(check_project, run, size, dtype)
+            cases[f"pool {name}"] = partial(check_pool, run, size, dtype)
+    in_parallel(run, list(cases.items()))
+
+
+def block_to_check(K: int, number: int, run: Run) -> BlockSpec:
+    dim = run.pick(320, 32)
+    variants: tuple[dict[str, Any], ...] = (
+        {},
+        {"gate": "sigmoid", "depthwise_bias": True},
+        {"gate": "scaled", "merge": "sum", "scales": (1.0, 0.5, 1 / 3)},
+    )
+    return BlockSpec(dim, K, **variants[number % len(variants)])
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that is handed out holds NaN until something is written there."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert bool(torch.empty(8, device="cpu").isnan().all())
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def judged(found: dict[str, Tensor], torchs: dict[str, Tensor], truth: dict[str, Tensor], eps: float) -> Row:
+    """The worst error, as a part of what is allowed: twice PyTorch's own in the same dtype, or rounding."""
+    row: Row = {"ok": True, "error_l2": 0.0, "torch_l2": 0.0, "times_torch": 0.0}
+    for name, exact in truth.items():
+        own, theirs = relative_l2(found[name], exact), relative_l2(torchs[name], exact)
+        times = own / max(theirs, eps / 2)
+        if not times <= row["times_torch"]:
+            row |= {"of": name, "error_l2": own, "torch_l2": theirs, "times_torch": times}
+        row["ok"] = row["ok"] and own <= max(2 * theirs, 2 * eps if eps < 1e-5 else eps / 2)
+    return row
+
+
+def check_depthwise(
+    run: Run, size: Size, K: int, dtype: torch.dtype, kind: str, on_tensor_cores: bool
+) -> Row:
+    half = run.pick(80, 16)
+    u = torch.randn(2, *size, 2 * half, device=run.device).to(dtype)
+    weight = (torch.randn(2 * half, 1, K, K, device=run.device) / K).to(dtype)
+    bias = torch.randn(2 * half, device=run.device).to(dtype) if kind == "sigmoid" else None
+    exact = gated(depthwise(u.double(), weight.double(), None if bias is None else bias.double()), kind)
+    theirs = TorchBackend().depthwise_gate(u, weight, bias, kind)
+    with poisoned():
+        if on_tensor_cores:
+            first = u.permute(0, 3, 1, 2).contiguous()
+            cuda = tensor_core_kernel()
+            why = cuda if isinstance(cuda, str) else cuda.why_not(first, weight)
+            if why:
+                return {"why_not": str(why)}
+            factor = math.sqrt(half) if kind == "simple" else 1 / math.sqrt(2 * half)
+            out = torch.float32 if dtype == torch.float16 else dtype
+            own = cuda.depthwise_gate(first, weight, bias, kind == "sigmoid", factor, out)
+            own = own.permute(0, 2, 3, 1)
+        else:
+            with only(1):
+                own = triton_backend().depthwise_gate(u, weight, bias, kind)
+    return judged({"y": own}, {"y": theirs}, {"y": exact}, torch.finfo(dtype).eps)
+
+
+def check_project(run: Run, size: Size, dtype: torch.dtype) -> Row:
+    half, C = run.pick(80, 16), run.pick(320, 32)
+    stage = torch.float32 if dtype == torch.float16 else dtype
+    small = by_torch.stage_size(size, 0.5)
+    stages = [torch.randn(2, *s, half, device=run.device).to(stage) for s in (size, small)]
+    if dtype == torch.float16:
+        stages[0] *= 3e4  # products of two halves leave float16's range
+    weight = (torch.randn(C, 2 * half, device=run.device) / half / (3e4 if dtype == torch.float16 else 1)).to(
+        dtype
+    )
+    bias = torch.randn(2, 1, C, device=run.device).to(dtype)
+    full = torch.cat([stages[0].double(), stretched(stages[1].double(), *size)], dim=3).flatten(1, 2)
+    exact = full @ weight.double().T + bias.double()
+    theirs = TorchBackend().project(stages, weight, bias, size, "concat")
+    with poisoned(), only(1):
+        own = triton_backend().project(stages, weight, bias, size, "concat")
+    return judged({"y": own}, {"y": theirs}, {"y": exact}, torch.finfo(dtype).eps)
+
+
+def check_pool(run: Run, size: Size, dtype: torch.dtype) -> Row:
+    u = torch.randn(2, *size, run.pick(160, 32), device=run.device).to(dtype)
+    theirs = TorchBackend().shrink(u, 0.5, "average")
+    with poisoned(), only(0):
+        own = triton_backend().shrink(u, 0.5, "average")
+    exact = shrunk(u.double(), 0.5, "average")
+    return judged({"y": own}, {"y": theirs}, {"y": exact}, torch.finfo(dtype).eps)
+
+
+def check_block(run: Run, size: Size, spec: BlockSpec, dtype: torch.dtype, gradients: bool) -> Row:
+    block = DeltaConvBlock(spec, device=run.device)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.5 / max(1, parameter[0].numel()) ** 0.5)
+    block = block.to(dtype)
+    x = torch.randn(2, size[0] * size[1], spec.dim, device=run.device).to(dtype)
+    upstream = torch.randn_like(x)
+    weights = {k: v.detach().double().requires_grad_(gradients) for k, v in block.named_parameters()}
+    tokens = x.double().requires_grad_(gradients)
+    y = reference_block(tokens, size, spec, weights)
+    truth = {"output": y.detach()}
+    if gradients:
+        y.backward(upstream.double())
+        truth |= {"x": known(tokens.grad), **{k: known(v.grad) for k, v in weights.items()}}
+    with choose.forced("torch"):
+        theirs = outcome(block, x, size, upstream, gradients)
+    with choose.forced("triton"), only(1), poisoned():
+        own = outcome(block, x, size, upstream, gradients)
+    return judged(own, theirs, truth, torch.finfo(dtype).eps)
+
+
+def outcome(
+    block: DeltaConvBlock, x: Tensor, size: Size, upstream: Tensor, gradients: bool
+) -> dict[str, Tensor]:
+    if not gradients:
+        with torch.inference_mode():
+            return {"output": block(x, size)}
+    block.zero_grad()
+    x = x.clone().requires_grad_()
+    y = block(x, size)
+    y.backward(upstream)
+    found = {"output": y.detach(), "x": known(x.grad)}
+    return found | {k: known(v.grad).clone() for k, v in block.named_parameters()}
+
+
+def known(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None
+    return gradient
