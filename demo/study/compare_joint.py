@@ -29,7 +29,7 @@ from . import tables
 from .classifier import load_classifier
 from .device import add_device, use_device
 from .evaluate import DRAWN, TEACHER, Folder, Settings, Size, count_gflop, sample, sha256
-from .joint_students import Stands, Teacher, checkpoint, fit, gflop, grid_of, put, train, window_attention
+from .joint_students import Stands, Teacher, checkpoint, fit, gflop, put, train, window_attention
 from .lessons import Lessons
 from .metrics import drawings, held_out_prompts, measure, reference_moments
 from .train_teacher import size_shares
@@ -144,7 +144,7 @@ def report(
             found = measure(pictures, prompts, classifier, reference, theirs)
             theirs = pictures if name == TEACHER else theirs
             if name != DRAWN:
-                grid = grid_of(torch.empty(1, 3, size.side, size.side))
+                grid = teacher.grid(size.side, size.side)
                 found["gflop"] = gflop(teacher, stands.get(name, {}), grid, whole)
             measured[name][str(size.side)] = found
     for name, table in measured.items():

@@ -66,6 +66,11 @@ class Teacher:
         channels, heads = self.found.channels[site], self.found.heads[site]
         return JointSpec(channels, heads, channels // heads, **shape)
 
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Of the tokens of a picture, which are its patches."""
+        patch = self.network.patch_size
+        return -(-height // patch), -(-width // patch)
+
     def layout(self, queries: int, grid: tuple[int, int]) -> JointLayout:
         """Of a call with so many queries: the image comes last, filled up to a multiple."""
         image = grid[0] * grid[1]
@@ -171,7 +176,7 @@ def fit(teacher: Teacher, lessons: Lessons, count: int) -> dict[str, dict[str, F
             seeing[0](site, q, k, v, layout, None)  # type: ignore[arg-type]
 
         with torch.no_grad():
-            teacher.predict(lesson, Override(teacher, grid_of(lesson.pictures), told))  # type: ignore[arg-type]
+            teacher.predict(lesson, Override(teacher, teacher.grid(*lesson.pictures.shape[2:]), told))  # type: ignore[arg-type]
 
     fitted = fit_hybrids(JointFit(candidates, FitSettings()), watched, sample, count)
     return {name: {site: both[n] for site, both in fitted.items()} for n, name in enumerate(MIXERS)}
@@ -207,7 +212,7 @@ def train(
 
 def distance(teacher: Teacher, stands: Mapping[str, Stands], lesson: Lesson, wanted: Tensor) -> Tensor:
     """The weighted squared error of the pictures predicted with ``stands`` to those ``wanted``."""
-    override = Override(teacher, grid_of(lesson.pictures), answers(stands))
+    override = Override(teacher, teacher.grid(*lesson.pictures.shape[2:]), answers(stands))
     weights = picture_weight(lesson.timesteps).view(-1, 1, 1, 1)
     return (weights * (teacher.predict(lesson, override) - wanted).square()).mean()
 
@@ -217,19 +222,13 @@ def answers(stands: Mapping[str, Stands]) -> Callable[..., Tensor]:
     return lambda site, q, k, v, layout: stands[site](q, k, v, layout)
 
 
-def grid_of(pictures: Tensor) -> tuple[int, int]:
-    """Of the tokens of pictures (B, 3, H, W), which are patches of 2 x 2."""
-    height, width = pictures.shape[-2:]
-    return -(-height // 2), -(-width // 2)
-
-
 def put(teacher: Teacher, stands: Mapping[str, Stands]) -> Any:
     """A clone of the MODEL in which they stand."""
     clone = teacher.model.clone()
     wrappers = import_module("comfy.patcher_extension").WrappersMP
 
     def wrapper(executor: Any, x: Tensor, *args: Any, **call: Any) -> Tensor:
-        override = Override(teacher, grid_of(x), answers(stands))
+        override = Override(teacher, teacher.grid(*x.shape[2:]), answers(stands))
         options = call.get("transformer_options", {}) | {"optimized_attention_override": override}
         out: Tensor = executor(x, *args, **call | {"transformer_options": options})
         return out

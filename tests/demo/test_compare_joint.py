@@ -19,7 +19,6 @@ from demo.study.joint_students import (
     distance,
     fit,
     gflop,
-    grid_of,
     put,
     train,
     window_attention,
@@ -61,17 +60,17 @@ def test_attention_in_its_own_place_changes_nothing(teacher, lesson):
         seen.append((site, layout.start, q.shape[2]))
         return attention(q, k, v, None)
 
-    grid = grid_of(lesson.pictures)
+    grid = teacher.grid(*lesson.pictures.shape[2:])
     other = teacher.predict(lesson, Override(teacher, grid, again))
     torch.testing.assert_close(other, teacher.predict(lesson), atol=1e-5, rtol=1e-5)
     assert [site for site, *_ in seen] == list(teacher.sites)
-    # 6 words filled up to 8 tokens, and 10 x 10 of the image to 104
-    assert [place for _, *place in seen] == [[0, 104], *[[8, 112]] * 6]
+    # 6 words filled up to 8 tokens, and 7 x 7 of the image to 56
+    assert [place for _, *place in seen] == [[0, 56], *[[8, 64]] * 4]
 
 
 @torch.no_grad()
 def test_landmarks_for_every_token_change_nothing(teacher, lesson):
-    shape = {"landmarks": 100, "kernel_size": 0}
+    shape = {"landmarks": 49, "kernel_size": 0}
     stands = {site: JointMixer(teacher.spec(site, shape)) for site in teacher.sites}
     assert distance(teacher, stands, lesson, teacher.predict(lesson)) < 1e-9
 
@@ -99,7 +98,7 @@ def test_all_cost_about_the_same(teacher):
         name: {site: JointMixer(teacher.spec(site, shape)) for site in teacher.sites}
         for name, shape in MIXERS.items()
     } | {"window": dict.fromkeys(teacher.sites, window_attention)}
-    taken = {name: gflop(teacher, these, (24, 24), 0.0) for name, these in stands.items()}
+    taken = {name: gflop(teacher, these, (32, 32), 0.0) for name, these in stands.items()}
     assert max(taken.values()) < 0 and max(taken.values()) - min(taken.values()) < 0.03 * -min(taken.values())
     assert 2 * LANDMARKS + KERNEL_SIZE**2 <= 2 * WINDOW**2
 

@@ -30,10 +30,10 @@ def test_a_fresh_one_draws_nothing_at_any_size(fresh):
 
 def test_every_weight_learns(pack, monkeypatch):
     monkeypatch.setattr(import_module("comfy.model_management"), "in_training", True, raising=False)
-    model, lessons = make_model(0, None, "joint"), Lessons(4, {36: 1.0}, seed=0)
+    model, lessons = make_model(0, None, "joint"), Lessons(4, {42: 1.0}, seed=0)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     gradients, chosen = Gradients(model, threads=1), optimizers(model, 1e-2)
-    for step in range(4):  # modulations and the last layer start at zero: they come first; 36 needs padding
+    for step in range(4):  # modulations and the last layer start at zero: they come first; 42 needs padding
         gradients(lessons[step])
         for optimizer in chosen:
             optimizer.step()

@@ -47,10 +47,10 @@ UNET_CONFIG: dict[str, Any] = {
 
 
 JOINT_CONFIG: dict[str, Any] = {
-    "patch_size": PATCH,
+    "patch_size": 3,
     "in_channels": 3,
     "dim": 256,
-    "n_layers": 6,
+    "n_layers": 4,
     "n_refiner_layers": 1,
     "n_heads": 8,
     "multiple_of": 32,
