@@ -153,20 +153,29 @@ def losses_of(teacher: Teacher, name: str, file: Path, args: Namespace) -> dict[
     kept = args.output / f"losses-{_short(key)}.json"
     if kept.exists():
         return json.loads(kept.read_text(encoding="utf-8"))
-    batches = teacher.batches(args.batch_size, HELD_OUT_SEED)
-    sums: dict[str, float] = {}
-    network, settings = teacher.network, Distillation(checkpointing=False)
-    with tapped(network.attentions, mixers_of(teacher, file), network.grids) as taps, torch.no_grad():
-        task = EndToEnd(network, taps, settings)
-        for number in tqdm(range(args.loss_batches), desc=name, mininterval=10):
-            for part, loss in task(batches(number), lambda loss: None).items():
-                sums[part] = sums.get(part, 0.0) + float(loss) / args.loss_batches
-    row: dict[str, Any] = {"feature": sums["feature"], "output": sums["teacher"]}
+    row: dict[str, Any] = distillation_losses(
+        teacher, mixers_of(teacher, file), args.loss_batches, args.batch_size, name
+    )
     if not is_linear(file):
         texts = load_checkpoint(file).metadata
         row |= {part: json.loads(texts[part]) for part in ("errors", "starts") if part in texts}
     write_json(kept, row)
     return row
+
+
+def distillation_losses(
+    teacher: Teacher, mixers: Mapping[str, Any], count: int, batch_size: int, name: str
+) -> dict[str, float]:
+    """The paper's feature and output loss with ``mixers`` at their sites, on ``count`` held-out batches."""
+    batches = teacher.batches(batch_size, HELD_OUT_SEED)
+    sums = {"feature": 0.0, "teacher": 0.0}
+    network, settings = teacher.network, Distillation(checkpointing=False)
+    with tapped(network.attentions, mixers, network.grids) as taps, torch.no_grad():
+        task = EndToEnd(network, taps, settings)
+        for number in tqdm(range(count), desc=name, mininterval=10):
+            losses = task(batches(number), lambda loss: None)
+            sums = {part: total + float(losses[part]) / count for part, total in sums.items()}
+    return {"feature": sums["feature"], "output": sums["teacher"]}
 
 
 def times_of(teacher: Teacher, files: Mapping[str, Path], args: Namespace) -> dict[str, float]:

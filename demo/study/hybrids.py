@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from deltaconv_core import Checkpoint
 from deltaconv_core.distill.hybrid import FitSettings, Fitted, HybridFit, SeeCall, fit_hybrids
 from deltaconv_core.distill.replaced import replaced
-from deltaconv_core.mixers.hybrid import HybridMixer, HybridSpec
+from deltaconv_core.mixers.hybrid import HybridSpec
 from deltaconv_core.sites.architectures import level_of
 
 from .train_student import Teacher
@@ -81,9 +82,10 @@ def specs_of(teacher: Teacher, shape: Shape) -> dict[str, HybridSpec]:
 
 
 class Between(torch.nn.Module):
-    """A hybrid mixer with its attention's projections around it: (x, grid) -> y, as other mixers."""
+    """What is called as a hybrid mixer, with its attention's projections around it: (x, grid) -> y, as other
+    mixers."""
 
-    def __init__(self, teacher: Teacher, site: str, mixer: HybridMixer) -> None:
+    def __init__(self, teacher: Teacher, site: str, mixer: torch.nn.Module) -> None:
         super().__init__()
         self.intercepted = import_module(".nodes.host.model.attend", teacher.pack).intercepted
         self.attention = own_forward(teacher, site)
@@ -100,6 +102,26 @@ def own_forward(teacher: Teacher, site: str) -> Callable[..., torch.Tensor]:
     """The forward of the attention at a site, as its class has it."""
     attention = teacher.network.attentions[site]
     return type(attention).forward.__get__(attention)
+
+
+@contextmanager
+def watched(teacher: Teacher, see: SeeCall) -> Iterator[None]:
+    """The network's attentions tell ``see`` of their calls."""
+    intercepted = import_module(".nodes.host.model.attend", teacher.pack).intercepted
+
+    def watching(site: str) -> Callable[..., torch.Tensor]:
+        forward, grid_of = own_forward(teacher, site), teacher.network.grids[site]
+
+        def run(x: torch.Tensor, *args: Any, **call: Any) -> torch.Tensor:
+            def attend(q: Any, k: Any, v: Any, mask: Any) -> None:
+                see(site, q, k, v, grid_of(x, call), mask)
+
+            return intercepted(forward, attend)(x, *args, **call)
+
+        return run
+
+    with replaced((teacher.network.attentions[site], watching(site)) for site in teacher.sites):
+        yield
 
 
 def fit_shapes(
@@ -126,30 +148,13 @@ def fit_shapes(
     """
     specs = {name: specs_of(teacher, shape) for name, shape in shapes.items()}
     candidates = {site: [specs[name][site] for name in shapes] for site in teacher.sites}
-    intercepted = import_module(".nodes.host.model.attend", teacher.pack).intercepted
-
-    @contextmanager
-    def watched(see: SeeCall) -> Iterator[None]:
-        def watching(site: str) -> Callable[..., torch.Tensor]:
-            forward, grid_of = own_forward(teacher, site), teacher.network.grids[site]
-
-            def run(x: torch.Tensor, *args: Any, **call: Any) -> torch.Tensor:
-                def attend(q: Any, k: Any, v: Any, mask: Any) -> None:
-                    see(site, q, k, v, grid_of(x, call), mask)
-
-                return intercepted(forward, attend)(x, *args, **call)
-
-            return run
-
-        with replaced((teacher.network.attentions[site], watching(site)) for site in teacher.sites):
-            yield
 
     def sample(number: int) -> None:
         with torch.no_grad():
             teacher.network(batches(number))
 
     fit = HybridFit(candidates, settings)
-    fitted = fit_hybrids(fit, watched, sample, count, state, on_picture)
+    fitted = fit_hybrids(fit, partial(watched, teacher), sample, count, state, on_picture)
     return {name: {site: fitted[site][n] for site in fitted} for n, name in enumerate(shapes)}
 
 
