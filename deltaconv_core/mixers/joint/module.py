@@ -32,7 +32,9 @@ MaskedAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """PyTorch's, also with fewer heads of keys than of queries."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    if q.shape[1] != k.shape[1]:  # PyTorch does that itself since 2.5
+        k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class JointMixer(nn.Module):
