@@ -92,6 +92,7 @@ class Compiled:
     Args:
         depthwise, project, half_project, pool: by Triton. half_project is the product of the smaller stage,
             to which nothing is added.
+        of_planes: project and half_project of stages (B, c, H, W), which the kernel for tensor cores writes.
         tensor_cores: the kernel for tensor cores, or why there is none.
     """
 
@@ -99,11 +100,12 @@ class Compiled:
     project: Configurations
     half_project: Configurations
     pool: Configurations
+    of_planes: tuple[Configurations, Configurations]
     tensor_cores: MachineCode | str
 
     def codes(self) -> Iterator[MachineCode]:
-        for _, code in (*self.depthwise, *self.project, *self.half_project, *self.pool):
-            yield code
+        for several in (self.depthwise, self.project, self.half_project, self.pool, *self.of_planes):
+            yield from (code for _, code in several)
         if isinstance(self.tensor_cores, MachineCode):
             yield self.tensor_cores
 
@@ -162,8 +164,10 @@ def compile_all(sm: int, dtype: str, K: int) -> Compiled:
         "LARGEST": 2.0**15,
         "WIDE": False,
         "FLOAT32": "ieee",
+        "PLANES": False,
     }
     alone, added = matrix | {"HAS_BIAS": False, "SMALLER": 0}, matrix | {"HAS_BIAS": True, "SMALLER": 1}
+    planes = {"PLANES": True}
     both = {"source": dtype, "out": dtype}
     codes = partial(triton_codes, sm)
     return Compiled(
@@ -171,6 +175,10 @@ def compile_all(sm: int, dtype: str, K: int) -> Compiled:
         codes(f"project {dtype}", "project._project", to_tokens, added),
         codes(f"project half {dtype}", "project._project", to_product, alone),
         codes(f"pool {dtype}", "pool._pool", both, {"ADJOINT": False}),
+        (
+            codes(f"project planes {dtype}", "project._project", to_tokens, added | planes),
+            codes(f"project planes half {dtype}", "project._project", to_product, alone | planes),
+        ),
         tensor_core_code(sm, dtype, K),
     )
 
@@ -251,13 +259,26 @@ def predicted(gpu: Gpu, compiled: Compiled, side: int, channels: int, K: int, dt
     half, wide = spec.inter // 2, 4 if dtype == "float16" else 2  # bytes of an entry of a gated stage
     stages = [(side // by, BATCH * (side // by) ** 2) for by in (1, 2)]
     (_, n), (small, fewer) = stages
+    product = 2 * n * channels * spec.inter / (SHARE * gpu.products)
+
+    def projections(full: Configurations, smaller: Configurations) -> dict[str, float]:
+        moved = n * (2 * channels + wide * half) + fewer * wide * channels
+        return {
+            "half project": best(
+                smaller,
+                lambda t, code: project_seconds(
+                    gpu, code, t, fewer, channels, half, fewer * wide * (half + channels)
+                ),
+            ),
+            "project": best(full, lambda t, code: project_seconds(gpu, code, t, n, channels, half, moved)),
+        }
+
+    mean = max(copied(gpu, 2 * n * channels), TINY)
     parts = {
-        "up": max(
-            2 * n * channels * spec.inter / (SHARE * gpu.products),
-            copied(gpu, 2 * n * (channels + spec.inter)),
-            TINY,
-        ),
-        "mean": max(copied(gpu, 2 * n * channels), TINY),
+        "mean": mean,
+        "small": SMALL_KERNELS * TINY,
+        **projections(compiled.project, compiled.half_project),
+        "up": max(product, copied(gpu, 2 * n * (channels + spec.inter)), TINY),
         "pool": best(
             compiled.pool,
             lambda t, code: seconds(
@@ -268,19 +289,15 @@ def predicted(gpu: Gpu, compiled: Compiled, side: int, channels: int, K: int, dt
                 2 * spec.inter * (n + fewer),
             ),
         ),
-        "half project": best(
-            compiled.half_project,
-            lambda t, code: project_seconds(
-                gpu, code, t, fewer, channels, half, fewer * wide * (half + channels)
-            ),
-        ),
-        "project": best(
-            compiled.project,
-            lambda t, code: project_seconds(
-                gpu, code, t, n, channels, half, n * (2 * channels + wide * half) + fewer * wide * channels
-            ),
-        ),
-        "small": SMALL_KERNELS * TINY,
+    }
+    on_planes = {
+        "mean": mean,
+        "small": (SMALL_KERNELS - 2) * TINY,  # no taps are copied
+        **projections(*compiled.of_planes),
+        # The bias is written first, and the product adds itself to it.
+        "bias": max(copied(gpu, 2 * n * spec.inter), TINY),
+        "up": max(product, copied(gpu, 2 * n * (channels + 2 * spec.inter)), TINY),
+        "pool": max(copied(gpu, 2 * spec.inter * (n + fewer)), TINY),
     }
     ways: dict[str, list[float]] = {"depthwise": [], "tensor cores": []}
     for size, positions in stages:
@@ -298,10 +315,12 @@ def predicted(gpu: Gpu, compiled: Compiled, side: int, channels: int, K: int, dt
         "channels": channels,
         "bound": bound(gpu, spec, side),
         "parts": parts,
+        "parts on tensor cores": on_planes,
     }
-    for name, block in (("depthwise", "block"), ("tensor cores", "block on tensor cores")):
+    others = {"depthwise": ("block", parts), "tensor cores": ("block on tensor cores", on_planes)}
+    for name, (block, rest) in others.items():
         if ways[name]:
-            row |= {name: sum(ways[name]), block: sum(ways[name]) + sum(parts.values())}
+            row |= {name: sum(ways[name]), block: sum(ways[name]) + sum(rest.values())}
     return row
 
 

@@ -16,7 +16,7 @@ from deltaconv_core.block.ops import choose
 from ..gpu import Row
 from .kernels import timed_kernels
 from .run import BANDWIDTH, HALF_DTYPES, NAMES, RATE, Run, Size, each, elapsed, graphed, host_ms, wall_ms
-from .tiles import only
+from .tiles import only, why_not_on_tensor_cores
 
 FORWARD = (
     (128, 640, 9),
@@ -64,6 +64,8 @@ def layer(run: Run, spec: BlockSpec, dtype: torch.dtype, name: str) -> tuple[nn.
 
 
 def block_row(run: Run, spec: BlockSpec, size: Size, x: Tensor, name: str) -> Row:
+    if name == "cuda" and (why := why_not_on_tensor_cores(x, size, spec.kernel_size)):
+        return {"why_not": why}
     module, context = layer(run, spec, x.dtype, name)
     row: Row = {"bound_ms": bound_ms(spec, size, x.dtype, len(x))}
     with torch.inference_mode(), context():

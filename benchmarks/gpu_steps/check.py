@@ -18,10 +18,11 @@ from deltaconv_core.block.reference import depthwise, gated, reference_block, sh
 from testing.compare import relative_l2
 
 from ..gpu import Row
-from .run import DTYPES, NAMES, Run, Size, in_parallel
-from .tiles import only, tensor_core_kernel, triton_backend
+from .run import DTYPES, HALF_DTYPES, NAMES, Run, Size, in_parallel
+from .tiles import only, tensor_core_kernel, triton_backend, why_not_on_tensor_cores
 
 SHAPES: tuple[Size, ...] = ((67, 93), (1, 37), (128, 128), (33, 46), (37, 1), (64, 64), (45, 61), (2, 2))
+EVEN_SHAPES: tuple[Size, ...] = ((64, 64), (33, 46))  # 46 has a smaller stage of 23 columns
 TINY_SHAPES: tuple[Size, ...] = ((5, 6), (1, 4))
 
 
@@ -37,11 +38,17 @@ def check(run: Run) -> None:
                 name = f"{size[0]}x{size[1]} K{K} {NAMES[dtype]} {kind}"
                 cases[f"depthwise {name}"] = partial(check_depthwise, run, size, K, dtype, kind, False)
                 cases[f"tensor cores {name}"] = partial(check_depthwise, run, size, K, dtype, kind, True)
+        spec = block_to_check(K, number, run)
         for dtype in run.pick(DTYPES, (torch.float32,)):
-            spec, size = block_to_check(K, number, run), shapes[(number + run.pick(0, 1)) % len(shapes)]
+            size = shapes[(number + run.pick(0, 1)) % len(shapes)]
             gradients = number < 3
             name = f"{size[0]}x{size[1]} K{K} {NAMES[dtype]} {'and gradients' if gradients else 'forward'}"
-            cases[f"block {name}"] = partial(check_block, run, size, spec, dtype, gradients)
+            cases[f"block {name}"] = partial(check_block, run, size, spec, dtype, "triton", gradients)
+        for dtype in HALF_DTYPES:
+            for size in run.pick(EVEN_SHAPES, TINY_SHAPES[1:]):
+                name = f"{size[0]}x{size[1]} K{K} {NAMES[dtype]}"
+                case = partial(check_block, run, size, spec, dtype, "cuda", False)
+                cases[f"block {name} on tensor cores"] = case
     for size in shapes:
         for dtype in run.pick(DTYPES, (torch.bfloat16,)):
             name = f"{size[0]}x{size[1]} {NAMES[dtype]}"
@@ -142,12 +149,15 @@ def check_pool(run: Run, size: Size, dtype: torch.dtype) -> Row:
     return judged({"y": own}, {"y": theirs}, {"y": exact}, torch.finfo(dtype).eps)
 
 
-def check_block(run: Run, size: Size, spec: BlockSpec, dtype: torch.dtype, gradients: bool) -> Row:
+def check_block(run: Run, size: Size, spec: BlockSpec, dtype: torch.dtype, name: str, gradients: bool) -> Row:
+    """A block by a backend of this name."""
     block = DeltaConvBlock(spec, device=run.device)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.5 / max(1, parameter[0].numel()) ** 0.5)
     block = block.to(dtype)
     x = torch.randn(2, size[0] * size[1], spec.dim, device=run.device).to(dtype)
+    if name == "cuda" and (why := why_not_on_tensor_cores(x, size, spec.kernel_size)):
+        return {"why_not": why}
     upstream = torch.randn_like(x)
     weights = {k: v.detach().double().requires_grad_(gradients) for k, v in block.named_parameters()}
     tokens = x.double().requires_grad_(gradients)
@@ -158,7 +168,7 @@ def check_block(run: Run, size: Size, spec: BlockSpec, dtype: torch.dtype, gradi
         truth |= {"x": known(tokens.grad), **{k: known(v.grad) for k, v in weights.items()}}
     with choose.forced("torch"):
         theirs = outcome(block, x, size, upstream, gradients)
-    with choose.forced("triton"), only(1), poisoned():
+    with choose.forced(name), only(1), poisoned():
         own = outcome(block, x, size, upstream, gradients)
     return judged(own, theirs, truth, torch.finfo(dtype).eps)
 

@@ -23,7 +23,9 @@ def compile_all(run: Run) -> None:
     )
     timed = set(timed_kernels(run))
     for dtype in run.pick(HALF_DTYPES, (torch.float32,)):
-        jobs[f"project {NAMES[dtype]}"] = partial(compile_project, run, dtype)
+        for planes in (False, True):
+            name = f"project {NAMES[dtype]}{' of planes' if planes else ''}"
+            jobs[name] = partial(compile_project, run, dtype, planes)
         jobs[f"pool {NAMES[dtype]}"] = partial(compile_pool, run, dtype)
     for half, K in sorted(sizes, key=lambda size: -size[1]):  # what takes longest first
         for dtype in run.pick(HALF_DTYPES, (torch.float32,)):
@@ -56,9 +58,11 @@ def compile_depthwise(run: Run, dtype: torch.dtype, half: int, K: int) -> Row:
     return {}
 
 
-def compile_project(run: Run, dtype: torch.dtype) -> Row:
+def compile_project(run: Run, dtype: torch.dtype, planes: bool) -> Row:
     stage = torch.float32 if dtype == torch.float16 else dtype
     stages = [torch.randn(2, side, side, 160, device=run.device).to(stage) for side in (8, 4)]
+    if planes:
+        stages = [g.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1) for g in stages]
     weight = torch.randn(640, 320, device=run.device).to(dtype)
     with only(0):
         triton_backend().project(stages, weight, weight.new_zeros(2, 1, 640), (8, 8), "concat")

@@ -80,6 +80,15 @@ def tensor_core_kernel() -> Any:
         return f"{type(error).__name__}: {error}"
 
 
+def why_not_on_tensor_cores(x: Tensor, size: tuple[int, int], kernel_size: int) -> str:
+    """Why a block does not mix the tokens x with it; nothing if it does."""
+    cuda = tensor_core_kernel()
+    if isinstance(cuda, str):
+        return cuda
+    with torch.no_grad():
+        return cuda.BACKEND.why_not(x, size, kernel_size) or ""
+
+
 def triton_backend() -> Any:
     return import_module("deltaconv_core.block.ops.triton").BACKEND
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import DeltaConvError
 from . import ops
 from .spec import BlockSpec
-from .steps import call_layer, steps_for
+from .steps import begin, call_layer
 
 START_STD = 0.02  # spread of a fresh block's output for inputs of unit variance
 HALF_OR_MORE = (torch.float16, torch.bfloat16, torch.float32)  # what blocks are stored in to compute with
@@ -112,10 +112,9 @@ class DeltaConvBlock(nn.Module):
             return x.clone()
         spec, dtype, grid = self.spec, x.dtype, (int(grid[0]), int(grid[1]))
         x = x.to(ops.compute_dtype(x))
-        u = call_layer(self.conv_up, x).reshape(len(x), *grid, -1).contiguous()  # (B, H, W, inter)
-        everywhere = call_layer(self.conv_pool, _mean(x, grid)).to(u.dtype)  # (B, 1, C)
         convolutions = [stage.conv_spatial for stage in self.stages()]
-        steps = steps_for(spec, [*convolutions, self.conv_out], u)
+        steps, u = begin(spec, self.conv_up, [*convolutions, self.conv_out], x, grid)
+        everywhere = call_layer(self.conv_pool, _mean(x, grid)).to(u.dtype)  # (B, 1, C)
         with steps.scope(u):
             made = {}
             for i in self._order():

@@ -3,7 +3,8 @@
 A backend wants a layer's weights and not the layer. A layer that does more than its weights say (hooks,
 adapters, quantized weights) does its work in forward, so it must be called; plain PyTorch does the rest.
 
-All tensors are (B, H, W, channels); u, the projected tokens, is contiguous.
+All tensors are (B, H, W, channels); u, the projected tokens, is contiguous, or a view of contiguous planes
+(B, channels, H, W) where the backend made it itself.
 """
 
 from __future__ import annotations
@@ -41,6 +42,19 @@ class Steps(Protocol):
         Returns:
             (B, H * W, C).
         """
+
+
+def begin(
+    spec: BlockSpec, up: nn.Linear, layers: Sequence[nn.Module], x: Tensor, grid: Size
+) -> tuple[Steps, Tensor]:
+    """The steps, and what they work on: u (B, H, W, inter), the tokens x (B, H * W, C) projected by `up`."""
+    if all(map(lends_weights, [up, *layers])) and not _autocast(x.device.type):
+        backend = ops.planes_backend_for(x, grid, spec.kernel_size)
+        if backend is not None:
+            with borrowed(up, x) as (weight, bias):
+                return FastSteps(spec, backend), backend.expand(x, weight, bias, grid)
+    u = call_layer(up, x).reshape(len(x), *grid, -1).contiguous()
+    return steps_for(spec, layers, u), u
 
 
 def steps_for(spec: BlockSpec, layers: Iterable[nn.Module], u: Tensor) -> Steps:
@@ -189,9 +203,11 @@ def _no_autocast(kind: str) -> AbstractContextManager[Any]:
     It does not know Triton kernels, interpolates in float32, and leaves out products that are told where to
     write.
     """
-    if _knows_autocast(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    return torch.autocast(kind, enabled=False) if _autocast(kind) else nullcontext()
+
+
+def _autocast(kind: str) -> bool:
+    return _knows_autocast(kind) and torch.is_autocast_enabled(kind)
 
 
 @constant_result

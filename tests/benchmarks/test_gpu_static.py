@@ -86,6 +86,7 @@ def test_kernels_and_blocks_are_listed(monkeypatch, capsys, tmp_path):
     assert gpu_static.main() == 0
     printed = capsys.readouterr().out
     assert "| depthwise bf16 K3 4/64/32/2" in printed and "HGMMA" in printed
+    assert "| project planes bf16" in printed
     blocks = json.loads(file.read_text())["blocks"]
     assert [(row["side"], row["channels"]) for row in blocks] == gpu_static.BLOCKS
     assert all(

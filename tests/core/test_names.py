@@ -27,6 +27,7 @@ SAME = {
     "RIDGE": "the same",
     "cells_of": "the same",
     "depthwise_gate": "a step of the block, by Triton and on tensor cores",
+    "BACKEND": "the one that a package of kernels offers to `choose`",
     "why_not": "the reason why something does not fit, as a clause",
 }
 """By name, the one idea for which it stands in several places."""

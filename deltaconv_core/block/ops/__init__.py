@@ -2,7 +2,7 @@
 
 from .backend import Backend
 from .by_torch import context, enlarge, gate, joined, merge, shrink, stage_size
-from .choose import backend_for, compute_dtype
+from .choose import backend_for, compute_dtype, planes_backend_for
 from .float16 import half_product, scale_rows
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "half_product",
     "joined",
     "merge",
+    "planes_backend_for",
     "scale_rows",
     "shrink",
     "stage_size",

@@ -1,7 +1,8 @@
 """Which dtype and which backend compute a block.
 
-Triton where it can, plain PyTorch otherwise. DELTACONV_BACKEND=torch|triton|reference forces one. Why Triton
-does not run on a GPU is logged once for each dtype.
+Triton where it can, plain PyTorch otherwise. DELTACONV_BACKEND=torch|cuda|triton|reference forces one. `cuda`
+(tensor cores) never runs otherwise, because no GPU has run a whole block with it. Why Triton does not run is
+logged once for each dtype.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,14 +21,17 @@ from ...errors import DeltaConvError
 from ...util.compiling import constant_result
 from ...util.once import Once
 from . import fastest
-from .backend import Backend
+from .backend import Backend, Size
 from .by_reference import ReferenceBackend
 from .by_torch import TorchBackend
+
+if TYPE_CHECKING:
+    from .cuda import CudaBackend
 
 log = logging.getLogger(__name__)
 
 VARIABLE = "DELTACONV_BACKEND"
-NAMES = ("torch", "triton", "reference")
+NAMES = ("torch", "cuda", "triton", "reference")
 TRIAL_TOKENS = 256
 
 TORCH, REFERENCE = TorchBackend(), ReferenceBackend()
@@ -69,6 +74,23 @@ def backend_for(x: Tensor) -> Backend:
     return TORCH
 
 
+def planes_backend_for(x: Tensor, grid: Size, kernel_size: int) -> CudaBackend | None:
+    """The backend that works on planes, for tokens like x on a grid (H, W); None where `backend_for` decides.
+
+    Raises:
+        DeltaConvError: DELTACONV_BACKEND asks for it and it cannot run.
+    """
+    if (_from_environment() if choice.forced is None else choice.forced) != "cuda":
+        return None
+    from .cuda import BACKEND
+
+    if reason := BACKEND.why_not(x, grid, kernel_size):
+        raise DeltaConvError(f"{VARIABLE} is cuda, but {reason}; unset it, or set it to torch")
+    if not torch.compiler.is_compiling():
+        choice.say(f"ΔConv on {x.device.type}, {x.dtype}: {BACKEND.what_runs(x)}")
+    return BACKEND
+
+
 @contextmanager
 def forced(name: str) -> Iterator[None]:
     """Takes this backend, whatever the environment says: for tests and benchmarks."""
@@ -109,6 +131,10 @@ def _from_environment() -> str:
 def _forced_backend(name: str, x: Tensor) -> Backend:
     if name not in NAMES:
         raise DeltaConvError(f"expected {VARIABLE} to be one of {', '.join(NAMES)}, got {name!r}")
+    if name == "cuda":
+        raise DeltaConvError(
+            f"{VARIABLE} is cuda, but a layer's weights cannot be read, or autocast is on; unset it"
+        )
     if name != "triton":
         return TORCH if name == "torch" else REFERENCE
     triton = _triton(x)

@@ -150,7 +150,9 @@ extern "C" int cuModuleLoadData(void** module, const char* cubin) {
 extern "C" int cuModuleGetFunction(void** function, void* module, const char* name) {
   return *function = module, std::strcmp(name, "depthwise_gate") ? 500 : 0;
 }
-extern "C" int cuFuncGetAttribute(int* value, int number, void* function) { return *value = 168, number == 4 ? 0 : 1; }
+extern "C" int cuFuncGetAttribute(int* value, int number, void* function) {
+  return *value = 168, inside && number == 4 ? 0 : 201;
+}
 extern "C" int cuGetErrorString(int error, const char** text) { return *text = "as the stub says", 0; }
 template <class T>
 static T at(void** arguments, int i) { return *(T*)arguments[i]; }

@@ -225,7 +225,7 @@ def test_a_gpu_without_triton_says_so_once(triton, module, reason, caplog):
 @pytest.mark.parametrize(
     ("name", "module", "message"),
     [
-        ("cuda", None, "one of torch, triton, reference, got 'cuda'"),
+        ("rocm", None, "one of torch, cuda, triton, reference, got 'rocm'"),
         ("triton", ImportError("none here"), "is triton, but Triton cannot be used here .*none here"),
         ("triton", SimpleNamespace(BACKEND=Other("x is on a CPU")), "but x is on a CPU; unset it"),
     ],

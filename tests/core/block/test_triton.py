@@ -40,7 +40,7 @@ def test_kernels(interpreted):
 
 
 PROJECT = {"HAS_STAGE": True, "HAS_BIAS": True, "SMALLER": 2, "HALF": False, "LARGEST": 2.0**15}
-PROJECT |= {"WIDE": False, "FLOAT32": "ieee"}
+PROJECT |= {"WIDE": False, "FLOAT32": "ieee", "PLANES": False}
 PROJECTED = ("stage", "weight", "bias", "first", "second", "out")
 BUILDS = {
     "depthwise_gate._depthwise": (
@@ -58,6 +58,11 @@ BUILDS = {
         PROJECT | {"HALF": True},
     ),
     "project._project bfloat16": (dict.fromkeys(PROJECTED, "bf16"), PROJECT),
+    "project._project planes": (dict.fromkeys(PROJECTED, "bf16"), PROJECT | {"PLANES": True}),
+    "project._project float16 planes": (
+        dict(zip(PROJECTED, ("fp32", "fp16", "fp16", "fp32", "fp32", "fp16"), strict=True)),
+        PROJECT | {"HALF": True, "PLANES": True},
+    ),
     "project._project float32": (dict.fromkeys(PROJECTED, "fp32"), PROJECT),
 }
 

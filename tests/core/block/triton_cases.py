@@ -235,6 +235,22 @@ def test_projection_of_odd_grids(grid, sizes):
     check_project(grid, sizes, "concat", torch.float32, batch=1)
 
 
+@DTYPES
+@pytest.mark.parametrize("batch", [1, 3])
+def test_projection_of_planes(dtype, batch):
+    torch.manual_seed(0)
+    of_stages = torch.float32 if dtype == torch.float16 else dtype
+    planes = [torch.randn(batch, 40, *size, device=DEVICE).to(of_stages) for size in (ODD, (2, 3))]
+    views = [stage.permute(0, 2, 3, 1) for stage in planes]
+    weight, bias = (
+        torch.randn(10, 80, device=DEVICE).to(dtype),
+        torch.randn(batch, 1, 10, device=DEVICE).to(dtype),
+    )
+    with torch.no_grad():
+        y = BACKEND.project(views, weight, bias, ODD, "concat")
+        assert torch.equal(y, BACKEND.project([s.contiguous() for s in views], weight, bias, ODD, "concat"))
+
+
 def test_projection_of_more_channels_than_a_tile():
     check_project((3, 2), [(3, 2), (1, 1)], "concat", torch.float32, channels=40, dim=130, batch=1)
 

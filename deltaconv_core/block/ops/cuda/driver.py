@@ -15,19 +15,23 @@ from typing import Any
 
 from .nvrtc import CudaError
 
+DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 class Driver:
     """The driver's library.
 
+    Args:
+        path: of the file, or a name that the system's loader knows.
+
     Raises:
         OSError: it is not installed.
         CudaError: it does not work.
     """
 
-    def __init__(self) -> None:
-        self.library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    def __init__(self, path: str = DRIVER) -> None:
+        self.library = ctypes.CDLL(path)
         self.library.cuLaunchKernel.argtypes = [ctypes.c_void_p] + [ctypes.c_uint] * 7 + [ctypes.c_void_p] * 3
         self.call("cuInit", 0)
 
@@ -75,10 +79,11 @@ class Driver:
             self.call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
         return function
 
-    def attribute(self, number: int, function: ctypes.c_void_p) -> int:
-        """What `cuFuncGetAttribute` says of a kernel."""
+    def attribute(self, index: int, number: int, function: ctypes.c_void_p) -> int:
+        """What `cuFuncGetAttribute` says of a kernel that is loaded on a GPU."""
         value = ctypes.c_int()
-        self.call("cuFuncGetAttribute", ctypes.byref(value), number, function)
+        with self.inside(index):
+            self.call("cuFuncGetAttribute", ctypes.byref(value), number, function)
         return value.value
 
     @contextmanager

@@ -147,10 +147,15 @@ def _gate(
     u, taps = _aligned(u), taps.contiguous()
     bias = taps if bias is None else bias.contiguous()
     index = u.get_device()
-    launch = _launch(
-        index, u.dtype, out_dtype, tuple(u.shape), taps.shape[3], bias is not taps, sigmoid, factor, rows
-    )
-    launch(_stream(index), u.data_ptr(), taps.data_ptr(), bias.data_ptr(), out.data_ptr())
+    try:
+        launch = _launch(
+            index, u.dtype, out_dtype, tuple(u.shape), taps.shape[3], bias is not taps, sigmoid, factor, rows
+        )
+        launch(_stream(index), u.data_ptr(), taps.data_ptr(), bias.data_ptr(), out.data_ptr())
+    except (OSError, CudaError) as error:
+        raise DeltaConvError(
+            f"the kernel for tensor cores failed ({error}); set DELTACONV_BACKEND=torch, which always works"
+        ) from error
     return out
 
 
@@ -169,7 +174,7 @@ def _launch(
     batch, channels, *size = shape
     half, (height, width) = channels // 2, size
     defines = defines_for(dtype, out_dtype, kernel_size, has_bias, sigmoid)
-    driver, function = builder.driver(), builder.function(index, "depthwise_gate", defines)
+    function = builder.function(index, "depthwise_gate", defines)
     at_once = _warps_at_once(index, function)
     rows = rows or rows_of_a_unit(half, (height, width), batch, kernel_size, at_once)
     numbers = numbers_for(half, (height, width), batch, rows)
@@ -179,12 +184,12 @@ def _launch(
         )
     grid = math.ceil(numbers[-1] / WARPS)
     arguments = [*map(ctypes.c_int, numbers), ctypes.c_float(factor)]
-    return Launch(driver, index, function, 4, arguments, grid, 32 * WARPS)
+    return Launch(builder.driver(), index, function, 4, arguments, grid, 32 * WARPS)
 
 
 def _warps_at_once(index: int, function: ctypes.c_void_p) -> int:
     """How many warps of a kernel a GPU runs at a time, by their registers."""
-    registers = builder.driver().attribute(OF_FUNCTION, function)
+    registers = builder.driver().attribute(index, OF_FUNCTION, function)
     blocks = REGISTERS // (WARPS * 32 * math.ceil(registers / 8) * 8)
     return int(torch.cuda.get_device_properties(index).multi_processor_count) * blocks * WARPS
 

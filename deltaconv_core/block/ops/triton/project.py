@@ -53,13 +53,13 @@ def _project(
     stage, weight, bias, first, second, out, N, W, C, CHANNELS, weight_stride,
     first_h, first_w, first_rows, first_cols, second_h, second_w, second_rows, second_cols, SIZE,
     HAS_STAGE: tl.constexpr, HAS_BIAS: tl.constexpr, SMALLER: tl.constexpr, HALF: tl.constexpr,
-    LARGEST: tl.constexpr, WIDE: tl.constexpr, FLOAT32: tl.constexpr,
+    LARGEST: tl.constexpr, WIDE: tl.constexpr, FLOAT32: tl.constexpr, PLANES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """out (B, N, C) = stage (B, N, CHANNELS) @ weight (C, CHANNELS).T + bias (B, C) + SMALLER enlarged ones.
 
     HALF: float16 product of a float32 stage. WIDE: operands become float32 first (the interpreter cannot
-    multiply bfloat16).
+    multiply bfloat16). PLANES: the stage is (B, CHANNELS, N).
     """
     tiles = tl.cdiv(C, COLUMNS)
     position = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
@@ -68,12 +68,16 @@ def _project(
     mask = (position < N)[:, None] & (column < C)[None, :]
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     if HAS_STAGE:
-        line = stage + (image * N + position)[:, None] * CHANNELS
+        if PLANES:
+            line = stage + image * N * CHANNELS + position[:, None]
+        else:
+            line = stage + (image * N + position)[:, None] * CHANNELS
         scale = tl.full([ROWS], 1.0, dtype=tl.float32)
         for start in range(0, CHANNELS, DEPTH):
             depth = start + tl.arange(0, DEPTH)
             within = (depth < CHANNELS)[None, :]
-            a = tl.load(line + depth[None, :], mask=(position < N)[:, None] & within, other=0.0)
+            along = depth.to(tl.int64) * N if PLANES else depth
+            a = tl.load(line + along[None, :], mask=(position < N)[:, None] & within, other=0.0)
             b = tl.load(
                 weight + column[:, None] * weight_stride + depth[None, :],
                 mask=(column < C)[:, None] & within, other=0.0,
@@ -126,6 +130,7 @@ def _multiply(
             HAS_STAGE=stage is not None, HAS_BIAS=bias is not None, SMALLER=len(smaller),
             HALF=weight.dtype == torch.float16, LARGEST=LARGEST,
             WIDE=INTERPRETED and weight.dtype == torch.bfloat16, FLOAT32=_float32_products(),
+            PLANES=stage is not None and not stage.is_contiguous(),
         )  # fmt: skip
     return out
 
@@ -136,6 +141,11 @@ def _float32_products() -> str:
     if hasattr(matmul, "fp32_precision"):
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
     return "tf32" if matmul.allow_tf32 else "ieee"
+
+
+def _readable(stage: Tensor) -> Tensor:
+    """(B, h, w, c) as it is where it, or (B, c, h, w) of which it is a view, is contiguous; else a copy."""
+    return stage if stage.permute(0, 3, 1, 2).is_contiguous() else stage.contiguous()
 
 
 def _parts(weight: Tensor, stages: Sequence[Tensor], concat: bool) -> list[Tensor]:
@@ -209,10 +219,10 @@ def _project_stages(
     for stage, part in zip(stages, _parts(weight, stages, concat), strict=True):
         size = stage.shape[1], stage.shape[2]
         if first is None and size == (height, width):
-            first, first_part = stage.contiguous(), part
+            first, first_part = _readable(stage), part
             continue
         out = stage.new_empty(len(stage), size[0] * size[1], len(part))
-        smaller.append(_multiply(stage.contiguous(), part, None, (), out, size).unflatten(1, size))
+        smaller.append(_multiply(_readable(stage), part, None, (), out, size).unflatten(1, size))
     out = _empty(stages, weight, bias, height, width, concat)
     _multiply(first, first_part, bias.flatten(1).contiguous(), smaller[:AT_ONCE], out, (height, width))
     for product in smaller[AT_ONCE:]:
