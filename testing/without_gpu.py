@@ -33,7 +33,7 @@ class _Utils:
     """Stands for triton's library around the driver."""
 
     def load_binary(self, name: str, *_: Any) -> tuple[Any, ...]:
-        return None, name, 64, 0, 1024  # module, function, registers, spilled, threads
+        return name, name, 64, 0, 1024  # module, function, registers, spilled, threads
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": SHARED}
@@ -72,6 +72,22 @@ class Driver:
         return 0
 
 
+def launched_kernels() -> list[Any]:
+    """ΔConv's kernels."""
+    from deltaconv_core.block.ops.triton import depthwise_gate, enlarge, pool, project
+    from deltaconv_core.block.ops.triton.launch import LaunchedKernel
+
+    found = [value for module in (depthwise_gate, enlarge, pool, project) for value in vars(module).values()]
+    return [value for value in found if isinstance(value, LaunchedKernel)]
+
+
+def _forget() -> None:
+    """What is compiled for one driver is not launched by another."""
+    for kernel in launched_kernels():
+        kernel.forget()
+        kernel.tuner.fn.device_caches.clear()
+
+
 @contextmanager
 def stand_in() -> Iterator[Launches]:
     """ΔConv's Triton backend runs on tensors of the CPU and launches nothing."""
@@ -86,4 +102,6 @@ def stand_in() -> Iterator[Launches]:
         stack.enter_context(patch.object(by_triton, "_tried", lambda kind, index: None))
         stack.enter_context(patch.object(by_triton, "_why_not_on", lambda kind, index: None))
         stack.enter_context(choose.forced("triton"))
+        _forget()
+        stack.callback(_forget)
         yield launches

@@ -29,10 +29,12 @@ class Kernel:
         tuner = self.tuned.tuner
         before = tuner.configs
         tuner.configs = [before[min(number, len(before) - 1)]]
+        self.tuned.forget()
         try:
             yield
         finally:
             tuner.configs = before
+            self.tuned.forget()
 
 
 def triton_kernels() -> dict[str, Kernel]:

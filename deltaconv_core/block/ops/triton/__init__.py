@@ -2,12 +2,13 @@
 
 | file | what is in it |
 |---|---|
-| `backend.py` | `TritonBackend`, what `ops.backends` describes; needs no triton to be imported |
+| `by_triton.py` | `TritonBackend`, what `ops.backend` describes; needs no triton to be imported |
 | `depthwise_gate.py` | depth-wise convolution and gate in one kernel, and both gradients |
 | `project.py` | output projection; its kernel adds the bias and the enlarged smaller stages as it writes |
 | `enlarge.py` | bilinear interpolation as a device function, and the kernel of its adjoint |
 | `pool.py` | adaptive average pooling and its adjoint, one kernel |
 | `tuning.py` | the tile sizes that may be chosen from, and when they are chosen |
+| `launch.py` | a kernel's launch, direct from the third of its kind on |
 
 Sums are float32. Nothing here waits for the GPU, except the measurements that choose a tile size the first
 time a shape of a new kind is met. No kernel uses atomic additions, so results are the same in every run.

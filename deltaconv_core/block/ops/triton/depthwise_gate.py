@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operators import on_device, operator
+from ..operators import operator
+from .launch import LaunchArguments, dtypes
 from .tuning import DEPTHWISE, DEPTHWISE_WEIGHT, bucket, tuned
 
 FORWARD, GRADIENT, PLAIN = 0, 1, 2  # what becomes of the two sums; kernels see the numbers
@@ -138,17 +139,26 @@ def _sums(
     batch, H, W, C = u.shape
     half, K = C // 2, weight.shape[-1]
     taps = weight.reshape(C, K * K).t().contiguous()  # (K * K, c): neighboring channels in neighboring places
-    factor = math.sqrt(half) if kind == "simple" else 1 / math.sqrt(C)
-    with on_device(u):
-        _depthwise[lambda tile: (
-            triton.cdiv(H, tile["ROWS"]) * triton.cdiv(W, tile["COLS"]),
-            triton.cdiv(half, tile["CHANNELS"]),
-            batch,
-        )](
-            u, taps, taps if bias is None else bias.contiguous(), u if upstream is None else upstream, out,
-            H, W, factor, bucket(batch * H * W),
-            HALF=half, K=K, STEP=step, SIGMOID=kind == "sigmoid", HAS_BIAS=bias is not None,
-        )  # fmt: skip
+
+    def call() -> LaunchArguments:
+        def grid(tile: dict[str, int]) -> tuple[int, ...]:
+            tiles = triton.cdiv(H, tile["ROWS"]) * triton.cdiv(W, tile["COLS"])
+            return tiles, triton.cdiv(half, tile["CHANNELS"]), batch
+
+        factor = math.sqrt(half) if kind == "simple" else 1 / math.sqrt(C)
+        options = {"HALF": half, "K": K, "STEP": step, "SIGMOID": kind == "sigmoid"}
+        return LaunchArguments(
+            grid, (H, W, factor, bucket(batch * H * W)), options | {"HAS_BIAS": bias is not None}
+        )
+
+    tensors = (
+        u,
+        taps,
+        taps if bias is None else bias.contiguous(),
+        u if upstream is None else upstream,
+        out,
+    )
+    _depthwise.launch((step, u.shape, K, kind, *dtypes(tensors), bias is None, u.device), tensors, call)
     return out
 
 
@@ -159,11 +169,16 @@ def _sum_weight_gradient(u: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
     rows = triton.cdiv(H, parts)
     parts = batch * triton.cdiv(H, rows)
     out = u.new_empty(parts, K, K, C, dtype=torch.float32)
-    with on_device(u):
-        _weight_gradient[lambda tile: (parts, K, triton.cdiv(C, tile["CHANNELS"]))](
-            u, gradient, out, H, W, rows, C, bucket(batch * H * W),
-            K=K, KERNEL_COLS=triton.next_power_of_2(K),
-        )  # fmt: skip
+
+    def call() -> LaunchArguments:
+        def grid(tile: dict[str, int]) -> tuple[int, ...]:
+            return parts, K, triton.cdiv(C, tile["CHANNELS"])
+
+        numbers = H, W, rows, C, bucket(batch * H * W)
+        return LaunchArguments(grid, numbers, {"K": K, "KERNEL_COLS": triton.next_power_of_2(K)})
+
+    tensors = u, gradient, out
+    _weight_gradient.launch((u.shape, K, *dtypes(tensors), u.device), tensors, call)
     return out.sum(0).permute(2, 0, 1).unsqueeze(1).to(weight.dtype).contiguous()
 
 

@@ -5,7 +5,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import Size
-from ..operators import on_device, operator
+from ..operators import operator
+from .launch import LaunchArguments
 from .tuning import RESAMPLE, bucket, tuned
 
 
@@ -60,11 +61,16 @@ def _enlarge_adjoint(y: Tensor, height: int, width: int) -> Tensor:
     y = y.contiguous()
     out = _smaller(y, height, width)
     batch, H, W, C = y.shape
-    window = -(-2 * W // width) + 2
-    with on_device(y):
-        _adjoint[lambda tile: (
-            height * triton.cdiv(width, tile["COLS"]), triton.cdiv(C, tile["CHANNELS"]), batch
-        )](y, out, H, W, height, width, height / H, width / W, window, C, bucket(batch * H * W))  # fmt: skip
+
+    def call() -> LaunchArguments:
+        def grid(tile: dict[str, int]) -> tuple[int, ...]:
+            return height * triton.cdiv(width, tile["COLS"]), triton.cdiv(C, tile["CHANNELS"]), batch
+
+        window = -(-2 * W // width) + 2
+        numbers = H, W, height, width, height / H, width / W, window, C, bucket(batch * H * W)
+        return LaunchArguments(grid, numbers, {})
+
+    _adjoint.launch((y.shape, height, width, y.dtype, y.device), (y, out), call)
     return out
 
 

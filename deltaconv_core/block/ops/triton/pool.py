@@ -7,7 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import Size
-from ..operators import on_device, operator
+from ..operators import operator
+from .launch import LaunchArguments
 from .tuning import RESAMPLE, bucket, tuned
 
 
@@ -70,13 +71,16 @@ def _resize(x: Tensor, height: int, width: int, adjoint: bool) -> Tensor:
     x = x.contiguous()
     out = _empty(x, height, width, adjoint)
     batch, H, W, C = x.shape
-    window = W // width + (2 if W % width else 0)
-    with on_device(x):
-        _pool[lambda tile: (
-            height * triton.cdiv(width, tile["COLS"]), triton.cdiv(C, tile["CHANNELS"]), batch
-        )](
-            x, out, H, W, height, width, window, C, bucket(batch * height * width), ADJOINT=adjoint
-        )  # fmt: skip
+
+    def call() -> LaunchArguments:
+        def grid(tile: dict[str, int]) -> tuple[int, ...]:
+            return height * triton.cdiv(width, tile["COLS"]), triton.cdiv(C, tile["CHANNELS"]), batch
+
+        window = W // width + (2 if W % width else 0)
+        numbers = H, W, height, width, window, C, bucket(batch * height * width)
+        return LaunchArguments(grid, numbers, {"ADJOINT": adjoint})
+
+    _pool.launch((x.shape, height, width, x.dtype, adjoint, x.device), (x, out), call)
     return out
 
 

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from ..backend import Size
 from ..by_torch import enlarge
-from ..operators import on_device, operator
+from ..operators import operator
 from .enlarge import enlarge_adjoint, taps
+from .launch import LaunchArguments, dtypes
 from .tuning import INTERPRETED, PROJECT, bucket, tuned
 
 LARGEST = 2.0**15  # entry given to a float16 product
@@ -116,22 +117,30 @@ def _multiply(
 ) -> Tensor:
     """Launches `_project`: out (B, size[0] * size[1], C), smaller (B, h, w, C) each."""
     batch, positions, C = out.shape
-    height, width = size
-    absent = out, 1, 1, 1.0, 1.0
-    shapes = [(s, *s.shape[1:3], s.shape[1] / height, s.shape[2] / width) for s in smaller]
-    first, second = [*shapes, absent, absent][:AT_ONCE]
-    with on_device(out):
-        _project[lambda tile: (
-            triton.cdiv(positions, tile["ROWS"]) * triton.cdiv(C, tile["COLUMNS"]), batch
-        )](
-            out if stage is None else stage, weight, out if bias is None else bias, first[0], second[0], out,
-            positions, width, C, 1 if stage is None else stage.shape[3], weight.stride(0),
-            *first[1:], *second[1:], bucket(batch * positions),
-            HAS_STAGE=stage is not None, HAS_BIAS=bias is not None, SMALLER=len(smaller),
-            HALF=weight.dtype == torch.float16, LARGEST=LARGEST,
-            WIDE=INTERPRETED and weight.dtype == torch.bfloat16, FLOAT32=_float32_products(),
-            PLANES=stage is not None and not stage.is_contiguous(),
-        )  # fmt: skip
+    precision = _float32_products()
+    planes = stage is not None and not stage.is_contiguous()
+
+    def call() -> LaunchArguments:
+        def grid(tile: dict[str, int]) -> tuple[int, ...]:
+            return triton.cdiv(positions, tile["ROWS"]) * triton.cdiv(C, tile["COLUMNS"]), batch
+
+        height, width = size
+        shapes = [(*s.shape[1:3], s.shape[1] / height, s.shape[2] / width) for s in smaller]
+        first, second = [*shapes, *[(1, 1, 1.0, 1.0)] * AT_ONCE][:AT_ONCE]
+        depth = 1 if stage is None else stage.shape[3]
+        numbers = positions, width, C, depth, weight.stride(0), *first, *second, bucket(batch * positions)
+        return LaunchArguments(grid, numbers, {
+            "HAS_STAGE": stage is not None, "HAS_BIAS": bias is not None, "SMALLER": len(smaller),
+            "HALF": weight.dtype == torch.float16, "LARGEST": LARGEST,
+            "WIDE": INTERPRETED and weight.dtype == torch.bfloat16, "FLOAT32": precision,
+            "PLANES": planes,
+        })  # fmt: skip
+
+    absent = (out,) * (AT_ONCE - len(smaller))
+    tensors = out if stage is None else stage, weight, out if bias is None else bias, *smaller, *absent, out
+    given = stage is None, bias is None, len(smaller), weight.stride(0), precision, planes
+    shapes = [t.shape for t in tensors]
+    _project.launch((*shapes, *dtypes(tensors), size, *given, out.device), tensors, call)
     return out
 
 

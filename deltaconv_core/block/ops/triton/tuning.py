@@ -11,9 +11,7 @@ While a CUDA graph is captured, or without the memory that measuring needs, the 
 and nothing is remembered. (Loading a new kernel may end a capture: run each dtype and kernel size before it.)
 """
 
-import functools
 import inspect
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,10 +19,7 @@ import torch
 import triton
 import triton.testing
 
-from ....util.once import Once
-
-log = logging.getLogger(__name__)
-say = Once(log.info)
+from .launch import InterpretedKernel, LaunchedKernel, NotMeasured
 
 Config = tuple[dict[str, int], int]  # tile sizes, and the number of warps (32 threads each)
 
@@ -61,7 +56,9 @@ INTERPRETED = not isinstance(nothing, triton.JITFunction)
 QUICK = {"warmup": 3, "rep": 15}  # milliseconds in which one configuration is timed
 
 
-def tuned(configs: Sequence[Config], interpreted: dict[str, int], key: Sequence[str]) -> Callable[[Any], Any]:
+def tuned(
+    configs: Sequence[Config], interpreted: dict[str, int], key: Sequence[str]
+) -> Callable[[Any], LaunchedKernel | InterpretedKernel]:
     """Decorates a kernel, which is then launched without its tile sizes.
 
     Args:
@@ -70,11 +67,11 @@ def tuned(configs: Sequence[Config], interpreted: dict[str, int], key: Sequence[
         key: the kernel's arguments whose values call for a choice of their own.
     """
 
-    def decorate(kernel: Any) -> Any:
+    def decorate(kernel: Any) -> LaunchedKernel | InterpretedKernel:
         if INTERPRETED:
-            return _Fixed(kernel, interpreted)
+            return InterpretedKernel(kernel, interpreted)
         choices = [triton.Config(tiles, num_warps=warps) for tiles, warps in configs]
-        return _Chosen(triton.autotune(choices, list(key), **autotuner_options())(kernel))
+        return LaunchedKernel(triton.autotune(choices, list(key), **autotuner_options())(kernel))
 
     return decorate
 
@@ -82,37 +79,6 @@ def tuned(configs: Sequence[Config], interpreted: dict[str, int], key: Sequence[
 def bucket(positions: int) -> int:
     """The exponent of the power of two that a number of positions is rounded up to."""
     return (positions - 1).bit_length()
-
-
-class NotMeasured(Exception):
-    """Nothing can be measured at this moment."""
-
-
-class _Chosen:
-    """A kernel whose tile sizes triton's autotuner chooses, except where that cannot measure."""
-
-    def __init__(self, tuner: Any) -> None:
-        self.tuner = tuner
-
-    def __getitem__(self, grid: Callable[[dict[str, int]], tuple[int, ...]]) -> Callable[..., Any]:
-        return functools.partial(self._launch, grid)
-
-    def _launch(self, grid: Any, *arguments: Any, **constants: Any) -> None:
-        say("ΔConv: Triton compiles its kernels on first use, a few seconds each; they are kept on disk")
-        try:
-            self.tuner[grid](*arguments, **constants)
-        except NotMeasured:
-            self.tuner.fn[grid](*arguments, **constants, **self.tuner.configs[0].all_kwargs())
-
-
-class _Fixed:
-    """A kernel with tile sizes that are always the same."""
-
-    def __init__(self, kernel: Any, tiles: dict[str, int]) -> None:
-        self.kernel, self.tiles = kernel, tiles
-
-    def __getitem__(self, grid: Callable[[dict[str, int]], tuple[int, ...]]) -> Callable[..., Any]:
-        return functools.partial(self.kernel[grid(self.tiles)], **self.tiles)
 
 
 def autotuner_options() -> dict[str, Any]:

@@ -1,0 +1,123 @@
+"""Direct launches of Triton kernels: they pass what triton's own pass, and only where that is certain."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from deltaconv_core import BlockSpec, DeltaConvBlock
+from testing.without_gpu import stand_in
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="kernels are interpreted"),
+]
+PACKAGE = "deltaconv_core.block.ops.triton"
+
+
+def of_triton(name):
+    return importlib.import_module(f"{PACKAGE}.{name}")
+
+
+@pytest.fixture
+def launches():
+    with stand_in() as launches:
+        launches.kept = True
+        yield launches
+
+
+def plain(arguments):
+    """Tensors as their addresses."""
+    return [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+
+
+def is_direct(call):
+    return not any(isinstance(argument, torch.Tensor) for argument in call[2])
+
+
+def pooled(x):
+    return of_triton("pool").average(x, (2, 2))
+
+
+def test_each_kernel_is_given_the_same_by_triton_and_directly(launches, monkeypatch):
+    kernel_class = of_triton("launch").LaunchedKernel
+    original = kernel_class.launch
+
+    def three_times(self, *arguments):
+        for _ in range(3):
+            original(self, *arguments)
+
+    monkeypatch.setattr(kernel_class, "launch", three_times)
+    weight_gradient = of_triton("depthwise_gate")._weight_gradient
+    monkeypatch.setattr(weight_gradient.tuner, "configs", weight_gradient.tuner.configs[:1])
+    block = DeltaConvBlock(BlockSpec(64, 3, depthwise_bias=True))
+    block(torch.randn(2, 35, 64, requires_grad=True), (5, 7)).sum().backward()
+
+    names = set()
+    for first, second, third in zip(*(launches.calls[i::3] for i in range(3)), strict=True):
+        assert not is_direct(first) and not is_direct(second) and is_direct(third)
+        assert first[:2] == second[:2] == third[:2]
+        assert plain(first[2]) == plain(second[2]) == list(third[2])
+        names.add(first[0])
+    assert names == {"_pool", "_depthwise", "_project", "_adjoint", "_weight_gradient"}
+
+
+def test_another_size_is_not_launched_as_the_last_one(launches):
+    for width in (4, 4, 4, 6):
+        pooled(torch.randn(1, 4, width, 32))
+    assert [is_direct(call) for call in launches.calls] == [False, False, True, False]
+
+
+def test_an_address_of_another_alignment_is_not_launched_as_others(launches):
+    memory = torch.randn(1 + 4 * 4 * 32)
+    for start in (0, 0, 0, 1, 1, 1):
+        pooled(memory[start : start + 4 * 4 * 32].view(1, 4, 4, 32))
+    assert [is_direct(call) for call in launches.calls] == [False, False, True] * 2
+
+
+def test_a_profiler_sees_every_launch(launches):
+    from triton import knobs
+
+    for _ in range(3):
+        pooled(torch.randn(1, 4, 4, 32))
+    watching = lambda metadata: None  # noqa: E731
+    knobs.runtime.launch_enter_hook.add(watching)
+    try:
+        pooled(torch.randn(1, 4, 4, 32))
+    finally:
+        knobs.runtime.launch_enter_hook.remove(watching)
+    assert [is_direct(call) for call in launches.calls] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("difference", ["no hooks", "no launcher", "other arguments", "ROCm"])
+def test_a_triton_that_differs_launches_as_ever(launches, monkeypatch, difference):
+    launch = of_triton("launch")
+    if difference == "no hooks":
+        monkeypatch.setattr(launch, "runtime", None)
+    elif difference == "no launcher":
+        monkeypatch.setattr(launch, "_can_be_watched", lambda kernel: hasattr(kernel, "of another name"))
+    elif difference == "other arguments":
+        original = launch._repeated
+        monkeypatch.setattr(
+            launch,
+            "_repeated",
+            lambda kernel, run, passed, tensors: original(kernel, run, passed[1:], tensors),
+        )
+    else:
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+    for _ in range(4):
+        pooled(torch.randn(1, 4, 4, 32))
+    assert [is_direct(call) for call in launches.calls] == [False] * 4
+
+
+def test_what_is_remembered_has_a_limit(launches, monkeypatch):
+    monkeypatch.setattr(of_triton("launch"), "MOST_KEYS", 3)
+    kernel = of_triton("pool")._pool
+    for width in range(4, 20):
+        for _ in range(3):
+            pooled(torch.randn(1, 4, width, 32))
+    assert len(launches.calls) == 48 and len(kernel.compiled) <= 3 and len(kernel.direct) <= 3
