@@ -28,7 +28,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltaconv_core import BlockSpec, DeltaConvBlock
-from deltaconv_core.block import module
+from deltaconv_core.block import module, steps
 from deltaconv_core.block.ops import operators
 from deltaconv_core.block.ops.triton import TritonBackend
 from deltaconv_core.util.text import markdown
@@ -38,9 +38,10 @@ from .harness import circumstances, parser
 
 GRID = (4, 4)
 STEPS: dict[str, tuple[Any, str]] = {
-    "layers called (up-projection, mean token)": (module, "call_layer"),
+    "up-projection": (steps, "call_layer"),
     "mean": (module, "_mean"),
-    "choice of backend": (module, "steps_for"),
+    "mean token's projection": (module, "call_layer"),
+    "choice of backend": (steps, "steps_for"),
     "pooling": (TritonBackend, "shrink"),
     "depth-wise and gate, both stages": (TritonBackend, "depthwise_gate"),
     "projection": (TritonBackend, "project"),
