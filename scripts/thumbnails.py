@@ -143,6 +143,22 @@ def conversion() -> Drawing:
     return drawing
 
 
+def joint(title: str) -> Drawing:
+    """What the attention of text and image becomes: text as it was, the picture by fewer landmarks."""
+    drawing = Drawing(title, "untrained, 2048 × 2048")
+    for x, side, shade in ((125, 8, ATTENTION), (445, 4, DELTACONV)):
+        size = 152 / side
+        for i in range(side * side):
+            left, top = x + i % side * size, 150 + i // side * size
+            drawing.bar(left + 0.06 * size, top + 0.06 * size, 0.88 * size, 0.88 * size, shade)
+        for line, width in enumerate((70, 50, 62)):
+            drawing.bar(x - 85, 175 + 40 * line, width, 18, INK)
+    drawing.arrow((290, 225), (345, 225))
+    drawing.text(160, 340, "attention", size=28)
+    drawing.text(480, 340, "joint mixers", size=28)
+    return drawing
+
+
 DRAWINGS: dict[str, Callable[[], Drawing]] = {
     "sd15_text_to_image": lambda: network("sd15", "SD 1.5", 512),
     "sdxl_text_to_image": lambda: network("sdxl", "SDXL", 1024),
@@ -151,6 +167,8 @@ DRAWINGS: dict[str, Callable[[], Drawing]] = {
     "sd15_attention_first": attention_first,
     "sd15_two_weights": two_weights,
     "sd15_distill": distillation,
+    "z_image_turbo_2048": lambda: joint("Z-Image-Turbo"),
+    "flux1_dev_2048": lambda: joint("FLUX.1 dev"),
     "5_benchmark": benchmark,
     "6_convert_demo": conversion,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -11,6 +12,35 @@ from .comfy_models import in_pack, make_model, sample
 
 TEXT = 5  # tokens of text in `joint_conditioning`
 WIDTH = 24  # of its embedding
+FLUX: dict[str, Any] = {
+    "in_channels": 16,
+    "out_channels": 16,
+    "vec_in_dim": 12,
+    "context_in_dim": WIDTH,
+    "hidden_size": 32,
+    "mlp_ratio": 2.0,
+    "num_heads": 2,
+    "depth": 2,
+    "depth_single_blocks": 2,
+    "axes_dim": [4, 6, 6],
+    "theta": 10000,
+    "patch_size": 2,
+    "qkv_bias": True,
+    "guidance_embed": False,
+}
+LUMINA: dict[str, Any] = {
+    "patch_size": 2,
+    "in_channels": 16,
+    "dim": 32,
+    "cap_feat_dim": WIDTH,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 1,
+    "qk_norm": True,
+    "axes_dims": [4, 6, 6],
+    "axes_lens": [300, 512, 512],
+}
 
 
 def make_joint(name: str) -> Any:
@@ -25,22 +55,6 @@ def make_joint(name: str) -> Any:
     from comfy.ldm.chroma.model import ChromaParams
     from comfy.ldm.flux.model import FluxParams
 
-    flux = {
-        "in_channels": 16,
-        "out_channels": 16,
-        "vec_in_dim": 12,
-        "context_in_dim": WIDTH,
-        "hidden_size": 32,
-        "mlp_ratio": 2.0,
-        "num_heads": 2,
-        "depth": 2,
-        "depth_single_blocks": 2,
-        "axes_dim": [4, 6, 6],
-        "theta": 10000,
-        "patch_size": 2,
-        "qkv_bias": True,
-        "guidance_embed": False,
-    }
     sd3 = {
         "in_channels": 16,
         "patch_size": 2,
@@ -55,19 +69,6 @@ def make_joint(name: str) -> Any:
             "params": {"in_features": WIDTH, "out_features": 128},
         },
     }
-    lumina = {
-        "patch_size": 2,
-        "in_channels": 16,
-        "dim": 32,
-        "cap_feat_dim": WIDTH,
-        "n_layers": 2,
-        "n_refiner_layers": 1,
-        "n_heads": 2,
-        "n_kv_heads": 1,
-        "qk_norm": True,
-        "axes_dims": [4, 6, 6],
-        "axes_lens": [300, 512, 512],
-    }
     qwen = {
         "in_channels": 64,
         "out_channels": 16,
@@ -77,33 +78,38 @@ def make_joint(name: str) -> Any:
         "joint_attention_dim": WIDTH,
         "axes_dims_rope": (4, 6, 6),
     }
-    flux2 = flux | {"in_channels": 128, "out_channels": 128, "vec_in_dim": None, "patch_size": 1}
+    flux2 = FLUX | {"in_channels": 128, "out_channels": 128, "vec_in_dim": None, "patch_size": 1}
     flux2 |= {"axes_dim": [4, 4, 4, 4], "qkv_bias": False, "ops_bias": False, "global_modulation": True}
     flux2 |= {"mlp_silu_act": True, "default_ref_method": "index", "ref_index_scale": 10.0}
-    chroma = flux | {"in_channels": 64, "out_channels": 64, "in_dim": 64, "out_dim": 32}
+    chroma = FLUX | {"in_channels": 64, "out_channels": 64, "in_dim": 64, "out_dim": 32}
     chroma |= {"hidden_dim": 32, "n_layers": 2}
     config, unet = {
-        "flux": (models.Flux, flux),
-        "flux_reference": (models.Flux, flux),
+        "flux": (models.Flux, FLUX),
+        "flux_reference": (models.Flux, FLUX),
         "flux2": (models.Flux2, flux2),
         "flux2_reference": (models.Flux2, flux2),
         "sd3": (models.SD3, sd3),
         "sd35": (models.SD3, sd3 | {"x_block_self_attn_layers": [0]}),
-        "lumina2": (models.Lumina2, lumina),
-        "z_image": (models.Lumina2, lumina | {"pad_tokens_multiple": 32}),
+        "lumina2": (models.Lumina2, LUMINA),
+        "z_image": (models.Lumina2, LUMINA | {"pad_tokens_multiple": 32}),
         "qwen_image": (models.QwenImage, qwen),
         "qwen_image_masked": (models.QwenImage, qwen),
         "chroma": (models.Chroma, chroma),
     }[name]
     params = {models.Flux: FluxParams, models.Flux2: FluxParams, models.Chroma: ChromaParams}.get(config)
-    if params is not None and "txt_ids_dims" in inspect.signature(params).parameters:
-        unet = unet | {"txt_ids_dims": []}  # ComfyUI's own detection adds it in newer versions
+    if params is not None:
+        unet = unet | detected(params)
     if config is models.Chroma:
         unet = {name: unet[name] for name in ChromaParams.__annotations__}
-    model = make_model(config(unet))
+    model = make_model(config(deepcopy(unet)))
     for buffer in model.model.diffusion_model.buffers():
         buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(0)))
     return model
+
+
+def detected(params: Any) -> dict[str, Any]:
+    """What ComfyUI's detection adds for FLUX in newer versions."""
+    return {"txt_ids_dims": []} if "txt_ids_dims" in inspect.signature(params).parameters else {}
 
 
 def joint_conditioning(name: str, seed: int = 1) -> list[Any]:

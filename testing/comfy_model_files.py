@@ -1,13 +1,15 @@
-"""Small models with random weights in files that ComfyUI's own loaders take for SD1.5, SDXL and PixArt-Σ.
+"""Small models with random weights in files that ComfyUI's own loaders take for the models of the workflows.
 
-The networks are those of `comfy_architectures.py`: the real ones' classes, depths and sites, with few
-channels. ComfyUI tells models by their widths, so `register` adds descriptions of the small ones to its list,
-and `load_t5` stands in for the step that would not know the small T5. Text encoders are ComfyUI's classes
-with few channels; the VAE is its small one (TAESD).
+The networks are those of `comfy_architectures.py` and, of text and image together, of
+`comfy_joint_models.py`: the real ones' classes, with few channels. ComfyUI tells models by their widths, so
+`register` adds descriptions of the small ones to its list, and `load_encoder` stands in for the step that
+would not know the small T5, which reads for Z-Image too. Text encoders are ComfyUI's classes with few
+channels; the VAE is its small one (TAESD).
 """
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any, ClassVar
 import comfy.sd
 import comfy.supported_models
 import torch
+from comfy.ldm.flux.model import FluxParams
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel
 from comfy.sdxl_clip import SDXLClipModel, SDXLTokenizer
 from comfy.supported_models_base import ClipTarget
@@ -29,6 +32,8 @@ from deltaconv_core.sites import identify
 
 from . import comfy_architectures
 from .authors_block import published, random_weights, scaled_noise
+from .comfy_joint_models import FLUX, LUMINA, detected
+from .comfy_models import make_model
 
 WIDTH = 16  # of every text encoder
 POOLED_AND_SIZES = WIDTH + 6 * 256  # what SDXL's network is told beside the text
@@ -38,6 +43,10 @@ ARCHITECTURES = comfy_architectures.ARCHITECTURES | {
         comfy_architectures.ARCHITECTURES["sdxl"],
         small={"model_channels": 32, "num_head_channels": 64, **SDXL_SIZES},
     )
+}
+JOINT: dict[str, dict[str, Any]] = {
+    "flux": FLUX | {"vec_in_dim": WIDTH, "context_in_dim": WIDTH, "guidance_embed": True},
+    "z_image": LUMINA | {"cap_feat_dim": WIDTH, "pad_tokens_multiple": 32},
 }
 CLIP_CONFIG = {
     "hidden_size": WIDTH,
@@ -120,9 +129,27 @@ class SmallPixArt(comfy.supported_models.PixArtSigma):
         super().__init__(unet_config | ARCHITECTURES["pixart_sigma"].small)
 
 
-def load_t5(state_dicts: list[dict[str, Tensor]], clip_type: Any, **options: Any) -> comfy.sd.CLIP:
+class SmallFlux(comfy.supported_models.Flux):
+    unet_config: ClassVar = {"image_model": "flux", "hidden_size": JOINT["flux"]["hidden_size"]}
+
+    def __init__(self, unet_config: dict[str, Any]) -> None:
+        # ComfyUI does not read heads and rotary embeddings from the file.
+        super().__init__(unet_config | deepcopy(JOINT["flux"]) | detected(FluxParams))
+
+    def clip_target(self, state_dict: Any = None) -> ClipTarget:
+        return ClipTarget(SD1Tokenizer, SmallSD1Encoder)
+
+
+class SmallZImage(comfy.supported_models.ZImage):
+    unet_config: ClassVar = {"image_model": "lumina2", "dim": JOINT["z_image"]["dim"]}
+
+    def __init__(self, unet_config: dict[str, Any]) -> None:
+        super().__init__(unet_config | deepcopy(JOINT["z_image"]))
+
+
+def load_encoder(state_dicts: list[dict[str, Tensor]], clip_type: Any, **options: Any) -> comfy.sd.CLIP:
     """Stands in for `comfy.sd.load_text_encoder_state_dicts`."""
-    assert clip_type == comfy.sd.CLIPType.PIXART
+    assert clip_type in (comfy.sd.CLIPType.PIXART, comfy.sd.CLIPType.LUMINA2)
     target = ClipTarget(PixArtTokenizer, SmallPixArtEncoder)
     clip = comfy.sd.CLIP(target, embedding_directory=options["embedding_directory"], parameters=0)
     missing, unexpected = clip.load_sd(state_dicts[0])
@@ -132,23 +159,26 @@ def load_t5(state_dicts: list[dict[str, Tensor]], clip_type: Any, **options: Any
 
 def register() -> None:
     """Has ComfyUI know the small models."""
-    comfy.supported_models.models[:0] = [SmallSD15, SmallSDXL, SmallPixArt]
-    comfy.sd.load_text_encoder_state_dicts = load_t5
+    comfy.supported_models.models[:0] = [SmallSD15, SmallSDXL, SmallPixArt, SmallFlux, SmallZImage]
+    comfy.sd.load_text_encoder_state_dicts = load_encoder
 
 
 def write(files: dict[str, Path]) -> None:
     """Write the stand-ins for the models of the workflows.
 
     Args:
-        files: "sd15", "sdxl", "pixart_sigma", "t5" and "vae" -> where each shall be.
+        files: "sd15", "sdxl", "pixart_sigma", "flux", "z_image", "t5", "vae" and "ae" -> where each shall be.
     """
     torch.manual_seed(0)
     sources = {
-        "sd15": lambda: checkpoint("sd15", SmallSD15, SmallSD1Encoder),
-        "sdxl": lambda: checkpoint("sdxl", SmallSDXL, SmallSDXLEncoder),
+        "sd15": lambda: checkpoint("sd15", small(SmallSD15, "sd15"), SmallSD1Encoder),
+        "sdxl": lambda: checkpoint("sdxl", small(SmallSDXL, "sdxl"), SmallSDXLEncoder),
+        "flux": lambda: checkpoint("flux", SmallFlux({}), SmallSD1Encoder),
+        "z_image": lambda: network("z_image"),
         "pixart_sigma": lambda: network("pixart_sigma"),
         "t5": lambda: encoder(SmallPixArtEncoder, "t5xxl.transformer."),
         "vae": vae,
+        "ae": lambda: vae(16),
     }
     with torch.no_grad():
         for name, path in files.items():
@@ -156,14 +186,17 @@ def write(files: dict[str, Path]) -> None:
             save_file({key: tensor.contiguous() for key, tensor in sources[name]().items()}, path)
 
 
-def checkpoint(name: str, description: type, text_encoder: type) -> dict[str, Tensor]:
+def small(description: Any, name: str) -> Any:
+    return description(ARCHITECTURES[name].sized(small=True))
+
+
+def checkpoint(name: str, config: Any, text_encoder: type) -> dict[str, Tensor]:
     """What a checkpoint file holds: network, text encoders, VAE."""
-    config = description(ARCHITECTURES[name].sized(small=True))
     # Each renames the keys of the dict that it is given.
     parts = (
         config.process_unet_state_dict_for_saving(dict(network(name))),
         config.process_clip_state_dict_for_saving(encoder(text_encoder)),
-        config.process_vae_state_dict_for_saving(vae()),
+        config.process_vae_state_dict_for_saving(vae(config.latent_format.latent_channels)),
     )
     return {key: tensor for part in parts for key, tensor in part.items()}
 
@@ -171,6 +204,9 @@ def checkpoint(name: str, description: type, text_encoder: type) -> dict[str, Te
 @cache
 def network(name: str) -> dict[str, Tensor]:
     """Weights under ComfyUI's own names."""
+    if name in JOINT:
+        config = {"flux": SmallFlux, "z_image": SmallZImage}[name]({})
+        return dict(make_model(config).model.diffusion_model.state_dict())
     return dict(comfy_architectures.build(ARCHITECTURES[name], small=True).model.diffusion_model.state_dict())
 
 
@@ -181,9 +217,9 @@ def encoder(text_encoder: type, prefix: str = "") -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in weights if key.startswith(prefix)}
 
 
-def vae() -> dict[str, Tensor]:
-    model = filled(TAESD(latent_channels=4))
-    contrast = model.taesd_decoder(torch.randn(1, 4, 16, 16)).std()
+def vae(channels: int = 4) -> dict[str, Tensor]:
+    model = filled(TAESD(latent_channels=channels))
+    contrast = model.taesd_decoder(torch.randn(1, channels, 16, 16)).std()
     last = model.taesd_decoder[-1]
     last.weight *= 0.1 / contrast
     last.bias += 0.5  # around gray, so that few pixels are clipped

@@ -27,6 +27,10 @@ MODELS = {
     "diffusion_models/PixArt-Sigma-XL-2-1024-MS.safetensors": "pixart_sigma",
     "text_encoders/t5xxl_fp8_e4m3fn.safetensors": "t5",
     "vae/sdxl_vae.safetensors": "vae",
+    "checkpoints/flux1-dev-fp8.safetensors": "flux",
+    "diffusion_models/z_image_turbo_bf16.safetensors": "z_image",
+    "text_encoders/qwen_3_4b.safetensors": "t5",
+    "vae/ae.safetensors": "ae",
 }
 BLOCKS = {
     "ConvFusion-sd15-mjv5": "sd15",
@@ -53,6 +57,8 @@ AT_ONCE = {
     "4_neighborhood_and_deltaconv": ("DeltaConvCompare", "Mean of 2 pairs: PSNR"),
     "5_benchmark": ("DeltaConvBenchmark", "One pass of the network"),
 }
+# Workflows that convert a model of text and image together; its attentions of the image.
+CONVERTING = {"z_image_turbo_2048": 3, "flux1_dev_2048": 4}
 STEPS = 2
 
 
@@ -109,7 +115,7 @@ def texts_of(prompt: dict[str, Any], outputs: dict[str, Any], class_type: str) -
 def test_all_are_here():
     files = {file.stem for file in workflow.FOLDER.glob("*.json")}
     elsewhere = "6_convert_demo"  # tests/comfyui/distill
-    assert files == {*EXPECTED, *(name for name, *_ in DISTILLING), *AT_ONCE, elsewhere}
+    assert files == {*EXPECTED, *(name for name, *_ in DISTILLING), *CONVERTING, *AT_ONCE, elsewhere}
 
 
 @pytest.mark.parametrize("name", AT_ONCE)
@@ -148,6 +154,23 @@ def test_compares_one_thing(server, name, setting):
     other[setting] = one[setting]
     (told,) = texts_of(prompt, server.run(prompt), "DeltaConvCompare")
     assert told == "1: PSNR infinite (equal), SSIM 1.000"
+
+
+@pytest.mark.parametrize("name", CONVERTING)
+def test_converts(server, name):
+    """At 256 x 256, where attention may well stay; whichever runs, there is a picture."""
+    prompt = prompt_of(server, name)
+    (latent,) = inputs_of(prompt, "EmptySD3LatentImage")
+    assert (latent["width"], latent["height"]) == (2048, 2048)
+    latent |= {"width": 256, "height": 256}
+    for inputs in inputs_of(prompt, "DeltaConvConvertModel"):
+        inputs |= {"pictures": 4, "steps": STEPS}
+    outputs = server.run(prompt)
+    (told,) = texts_of(prompt, outputs, "DeltaConvConvertModel")
+    assert f" of {CONVERTING[name]} self-attentions are replaced" in told
+    assert "A picture of 256 x 256, 2 steps" in told
+    seen = picture(server, prompt, outputs)
+    assert seen.shape == (256, 256, 3) and seen.std() > 1
 
 
 @pytest.mark.parametrize(("name", "sites", "side"), DISTILLING)
