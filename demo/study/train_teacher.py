@@ -11,6 +11,7 @@ On a GPU, with a time instead of a number of steps:
     python -m demo.study.train_teacher --output runs/teacher --device cuda --batch-size 512 --minutes 4
 
 ``--model joint`` trains the demo's other model in the same way: a NextDiT, the class of Lumina 2 and Z-Image.
+With ``--guide FILE`` the targets are not the drawings but what the U-Net in the file sees in their noise.
 """
 
 from __future__ import annotations
@@ -93,8 +94,11 @@ class Gradients:
     Faster than PyTorch's own threads where other programs use the processor: nobody waits at every layer.
     """
 
-    def __init__(self, model: torch.nn.ModuleDict, threads: int) -> None:
+    def __init__(
+        self, model: torch.nn.ModuleDict, threads: int, guide: torch.nn.ModuleDict | None = None
+    ) -> None:
         self.model, self.parameters, self.parts = model, list(model.parameters()), 2 * threads
+        self.guide = guide
         self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
     def __call__(self, lesson: Lesson) -> torch.Tensor:
@@ -107,34 +111,47 @@ class Gradients:
         return torch.stack([loss for loss, _ in done]).sum()
 
     def part(self, lesson: Lesson, share: float) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        loss = share * loss_of(self.model, lesson)
+        loss = share * loss_of(self.model, lesson, self.guide)
         return loss.detach(), torch.autograd.grad(loss, self.parameters)
 
 
 class AutocastGradients:
     """Gradients of a lesson's loss on a GPU, in bf16 where autocast allows it."""
 
-    def __init__(self, model: torch.nn.ModuleDict, device: torch.device) -> None:
-        self.model, self.device = model, device
+    def __init__(
+        self, model: torch.nn.ModuleDict, device: torch.device, guide: torch.nn.ModuleDict | None = None
+    ) -> None:
+        self.model, self.device, self.guide = model, device, guide
 
     def __call__(self, lesson: Lesson) -> torch.Tensor:
         """Set every parameter's ``grad``; returns the loss, without waiting for it."""
         here = Lesson(*(part.to(self.device, non_blocking=True) for part in lesson))
         self.model.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16):
-            loss = loss_of(self.model, here)
+            loss = loss_of(self.model, here, self.guide)
         loss.backward()
         return loss.detach()
 
 
-def loss_of(model: torch.nn.ModuleDict, lesson: Lesson) -> torch.Tensor:
-    """The weighted squared error of the predicted pictures, a scalar."""
+def loss_of(
+    model: torch.nn.ModuleDict, lesson: Lesson, guide: torch.nn.ModuleDict | None = None
+) -> torch.Tensor:
+    """The weighted squared error, a scalar, of the predicted pictures, to the lesson's or to a guide's."""
     alpha, sigma = alpha_sigma(lesson.timesteps)
     noisy = alpha * lesson.pictures + sigma * lesson.noise
+    target = lesson.pictures
+    if guide is not None:
+        with torch.no_grad():
+            target = predicted(guide, noisy, lesson)
+    return (lesson.weights * (predicted(model, noisy, lesson) - target).square()).mean()
+
+
+def predicted(model: torch.nn.ModuleDict, noisy: torch.Tensor, lesson: Lesson) -> torch.Tensor:
+    """The pictures that a model sees in the noise."""
     context = model["words"](lesson.rows)
     words = {"num_tokens": context.shape[1]} if hasattr(model["unet"], "cap_embedder") else {}
     picture = model["unet"](noisy, lesson.timesteps.float(), context, transformer_options={}, **words)
-    return (lesson.weights * (picture.float() - lesson.pictures).square()).mean()
+    return picture.float()
 
 
 class Run:
@@ -188,7 +205,9 @@ def make_model(seed: int, start_from: Path | None, kind: str = "unet") -> torch.
 
 
 def compile_blocks(network: torch.nn.Module) -> None:
-    """Compile the blocks of a NextDiT, at the first call, once for all blocks and sizes."""
+    """Compile the blocks of a NextDiT, at the first call, once for all blocks."""
+    # Some sizes and numbers of pictures need programs of their own; PyTorch gives up after eight.
+    torch._dynamo.config.recompile_limit = 64
     for blocks in (network.noise_refiner, network.layers):
         for block in blocks:
             block.compile(dynamic=True)
@@ -213,7 +232,14 @@ def train(
         for optimizer, kept in zip(chosen, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         ema, first, seen = state["ema"], state["step"], state["pictures"]
-    gradients = Gradients(model, args.threads) if device.type == "cpu" else AutocastGradients(model, device)
+    guide = None
+    if args.guide:
+        guide = make_model(0, args.guide).to(device).requires_grad_(False)
+    gradients: Gradients | AutocastGradients
+    if device.type == "cpu":
+        gradients = Gradients(model, args.threads, guide)
+    else:
+        gradients = AutocastGradients(model, device, guide)
     steps = range(first, args.steps)
     lessons = DataLoader(
         Lessons(args.batch_size, args.sizes, args.seed),
@@ -281,6 +307,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     sizes = "48:75,32:15,64:5,96:5"
     add("--output", type=Path, required=True, help="folder for weights, logs and saved state")
     add("--model", choices=("unet", "joint"), default="unet", help="the network (default unet)")
+    add("--guide", type=Path, help="a U-Net's safetensors file, whose predictions are the targets")
     add("--compile", action="store_true", help="compile the transformer blocks of --model joint")
     add(
         "--start-from", type=Path, help="a teacher's safetensors file to start from (default: random weights)"

@@ -5,6 +5,7 @@ from importlib import import_module
 import pytest
 import torch
 
+from demo.files import teacher_file
 from demo.study.evaluate import Settings, Size, sample
 from demo.study.lessons import Lessons
 from demo.study.train_teacher import Gradients, Run, loss_of, make_model, optimizers
@@ -42,6 +43,16 @@ def test_every_weight_learns(pack, monkeypatch):
     assert not [name for name in unchanged if name != "words.weight"]
     assert not torch.equal(model["words"].weight[rows], before["words.weight"][rows])
     assert loss_of(model, lessons[0]).isfinite()
+
+
+def test_a_guide_gives_the_targets(pack):
+    guide, lesson = make_model(0, teacher_file()), Lessons(4, {48: 1.0}, seed=0)[0]
+    assert loss_of(guide, lesson) > 1e-3
+    assert loss_of(guide, lesson, guide) == 0
+    nothing = lesson._replace(
+        pictures=torch.zeros_like(lesson.pictures), noise=torch.zeros_like(lesson.noise)
+    )
+    assert loss_of(make_model(0, None, "joint"), nothing, guide) > 1e-3  # its own pictures are zeros, too
 
 
 def test_first_and_last_layer_are_left_to_adamw(fresh):
