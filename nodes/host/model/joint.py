@@ -54,6 +54,7 @@ class JointSite:
         channels: C of its tokens.
         heads: of its queries.
         locate: says where the image is among the tokens.
+        states_text: whether blocks after it know from its call how many tokens of text there are.
     """
 
     ids: tuple[str, ...]
@@ -61,6 +62,7 @@ class JointSite:
     channels: int
     heads: int
     locate: Locate
+    states_text: bool = False
 
     @property
     def id(self) -> str:
@@ -124,9 +126,8 @@ def _flux(network: Flux | Chroma, family: str = "flux") -> JointSites:
     heads = network.num_heads
     for i in range(len(network.double_blocks)):
         path = f"diffusion_model.double_blocks.{i}"
-        found.sites.append(
-            JointSite((f"transformer_blocks.{i}.attn",), path, channels, heads, _after_keyword("txt"))
-        )
+        ids = (f"transformer_blocks.{i}.attn",)
+        found.sites.append(JointSite(ids, path, channels, heads, _after_keyword("txt"), states_text=True))
     for i in range(len(network.single_blocks)):
         path = f"diffusion_model.single_blocks.{i}"
         found.sites.append(

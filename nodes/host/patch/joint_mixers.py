@@ -9,7 +9,7 @@ call, or is not worth it, the attention runs as usual, and the log says once why
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,6 +128,7 @@ class JointForward(MixerForward):
         id = site.id_of(met.q.shape[2], tokens)
         mixer = mixers.of(id)
         if mixer is None:
+            site.locate(args, call, met.q.shape[2], tokens)  # blocks after it may have to know
             return None
         layout = layout_of(site, tokens, (met.q, met.k, met.mask), args, call)
         if isinstance(layout, str):
@@ -222,7 +223,7 @@ def apply_joint(
     chosen = matching_sites(found.architecture, found.channels, checkpoint, blocks, "MODEL")
     check_heads(checkpoint, {id: found.heads[id] for id in chosen}, "MODEL")
     bare = without_blocks(model)
-    sites = {site.id: site for site in found.sites if any(id in chosen for id in site.ids)}
+    sites = {site.id: site for site in _needed(found, chosen)}
     check_reach(bare, (site.path for site in sites.values()), REMEDY)
     clone = bare.clone()
     mixers = build_blocks({id: checkpoint.blocks[id] for id in chosen}, None)
@@ -245,6 +246,13 @@ def apply_joint(
     if blocks_on(model) is not None:
         lines.append("The ΔConv that was on this MODEL before is replaced as a whole.")
     return clone, Report(lines, warnings)
+
+
+def _needed(found: JointSites, chosen: Iterable[str]) -> list[JointSite]:
+    """The blocks that hold chosen attentions, and one that says how much text there is if none of these does."""
+    needed = [site for site in found.sites if not set(site.ids).isdisjoint(chosen)]
+    stating = [site for site in found.sites if site.states_text]
+    return needed if any(site.states_text for site in needed) else stating[:1] + needed
 
 
 def _covered(model: ModelPatcher, sites: Mapping[str, JointSite]) -> str:

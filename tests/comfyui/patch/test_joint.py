@@ -101,6 +101,17 @@ def test_each_mixer_sees_the_image_where_the_model_puts_it(pack, ran):
     assert {(q, k, layout.start, layout.grid) for q, k, layout, _ in ran} == {(65, 65, 5, (6, 8))}
 
 
+def test_any_attention_alone_can_have_a_mixer(pack, name, ran):
+    """The others stay attention, also those whose calls say where the image is."""
+    model = make_joint(name)
+    for id in joint_sites(pack, model).channels:
+        patched = with_joint(pack, model, make_joint_mixers(pack, model, [id], **MIXED))
+        ran.clear()
+        sample_joint(patched, name, steps=1)
+        assert ran, id
+        patched.detach()
+
+
 def test_a_padded_text_is_masked(pack, ran):
     if not masks_qwen():
         pytest.skip("this ComfyUI does not mask Qwen-Image's text")
