@@ -66,8 +66,26 @@ class Gpu:
 # An H100's rates are measured ones of that card, but `mma`, which is 62 % of the peak: what kernels with this
 # instruction reach there. An A100's are the same parts of its data sheet's, and the peak of `mma`.
 GPUS = {
-    80: Gpu("A100", 108, 1.41e9, 1.8e12, 3.6e12, 30e6, 252e12, {"HMMA.16816": 8, "HMMA.1688": 4}),
-    90: Gpu("H100", 132, 1.755e9, 3.0e12, 4.5e12, 40e6, 798e12, {"HMMA.16816": 6.5, "HMMA.1688": 3.6}),
+    80: Gpu(
+        "A100",
+        108,
+        1.41e9,
+        1.8e12,
+        3.6e12,
+        30e6,
+        252e12,
+        {"HMMA.16816": 8, "HMMA.1688": 4, "HMMA.1688.TF32": 8},
+    ),
+    90: Gpu(
+        "H100",
+        132,
+        1.755e9,
+        3.0e12,
+        4.5e12,
+        40e6,
+        798e12,
+        {"HMMA.16816": 6.5, "HMMA.1688": 3.6, "HMMA.1688.TF32": 6.5},
+    ),
 }
 TINY = 2.2e-6  # seconds of a kernel that does next to nothing
 SHARE = 0.75  # of the rate of large products that those of a block reach
@@ -92,6 +110,7 @@ class Compiled:
     Args:
         depthwise, project, half_project, pool: by Triton. half_project is the product of the smaller stage,
             to which nothing is added.
+        by_rows: project as it is for AMD's GPUs, which scale rows of float16; listed, but in no prediction.
         of_planes: project and half_project of stages (B, c, H, W), which the kernel for tensor cores writes.
         tensor_cores: the kernel for tensor cores, or why there is none.
     """
@@ -101,10 +120,12 @@ class Compiled:
     half_project: Configurations
     pool: Configurations
     of_planes: tuple[Configurations, Configurations]
+    by_rows: Configurations
     tensor_cores: MachineCode | str
 
     def codes(self) -> Iterator[MachineCode]:
-        for several in (self.depthwise, self.project, self.half_project, self.pool, *self.of_planes):
+        of_stages = (self.project, self.by_rows, self.half_project, *self.of_planes)
+        for several in (self.depthwise, *of_stages, self.pool):
             yield from (code for _, code in several)
         if isinstance(self.tensor_cores, MachineCode):
             yield self.tensor_cores
@@ -160,12 +181,14 @@ def compile_all(sm: int, dtype: str, K: int) -> Compiled:
     )
     matrix = {
         "HAS_STAGE": True,
-        "HALF": dtype == "fp16",
+        "HALF": False,
         "LARGEST": 2.0**15,
+        "TF32": dtype == "fp16",
         "WIDE": False,
-        "FLOAT32": "ieee",
+        "FLOAT32": "tf32" if dtype == "fp16" else "ieee",
         "PLANES": False,
     }
+    by_rows = {"HALF": True, "TF32": False, "FLOAT32": "ieee"}
     alone, added = matrix | {"HAS_BIAS": False, "SMALLER": 0}, matrix | {"HAS_BIAS": True, "SMALLER": 1}
     planes = {"PLANES": True}
     both = {"source": dtype, "out": dtype}
@@ -179,6 +202,9 @@ def compile_all(sm: int, dtype: str, K: int) -> Compiled:
             codes(f"project planes {dtype}", "project._project", to_tokens, added | planes),
             codes(f"project planes half {dtype}", "project._project", to_product, alone | planes),
         ),
+        codes(f"project by rows {dtype}", "project._project", to_tokens, added | by_rows)
+        if dtype == "fp16"
+        else [],
         tensor_core_code(sm, dtype, K),
     )
 
@@ -257,6 +283,7 @@ def predicted(gpu: Gpu, compiled: Compiled, side: int, channels: int, K: int, dt
     """The figures of one block, in seconds."""
     spec = BlockSpec(channels, K)
     half, wide = spec.inter // 2, 4 if dtype == "float16" else 2  # bytes of an entry of a gated stage
+    slowness = 2 if dtype == "float16" else 1  # of tf32
     stages = [(side // by, BATCH * (side // by) ** 2) for by in (1, 2)]
     (_, n), (small, fewer) = stages
     product = 2 * n * channels * spec.inter / (SHARE * gpu.products)
@@ -267,10 +294,12 @@ def predicted(gpu: Gpu, compiled: Compiled, side: int, channels: int, K: int, dt
             "half project": best(
                 smaller,
                 lambda t, code: project_seconds(
-                    gpu, code, t, fewer, channels, half, fewer * wide * (half + channels)
+                    gpu, code, t, fewer, channels, half, fewer * wide * (half + channels), slowness
                 ),
             ),
-            "project": best(full, lambda t, code: project_seconds(gpu, code, t, n, channels, half, moved)),
+            "project": best(
+                full, lambda t, code: project_seconds(gpu, code, t, n, channels, half, moved, slowness)
+            ),
         }
 
     mean = max(copied(gpu, 2 * n * channels), TINY)
@@ -337,12 +366,19 @@ def depthwise_seconds(
 
 
 def project_seconds(
-    gpu: Gpu, code: MachineCode, tiles: Tiles, positions: int, channels: int, half: int, moved: float
+    gpu: Gpu,
+    code: MachineCode,
+    tiles: Tiles,
+    positions: int,
+    channels: int,
+    half: int,
+    moved: float,
+    slowness: float,
 ) -> float:
-    """A turn of the loop is DEPTH channels of the stage."""
+    """A turn of the loop is DEPTH channels of the stage; slowness: of the product, against 16 bits."""
     programs = cdiv(positions, tiles["ROWS"]) * cdiv(channels, tiles["COLUMNS"])
     turns = cdiv(half, tiles["DEPTH"])
-    return seconds(gpu, code, programs, turns, moved, 2 * positions * channels * half)
+    return seconds(gpu, code, programs, turns, moved, slowness * 2 * positions * channels * half)
 
 
 def tensor_core_seconds(gpu: Gpu, code: MachineCode, side: int, half: int, K: int, moved: float) -> float:

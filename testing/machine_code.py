@@ -73,9 +73,9 @@ def mix(counts: Mapping[str, int], most: int = 6) -> str:
 
 
 def short(opcode: str) -> str:
-    """An opcode with the suffixes that say what it costs: the width of loads, the shape of products."""
+    """An opcode with the suffixes that say what it costs: the width of loads, shape and type of products."""
     name, *suffixes = opcode.split(".")
-    kept = [s for s in suffixes if s in ("64", "128") or re.fullmatch(r"\d{4,}|\d+x\d+x\d+", s)]
+    kept = [s for s in suffixes if s in ("64", "128", "TF32") or re.fullmatch(r"\d{4,}|\d+x\d+x\d+", s)]
     return ".".join([name, *kept])
 
 

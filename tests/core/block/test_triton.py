@@ -43,8 +43,9 @@ def test_kernels(interpreted):
 
 
 PROJECT = {"HAS_STAGE": True, "HAS_BIAS": True, "SMALLER": 2, "HALF": False, "LARGEST": 2.0**15}
-PROJECT |= {"WIDE": False, "FLOAT32": "ieee", "PLANES": False}
+PROJECT |= {"WIDE": False, "TF32": False, "FLOAT32": "ieee", "PLANES": False}
 PROJECTED = ("stage", "weight", "bias", "first", "second", "out")
+FLOAT16 = dict(zip(PROJECTED, ("fp32", "fp16", "fp16", "fp32", "fp32", "fp16"), strict=True))
 BUILDS = {
     "depthwise_gate._depthwise": (
         {"u": "fp16", "weight": "fp16", "bias": "fp16", "upstream": "fp32", "out": "fp16"},
@@ -56,16 +57,11 @@ BUILDS = {
     ),
     "pool._pool": ({"source": "fp16", "out": "fp16"}, {"ADJOINT": True}),
     "enlarge._adjoint": ({"source": "fp16", "out": "fp16"}, {}),
-    "project._project float16": (
-        dict(zip(PROJECTED, ("fp32", "fp16", "fp16", "fp32", "fp32", "fp16"), strict=True)),
-        PROJECT | {"HALF": True},
-    ),
+    "project._project float16 by rows": (FLOAT16, PROJECT | {"HALF": True}),
+    "project._project float16 by tf32": (FLOAT16, PROJECT | {"TF32": True, "FLOAT32": "tf32"}),
     "project._project bfloat16": (dict.fromkeys(PROJECTED, "bf16"), PROJECT),
     "project._project planes": (dict.fromkeys(PROJECTED, "bf16"), PROJECT | {"PLANES": True}),
-    "project._project float16 planes": (
-        dict(zip(PROJECTED, ("fp32", "fp16", "fp16", "fp32", "fp32", "fp16"), strict=True)),
-        PROJECT | {"HALF": True, "PLANES": True},
-    ),
+    "project._project float16 planes": (FLOAT16, PROJECT | {"TF32": True, "FLOAT32": "tf32", "PLANES": True}),
     "project._project float32": (dict.fromkeys(PROJECTED, "fp32"), PROJECT),
 }
 

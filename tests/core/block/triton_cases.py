@@ -221,6 +221,34 @@ def test_projection_in_every_dtype(dtype):
     check_project(ODD, [ODD, (2, 3)], "concat", dtype)
 
 
+@pytest.fixture(params=[None, "6.4"], ids=["NVIDIA", "AMD"])
+def vendor(request, monkeypatch):
+    if DEVICE != "cpu" and request.param != torch.version.hip:
+        pytest.skip("another vendor's GPU")
+    monkeypatch.setattr(torch.version, "hip", request.param)
+
+
+@pytest.mark.usefixtures("vendor")
+def test_projection_rounds_to_the_nearest():
+    """Cut off, each of these would lose nearly a unit in the last place, and the sum as much."""
+    stage = torch.full((1, 2, 2, 64), 1 + 15 * 2.0**-14, device=DEVICE)
+    weight = torch.full((16, 64), 1 / 64, device=DEVICE).half()
+    y = BACKEND.project([stage], weight, torch.zeros(1, 1, 16, device=DEVICE), (2, 2), "concat")
+    assert y.eq(1 + 2.0**-10).all()
+
+
+@pytest.mark.usefixtures("vendor")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_projection_hides_no_missing_number(value):
+    stage = torch.ones(1, *ODD, 40, device=DEVICE)
+    stage[0, 1, 2, 3] = value
+    if value != value:  # as a GPU makes it
+        stage.view(torch.int32)[0, 1, 2, 3] = 0x7FFFFFFF
+    weight, bias = torch.ones(10, 40, device=DEVICE).half(), torch.zeros(1, 1, 10, device=DEVICE)
+    y = BACKEND.project([stage], weight, bias, ODD, "concat").unflatten(1, ODD)
+    assert not y[0, 1, 2].isfinite().any() and y.isfinite().sum() == y.numel() - 10
+
+
 @pytest.mark.parametrize(
     ("grid", "sizes"),
     [
@@ -261,15 +289,18 @@ def test_projection_refuses_one_bias_for_several_images():
         BACKEND.project([stage], weight, torch.zeros(1, 1, 10, device=DEVICE), ODD, "concat")
 
 
-@pytest.mark.parametrize("magnitude", [1e-2, 1e3, 1e6])
-def test_projection_of_stages_beyond_float16(magnitude):
+@pytest.mark.usefixtures("vendor")
+@DTYPES
+@pytest.mark.parametrize("magnitude", [1e-2, 1e3, 3e4, 1e6])
+def test_projection_of_stages_beyond_float16(dtype, magnitude):
     torch.manual_seed(0)
-    stages = [torch.randn(1, *s, 40, device=DEVICE) * magnitude for s in (ODD, (2, 3))]
-    weight = (torch.randn(10, 80, device=DEVICE) / magnitude).clamp(-100, 100).half()
+    of_stages = torch.float32 if dtype == torch.float16 else dtype
+    stages = [(torch.randn(1, *s, 40, device=DEVICE) * magnitude).to(of_stages) for s in (ODD, (2, 3))]
+    weight = (torch.randn(10, 80, device=DEVICE) / magnitude).clamp(-100, 100).to(dtype)
     bias = torch.zeros(1, 1, 10, device=DEVICE)
     y = BACKEND.project(stages, weight, bias, ODD, "concat")
     exact = exact_project(ODD, "concat")(*(t.double() for t in (*stages, weight, bias)))
-    assert relative_l2(y, exact) < 1e-3
+    assert relative_l2(y, exact) < torch.finfo(dtype).eps
 
 
 SPECS = {

@@ -7,8 +7,10 @@ and a stage of half the size costs a quarter. The backward pass does the same in
 adjoint of interpolation (a kernel) shrinks the gradient once for each smaller stage; the matrix products are
 PyTorch's.
 
-float16: stages are float32 there. A row is divided by a power of two before it is rounded to float16, and its
-sum multiplied by it: the largest so far, as in a running softmax.
+float16: stages are float32 there. NVIDIA's GPUs multiply tf32, which has float16's precision and float32's
+range; the product takes twice as long as in float16, and everything around it half as long. AMD's multiply
+float16: a row is divided by a power of two before it is rounded, and its sum multiplied by it: the largest so
+far, as in a running softmax.
 """
 
 import math
@@ -48,19 +50,26 @@ def _enlarged(source, image, y, x, h, w, row_ratio, col_ratio, channel, C, mask)
     return above + (below - above) * row_share[:, None]
 
 
+@triton.jit
+def _nearest_tf32(a):
+    """The bits of float32 numbers whose last 13 bits may be cut off. The minimum keeps NaN what it is."""
+    return tl.minimum(a.to(tl.float32).to(tl.int32, bitcast=True), 0x7FFFE000) + 0x1000
+
+
 @tuned(PROJECT, {"ROWS": 128, "COLUMNS": 128, "DEPTH": 32}, key=["C", "CHANNELS", "SIZE", "SMALLER"])
 @triton.jit(do_not_specialize=["N", "W", "first_h", "first_w", "second_h", "second_w", "SIZE"])
 def _project(
     stage, weight, bias, first, second, out, N, W, C, CHANNELS, weight_stride,
     first_h, first_w, first_rows, first_cols, second_h, second_w, second_rows, second_cols, SIZE,
     HAS_STAGE: tl.constexpr, HAS_BIAS: tl.constexpr, SMALLER: tl.constexpr, HALF: tl.constexpr,
-    LARGEST: tl.constexpr, WIDE: tl.constexpr, FLOAT32: tl.constexpr, PLANES: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    LARGEST: tl.constexpr, TF32: tl.constexpr, WIDE: tl.constexpr, FLOAT32: tl.constexpr,
+    PLANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """out (B, N, C) = stage (B, N, CHANNELS) @ weight (C, CHANNELS).T + bias (B, C) + SMALLER enlarged ones.
 
-    HALF: float16 product of a float32 stage. WIDE: operands become float32 first (the interpreter cannot
-    multiply bfloat16). PLANES: the stage is (B, CHANNELS, N).
+    A float32 stage and a float16 weight are multiplied in float16 (HALF) or in tf32 (TF32). WIDE: for the
+    interpreter, which neither multiplies bfloat16 nor cuts off what tf32 has not. PLANES: the stage is
+    (B, CHANNELS, N).
     """
     tiles = tl.cdiv(C, COLUMNS)
     position = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
@@ -90,7 +99,13 @@ def _project(
                 total = total * (scale / larger)[:, None]
                 a = (a / larger[:, None]).to(tl.float16)
                 scale = larger
-            if WIDE:
+            if TF32:
+                bits = _nearest_tf32(a)
+                if WIDE:
+                    bits = bits & -0x2000
+                a = bits.to(tl.float32, bitcast=True)
+                b = b.to(tl.float32)
+            elif WIDE:
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)
             total = tl.dot(a, tl.trans(b), total, input_precision=FLOAT32)
@@ -117,7 +132,8 @@ def _multiply(
 ) -> Tensor:
     """Launches `_project`: out (B, size[0] * size[1], C), smaller (B, h, w, C) each."""
     batch, positions, C = out.shape
-    precision = _float32_products()
+    half, tf32 = weight.dtype == torch.float16, torch.version.hip is None
+    precision = "tf32" if half and tf32 else _float32_products()
     planes = stage is not None and not stage.is_contiguous()
 
     def call() -> LaunchArguments:
@@ -131,8 +147,8 @@ def _multiply(
         numbers = positions, width, C, depth, weight.stride(0), *first, *second, bucket(batch * positions)
         return LaunchArguments(grid, numbers, {
             "HAS_STAGE": stage is not None, "HAS_BIAS": bias is not None, "SMALLER": len(smaller),
-            "HALF": weight.dtype == torch.float16, "LARGEST": LARGEST,
-            "WIDE": INTERPRETED and weight.dtype == torch.bfloat16, "FLOAT32": precision,
+            "HALF": half and not tf32, "LARGEST": LARGEST, "TF32": half and tf32,
+            "WIDE": INTERPRETED and weight.dtype != torch.float32, "FLOAT32": precision,
             "PLANES": planes,
         })  # fmt: skip
 
