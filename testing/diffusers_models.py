@@ -194,6 +194,36 @@ def make_pixart_pipeline(folder: Path) -> Any:
     return pipe
 
 
+def make_flux_pipeline(folder: Path) -> Any:
+    """A FluxPipeline of tiny parts."""
+    import transformers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        clip = transformers.CLIPTextConfig(
+            vocab_size=64, hidden_size=CONTEXT_DIM, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        )  # fmt: skip
+        t5 = transformers.T5Config(
+            vocab_size=64, d_model=CONTEXT_DIM, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+        )
+        pipe = diffusers.FluxPipeline(
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+            vae=make_vae(),
+            text_encoder=transformers.CLIPTextModel(clip).eval(),
+            tokenizer=make_tokenizer(folder),
+            text_encoder_2=transformers.T5EncoderModel(t5).eval(),
+            tokenizer_2=make_tokenizer(folder),
+            transformer=diffusers.FluxTransformer2DModel(
+                in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16,
+                num_attention_heads=2, joint_attention_dim=CONTEXT_DIM, pooled_projection_dim=CONTEXT_DIM,
+                axes_dims_rope=(4, 6, 6),
+            ).eval().requires_grad_(False),
+        )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def make_vae() -> Any:
     """It halves height and width."""
     return diffusers.AutoencoderKL(

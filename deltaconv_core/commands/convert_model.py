@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ..bench.sizes import parse_size
 from ..cli import printable
@@ -58,7 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, metavar="FILE", help="for the mixers, .safetensors (required)")
     add("--license", default="", metavar="TEXT", help="of the result; kept in the file")
     add("--device", help="such as cuda or cpu (default: cuda where there is one)")
-    add("--dtype", choices=DTYPES, help="of the model (default: float32 on a CPU, else float16)")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="of the model (default: float32 on a CPU, else bfloat16 for models of text and image "
+        "together and float16 for others)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -78,26 +86,25 @@ def run(options: argparse.Namespace) -> int:
         wishes = Wishes(SPEED, options.max_time, options.pictures, options.seed)
     size = None if options.size is None else parse_size(options.size)
     device = pick_device(options.device)
-    dtype = DTYPES[options.dtype or ("float32" if device.type == "cpu" else "float16")]
     check_file(options.output, "--output")
     # What these need is optional.
     from ..diffusers.conversion import Pictures, convert
-    from ..diffusers.distill.teacher import Source, load_teacher, weights_fingerprint
+    from ..diffusers.distill.teacher import weights_fingerprint
+    from ..diffusers.sites import network_of
     from ..distill import conversion_report
 
-    given = {name: getattr(options, name) for name in SOURCE if hasattr(options, name)}
-    teacher = load_teacher(Source(**given), dtype)
-    width, height = size or (teacher.resolution, teacher.resolution)
+    pipeline, resolution = _load(options, device)
+    width, height = size or (resolution, resolution)
     pictures = Pictures(options.prompt, options.negative, width, height, options.steps)
-    teacher.pipeline.to(device)
+    pipeline.to(device)
 
     def done(count: int) -> None:
         print(f"picture {count} of {wishes.pictures}", file=sys.stderr, flush=True)
 
-    found, result = convert(teacher.pipeline, pictures, wishes, options.blocks, done)
+    found, result = convert(pipeline, pictures, wishes, options.blocks, done)
     print(printable_lines(conversion_report.report_text(result, (width, height), options.steps)))
     metadata = {
-        "teacher": f"{options.model.resolve().name} {weights_fingerprint(teacher.network)}",
+        "teacher": f"{options.model.resolve().name} {weights_fingerprint(network_of(pipeline))}",
         "source": "converted with python -m deltaconv_core convert-model",
         "pictures": f"{wishes.pictures} of {width}x{height}, {options.steps} steps",
     }
@@ -111,6 +118,24 @@ def run(options: argparse.Namespace) -> int:
     save_checkpoint(checkpoint, options.output)
     print(f"\nWritten to {printable(str(options.output))}.")
     return 0
+
+
+def _load(options: argparse.Namespace, device: torch.device) -> tuple[Any, int]:
+    """The pipeline, and the side in pixels of the squares that its model was made for."""
+    from ..diffusers.distill.teacher import Source, load_teacher
+    from ..diffusers.pipeline_folder import load_joint
+
+    on_gpu = device.type != "cpu"
+    pipeline = None
+    if options.model.is_dir():
+        # float16 is too narrow for what these models compute.
+        dtype = DTYPES[options.dtype or ("bfloat16" if on_gpu else "float32")]
+        pipeline = load_joint(options.model, dtype, getattr(options, "variant", None))
+    if pipeline is not None:
+        return pipeline, int(pipeline.default_sample_size * pipeline.vae_scale_factor)
+    given = {name: getattr(options, name) for name in SOURCE if hasattr(options, name)}
+    teacher = load_teacher(Source(**given), DTYPES[options.dtype or ("float16" if on_gpu else "float32")])
+    return teacher.pipeline, teacher.resolution
 
 
 def printable_lines(text: str) -> str:

@@ -133,7 +133,7 @@ def _apply_joint(
             f"end_percent={sampling.end}: leave both out"
         )
     chosen = matching_sites(found.architecture, found.channels, checkpoint, blocks)
-    check_heads(checkpoint, {site: int(found.attentions[site].heads) for site in chosen})
+    check_heads(checkpoint, {site: found.heads[site] for site in chosen})
     before = blocks_on(model)
     trained = {site: checkpoint.blocks[site] for site in chosen}
     specs = {site: block.spec for site, block in trained.items()}

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from ..distill.hybrid import SeeCall
+from ..distill.replaced import replaced
 from ..mixers.joint import JointLayout
 from ..mixers.joint.module import attention
 from ..mixers.joint.place import refusal_of_mask
@@ -62,7 +65,13 @@ class JointModel:
 
     @property
     def channels(self) -> dict[str, int]:
+        """Site id -> width of its queries, keys and values."""
         return {site: int(one.inner_dim) for site, one in self.attentions.items()}
+
+    @property
+    def heads(self) -> dict[str, int]:
+        """Site id -> heads of its queries."""
+        return {site: int(one.heads) for site, one in self.attentions.items()}
 
     def tell(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the model."""
@@ -82,18 +91,17 @@ def find_joint(model: nn.Module) -> JointModel | None:
     return None if reader is None else reader(model)
 
 
-class JointMixerForward:
-    """The `forward` of an attention with a joint mixer in it.
+class JointForward:
+    """The `forward` of an attention whose question to PyTorch's attention is listened to.
 
     Args:
         site: its id.
-        blocks: all that is on the model.
         found: the joint attentions of the model.
         original: the forward that was there.
     """
 
-    def __init__(self, site: str, blocks: AppliedBlocks, found: JointModel, original: Any) -> None:
-        self.site, self.blocks, self.found, self.original = site, blocks, found, original
+    def __init__(self, site: str, found: JointModel, original: Any) -> None:
+        self.site, self.found, self.original = site, found, original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         mode = _Answering(self)
@@ -106,7 +114,7 @@ class JointMixerForward:
             )
         return y
 
-    def answer(
+    def hear(
         self,
         query: Tensor,
         key: Tensor,
@@ -117,8 +125,8 @@ class JointMixerForward:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor | None:
-        """A mixer's answer to what PyTorch's attention is asked; None: attention as usual."""
-        call, found = self.found.call, self.found
+        """An answer to what PyTorch's attention is asked; None: attention as usual."""
+        call = self.found.call
         plain = not dropout_p and not is_causal and scale in (None, query.shape[-1] ** -0.5)
         if call is None or not plain:
             return None
@@ -129,20 +137,68 @@ class JointMixerForward:
             return None  # a second attention beside it, as an IP-Adapter has
         why = layout if isinstance(layout, str) else refusal_of_mask(attn_mask, layout)
         if why or isinstance(layout, str):
-            found.say(f"attention stays where joint mixers could be, since {why}")
+            self.found.say(f"attention stays where joint mixers could be, since {why}")
             return None
-        mixer = self.blocks.blocks[self.site]
-        verdict = found.plan.verdict(mixer, query, key, value, layout, attn_mask, attention)
+        return self.answer(query, key, value, layout, attn_mask)
+
+    def answer(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: JointLayout, mask: Tensor | None
+    ) -> Tensor | None:
+        """To a question with an image in it; None: attention as usual."""
+        raise NotImplementedError
+
+
+class JointMixerForward(JointForward):
+    """The `forward` of an attention with a joint mixer in it.
+
+    Args:
+        site, found, original: as of `JointForward`.
+        blocks: all that is on the model.
+    """
+
+    def __init__(self, site: str, blocks: AppliedBlocks, found: JointModel, original: Any) -> None:
+        super().__init__(site, found, original)
+        self.blocks = blocks
+
+    def answer(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: JointLayout, mask: Tensor | None
+    ) -> Tensor | None:
+        mixer, found = self.blocks.blocks[self.site], self.found
+        verdict = found.plan.verdict(mixer, q, k, v, layout, mask, attention)
         what = "mixers run" if verdict.mixer else "attention stays"
         found.say(f"images of {layout.grid[0]} x {layout.grid[1]} tokens: {what}: {verdict.reason}")
-        y: Tensor | None = mixer(query, key, value, layout, attn_mask) if verdict.mixer else None
+        y: Tensor | None = mixer(q, k, v, layout, mask) if verdict.mixer else None
         return y
+
+
+class _Watch(JointForward):
+    """Tells of every question and leaves the answer to attention."""
+
+    def __init__(self, site: str, found: JointModel, original: Any, see: SeeCall) -> None:
+        super().__init__(site, found, original)
+        self.see = see
+
+    def answer(self, q: Tensor, k: Tensor, v: Tensor, layout: JointLayout, mask: Tensor | None) -> None:
+        self.see(self.site, q, k, v, layout, mask)
+
+
+@contextmanager
+def watched_joint(model: nn.Module, found: JointModel, sites: Iterable[str], see: SeeCall) -> Iterator[None]:
+    """Inside, `see` is told (site id, q, k, v, layout, mask) of every call of the chosen attentions in which
+    the image's place is known."""
+    handle = model.register_forward_pre_hook(found.tell, with_kwargs=True)
+    attentions = {site: found.attentions[site] for site in sites}
+    try:
+        with replaced((one, _Watch(site, found, one.forward, see)) for site, one in attentions.items()):
+            yield
+    finally:
+        handle.remove()
 
 
 class _Answering(TorchFunctionMode):
     """Has a forward answer PyTorch's attention."""
 
-    def __init__(self, forward: JointMixerForward) -> None:
+    def __init__(self, forward: JointForward) -> None:
         super().__init__()
         self.forward, self.met = forward, False
 
@@ -150,7 +206,7 @@ class _Answering(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             self.met = True
-            y = self.forward.answer(*args, **kwargs)
+            y = self.forward.hear(*args, **kwargs)
             if y is not None:
                 return y
         return func(*args, **kwargs)

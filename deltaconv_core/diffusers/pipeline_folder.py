@@ -19,6 +19,8 @@ import torch
 from ..errors import DeltaConvError
 from ..util.foreign_json import read_json
 from ..util.text import quoted
+from .joint import JOINT_FAMILIES
+from .sites import network_of
 
 INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers")
@@ -63,6 +65,25 @@ def load_pipeline(folder: Path, dtype: torch.dtype, variant: str | None, **parts
     pipelines: Any = importlib.import_module("diffusers").DiffusionPipeline
     options = ONLY_SAFETENSORS | ({"variant": variant} if variant else {})
     return pipelines.from_pretrained(folder, **dtype_argument(dtype), **parts, **options)
+
+
+def load_joint(folder: Path, dtype: torch.dtype, variant: str | None) -> Any:
+    """The pipeline of a folder whose attention is of text and image together; None for another kind.
+
+    Args:
+        folder, dtype, variant: as for `load_pipeline`.
+
+    Raises:
+        DeltaConvError: a folder that cannot be loaded.
+    """
+    index = read_index(folder)
+    if (index.get("transformer") or [None])[-1] not in JOINT_FAMILIES:
+        return None
+    with loading(folder):
+        pipeline = load_pipeline(folder, dtype, variant)
+    pipeline.set_progress_bar_config(disable=True)
+    network_of(pipeline).eval().requires_grad_(False)
+    return pipeline
 
 
 @contextmanager

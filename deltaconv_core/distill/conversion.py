@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ LONGEST_CALL = 10.0
 Attending = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of q, k, v (B, heads, N, d) -> the answers in any layout, as the model computes it."""
 
+
+T = TypeVar("T")
 
 JOINT_LANDMARKS = (64, 256, 1024)
 JOINT_KERNELS = (0, 9)
@@ -69,6 +71,11 @@ def candidates(dim: int, heads: int, head_dim: int) -> list[HybridSpec]:
         *(HybridSpec(dim, heads, head_dim, landmarks=n) for n in LANDMARKS),
         *(HybridSpec(dim, heads, head_dim, landmarks=n, **local) for n in PLAIN_LANDMARKS),
     ]
+
+
+def in_turn(sizes: Sequence[T], number: int) -> T:
+    """The size of the picture of a number, so that of those held out, one in four, each has its part too."""
+    return sizes[(number + number // FitSettings.held_out) % len(sizes)]
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,7 @@ class Conversion:
         picture: seconds that sampling a picture took with attention everywhere.
         wishes: what was wanted.
         more: layers that stay attention at this size, and would not at twice the height and width.
+        images: (H, W) in tokens of the images that joint mixers were fitted to.
     """
 
     mixers: dict[str, HybridMixer | JointMixer]
@@ -142,6 +150,7 @@ class Conversion:
     picture: float
     wishes: Wishes
     more: int
+    images: tuple[tuple[int, int], ...] = ()
 
     @property
     def seconds(self) -> tuple[float, float]:
@@ -172,6 +181,8 @@ class Conversion:
             texts["layer errors"] = (
                 f"{min(errors):.2g} to {max(errors):.2g}, mean {statistics.mean(errors):.2g}"
             )
+        if self.images:
+            texts["sizes"] = ", ".join(f"{height} x {width}" for height, width in self.images)
         known = self.mixers | self.kept
         left_out = {site: "it was left out of the conversion" for site in sites if site not in known}
         kept = self.kept | left_out if self.mixers else {}
@@ -232,7 +243,7 @@ def fit_and_choose(
             ConvertedLayer(site, fit.grids[site], mixer, error, meter.counts[site], seconds, larger)
         )
     more = len(later.mixers.keys() - chosen.mixers.keys())
-    return Conversion(chosen.mixers, chosen.kept, layers, meter.picture, wishes, more)
+    return Conversion(chosen.mixers, chosen.kept, layers, meter.picture, wishes, more, tuple(meter.images))
 
 
 Known = Mapping[str, Mapping[MixerSpec | None, float]]
@@ -297,6 +308,7 @@ class _Meter:
         self.fit, self._sample, self.check = fit, sample, check
         self.calls: dict[str, _Call] = {}
         self.counts: Counter[str] = Counter()
+        self.images: dict[tuple[int, int], None] = {}
         self._pictures: list[tuple[int, float]] = []
         self._queries = 0
         self._spans: list[Span] = []
@@ -306,6 +318,8 @@ class _Meter:
         call = _Call(tuple(q.shape), tuple(k.shape), grid, q.dtype, q.device)
         self.calls[site] = max(self.calls.get(site, call), call, key=lambda one: one.shape[2])
         self.counts[site] += 1
+        if isinstance(grid, JointLayout):
+            self.images[grid.grid] = None
         self._queries = max(self._queries, q.shape[2])
         with Span(q.device) as span:
             self.fit.see(site, q, k, v, grid, mask)

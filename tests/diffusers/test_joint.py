@@ -5,12 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deltaconv_core import Checkpoint, DeltaConvError, save_checkpoint
+from deltaconv_core import Checkpoint, DeltaConvError, load_checkpoint, save_checkpoint
+from deltaconv_core.cli import main
 from deltaconv_core.diffusers import apply, remove
 from deltaconv_core.diffusers.applied import applied
+from deltaconv_core.diffusers.conversion import Pictures, convert
 from deltaconv_core.diffusers.joint import find_joint
+from deltaconv_core.distill import conversion
+from deltaconv_core.distill.conversion import Wishes
 from deltaconv_core.mixers.joint import JointMixer, JointSpec
 from deltaconv_core.mixers.joint import plan as plans
+from testing.diffusers_models import make_flux_pipeline, sample
 
 FAMILIES = ["flux", "flux_reference", "chroma", "sd3", "qwen", "qwen_masked", "qwen_reference"]
 EXACT = {"landmarks": 2**14, "kernel_size": 0}
@@ -165,3 +170,85 @@ def test_what_does_not_go_together_is_refused(change, options, said):
     with pytest.raises(DeltaConvError, match=said):
         apply(model, checkpoint, **options)
     assert applied(model) is None and not model._forward_pre_hooks
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Every mixer is faster than attention, those with more landmarks less so."""
+    monkeypatch.setattr(
+        conversion, "alternate", lambda runs, *_: {name: [0.01 * (int(name) or 20)] for name in runs}
+    )
+
+
+def latents(pipeline):
+    """Of a picture, the same noise every time."""
+    return sample(pipeline, max_sequence_length=8, width=64, height=48)
+
+
+@pytest.mark.usefixtures("timed")
+def test_what_is_fitted_stands_on_the_pipeline_which_was_left_alone(tmp_path):
+    pipeline = make_flux_pipeline(tmp_path)
+    before = latents(pipeline)
+    wishes = Wishes(limit=1.0, pictures=8)
+    found, result = convert(pipeline, Pictures(("a cat",), width=64, height=48, steps=2), wishes)
+    assert torch.equal(latents(pipeline), before)
+    assert not any(module._forward_pre_hooks for module in pipeline.transformer.modules())
+    assert not any("forward" in one.__dict__ for one in found.attentions.values())
+    checkpoint = result.checkpoint(found.architecture, found.channels, {})
+    assert checkpoint.mixer == "joint" and set(checkpoint.blocks) == set(found.channels)
+    assert checkpoint.metadata["sizes"] == "12 x 16, 6 x 8"
+    apply(pipeline, checkpoint)
+    assert not torch.equal(latents(pipeline), before)
+    remove(pipeline)
+    assert torch.equal(latents(pipeline), before)
+
+
+@pytest.mark.usefixtures("timed")
+def test_converting_follows_from_the_seed(tmp_path):
+    pipeline = make_flux_pipeline(tmp_path)
+    pictures = Pictures(("a cat", "a dog"), width=64, height=48, steps=1)
+    some, again, other = (
+        convert(pipeline, pictures, Wishes(limit=1.0, pictures=4, seed=seed))[1].mixers for seed in (3, 3, 4)
+    )
+    for site, mixer in some.items():
+        weights = mixer.state_dict()
+        assert all(torch.equal(weights[name], w) for name, w in again[site].state_dict().items())
+    assert any(
+        not torch.equal(w, other[site].state_dict()[name])
+        for site, mixer in some.items()
+        for name, w in mixer.state_dict().items()
+    )
+
+
+def test_the_size_to_be_fast_at_has_to_be_named(tmp_path):
+    with pytest.raises(DeltaConvError, match="got None x None; name the size"):
+        convert(make_flux_pipeline(tmp_path), Pictures(("a cat",)), Wishes())
+
+
+@pytest.mark.usefixtures("timed")
+def test_the_command_converts(tmp_path, capsys):
+    pipeline, file = make_flux_pipeline(tmp_path), tmp_path / "joint.safetensors"
+    pipeline.save_pretrained(tmp_path / "model")
+    arguments = [
+        "convert-model",
+        "--model",
+        str(tmp_path / "model"),
+        "--output",
+        str(file),
+        "--size",
+        "64x48",
+    ]
+    arguments += ["--pictures", "4", "--steps", "1", "--max-error", "1", "--device", "cpu"]
+    assert main(arguments) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert (
+        "3 of 3 self-attentions are replaced by joint mixers" in printed and f"Written to {file}" in printed
+    )
+    loaded = load_checkpoint(file)
+    assert loaded.mixer == "joint" and loaded.architecture == "flux"
+    assert (
+        loaded.metadata["pictures"] == "4 of 64x48, 1 steps" and loaded.metadata["sizes"] == "12 x 16, 6 x 8"
+    )
+    before = latents(pipeline)
+    apply(pipeline, file)
+    assert not torch.equal(latents(pipeline), before)

@@ -17,7 +17,7 @@ from comfy.model_patcher import ModelPatcher
 from ....deltaconv_core.bench import LATENT
 from ....deltaconv_core.distill import conversion, conversion_report
 from ....deltaconv_core.distill.conversion import Conversion, Wishes
-from ....deltaconv_core.distill.hybrid import FitSettings, HybridFit, SeeCall
+from ....deltaconv_core.distill.hybrid import HybridFit, SeeCall
 from ....deltaconv_core.distill.joint_fit import JointFit
 from ....deltaconv_core.errors import DeltaConvError
 from ....deltaconv_core.sites import select
@@ -99,9 +99,6 @@ def convert(
         "source": "converted with ComfyUI-DeltaConv",
         "pictures": f"{job.wishes.pictures} of {latents} latents, {job.steps} steps",
     }
-    if isinstance(found, JointSites):
-        grids = [found.tokens(one).grid for one in sizes]
-        metadata["sizes"] = ", ".join(f"{height} x {width}" for height, width in grids)
     checkpoint = done.checkpoint(found.architecture, found.channels, metadata)
     pixels = getattr(model.model.latent_format, "spacial_downscale_ratio", LATENT)
     size = (samples.shape[-1] * pixels, samples.shape[-2] * pixels)
@@ -148,8 +145,7 @@ def _fit(
             bar.update_absolute(number * steps + step, pictures * steps)
 
         guidance = 1.0 if negative is None else GUIDANCE
-        # Of the pictures that are held out, one in four, each size has its part as well.
-        samples = sizes[(number + number // FitSettings.held_out) % len(sizes)]
+        samples = conversion.in_turn(sizes, number)
         sample(clone, given, samples, steps, job.wishes.seed + number, turn_to, guidance)
 
     @contextmanager
