@@ -20,6 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,24 +29,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltaconv_core import BlockSpec, DeltaConvBlock
-from deltaconv_core.block import module, steps
-from deltaconv_core.block.ops import operators
-from deltaconv_core.block.ops.triton import TritonBackend
+from deltaconv_core.block import steps
+from deltaconv_core.block.ops.triton import by_triton
 from deltaconv_core.util.text import markdown
 from testing.without_gpu import stand_in
 
 from .harness import circumstances, parser
 
 GRID = (4, 4)
-STEPS: dict[str, tuple[Any, str]] = {
-    "up-projection": (steps, "call_layer"),
-    "mean": (module, "_mean"),
-    "mean token's projection": (module, "call_layer"),
-    "choice of backend": (steps, "steps_for"),
-    "pooling": (TritonBackend, "shrink"),
-    "depth-wise and gate, both stages": (TritonBackend, "depthwise_gate"),
-    "projection": (TritonBackend, "project"),
-}
+PACKAGE = "deltaconv_core.block.ops.triton"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,9 +72,25 @@ def measured(spec: BlockSpec, repeats: int) -> dict[str, Any]:
         figures: dict[str, Any] = {"launches": launches.number}
         return figures | {
             "us": least(call, repeats),
-            "steps": {name: least_within(call, repeats, *place) for name, place in STEPS.items()},
+            "steps": {name: least_within(call, repeats, *place) for name, place in places().items()},
             "operations": operations(call),
         }
+
+
+def places() -> dict[str, tuple[Any, str]]:
+    """What a block's forward calls in inference: name -> owner and attribute."""
+    inference = import_module(f"{PACKAGE}.inference")
+    return {
+        "check of the tokens": (DeltaConvBlock, "_check"),
+        "choice of backend": (steps.ops, "at_once_backend_for"),
+        "weights": (steps, "_cast"),
+        "up-projection": (inference.F, "linear"),
+        "mean token, projected": (inference, "mean_product"),
+        "taps transposed": (inference, "transposed"),
+        "pooling": (inference.resize, "directly"),
+        "depth-wise and gate, both stages": (inference, "gate_of_taps"),
+        "projection": (inference.project_stages, "directly"),
+    }
 
 
 def least(call: Callable[[], None], repeats: int) -> float:
@@ -134,12 +142,12 @@ class Recorder(TorchDispatchMode):
 
 def operations(call: Callable[[], None]) -> list[str]:
     """The operations of PyTorch's that would launch a kernel."""
-    # Our operators call their functions directly where no mode is looking; so they do here. In inference mode
-    # a dispatch mode sees `linear` and not what that does.
+    # In inference mode a dispatch mode sees `linear` and not what that does; and no block is to take another
+    # path because a mode is looking.
     with (
         torch.inference_mode(False),
         torch.no_grad(),
-        patch.object(operators, "_asked_for", lambda arguments: False),
+        patch.object(by_triton, "operators_wanted", lambda arguments: False),
         Recorder() as recorder,
     ):
         call()

@@ -74,10 +74,11 @@ class Driver:
 
 def launched_kernels() -> list[Any]:
     """ΔConv's kernels."""
-    from deltaconv_core.block.ops.triton import depthwise_gate, enlarge, pool, project
+    from deltaconv_core.block.ops.triton import depthwise_gate, enlarge, mean, pool, project
     from deltaconv_core.block.ops.triton.launch import LaunchedKernel
 
-    found = [value for module in (depthwise_gate, enlarge, pool, project) for value in vars(module).values()]
+    modules = depthwise_gate, enlarge, mean, pool, project
+    found = [value for module in modules for value in vars(module).values()]
     return [value for value in found if isinstance(value, LaunchedKernel)]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import DeltaConvError
 from . import ops
 from .spec import BlockSpec
-from .steps import begin, call_layer
+from .steps import at_once, begin, call_layer
 
 START_STD = 0.02  # spread of a fresh block's output for inputs of unit variance
 HALF_OR_MORE = (torch.float16, torch.bfloat16, torch.float32)  # what blocks are stored in to compute with
@@ -113,6 +113,9 @@ class DeltaConvBlock(nn.Module):
         spec, dtype, grid = self.spec, x.dtype, (int(grid[0]), int(grid[1]))
         x = x.to(ops.compute_dtype(x))
         convolutions = [stage.conv_spatial for stage in self.stages()]
+        y = at_once(spec, [self.conv_up, self.conv_pool, *convolutions, self.conv_out], x, grid)
+        if y is not None:
+            return y.to(dtype)
         steps, u = begin(spec, self.conv_up, [*convolutions, self.conv_out], x, grid)
         everywhere = call_layer(self.conv_pool, _mean(x, grid)).to(u.dtype)  # (B, 1, C)
         with steps.scope(u):

@@ -10,7 +10,7 @@ All tensors are (B, H, W, channels); u, the projected tokens, is contiguous, or 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +42,27 @@ class Steps(Protocol):
         Returns:
             (B, H * W, C).
         """
+
+
+def at_once(spec: BlockSpec, layers: Sequence[nn.Linear | nn.Conv2d], x: Tensor, grid: Size) -> Tensor | None:
+    """A block's result (B, H * W, C) where a backend computes it at once; None where it takes its steps.
+
+    Args:
+        layers: conv_up, conv_pool, the stages' convolutions, conv_out.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _autocast(x.device.type):
+        return None
+    if spec.context or spec.pooling != "average":
+        return None
+    backend = ops.at_once_backend_for(x)
+    if backend is None or not all(map(lends_weights, layers)):
+        return None
+    if all(type(layer) in PLAIN_LAYERS for layer in layers):
+        return backend.mixed_at_once(x, grid, spec, *[_cast(layer, x.dtype) for layer in layers])
+    with ExitStack() as stack:
+        return backend.mixed_at_once(
+            x, grid, spec, *[stack.enter_context(borrowed(layer, x)) for layer in layers]
+        )
 
 
 def begin(
@@ -173,7 +194,10 @@ class _Cast:
 
 
 def _cast(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    return layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
+    weight, bias = layer.weight, layer.bias
+    if weight.dtype == dtype:
+        return weight, bias if bias is None or bias.dtype == dtype else bias.to(dtype)
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def project_half(layer: nn.Linear, x: Tensor, offset: Tensor) -> Tensor:

@@ -19,6 +19,21 @@ from typing import Protocol
 from torch import Tensor
 
 Size = tuple[int, int]
+LayerWeights = tuple[Tensor, Tensor | None]
+"""A layer's weight and bias."""
+
+
+class SpecLike(Protocol):
+    """What a block is made of, as far as it is mixed at once: the names of its `BlockSpec`."""
+
+    @property
+    def scales(self) -> tuple[float, ...]: ...
+
+    @property
+    def gate(self) -> str: ...
+
+    @property
+    def merge(self) -> str: ...
 
 
 class Backend(Protocol):

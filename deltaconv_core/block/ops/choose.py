@@ -27,6 +27,7 @@ from .by_torch import TorchBackend
 
 if TYPE_CHECKING:
     from .cuda import CudaBackend
+    from .triton import TritonBackend
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class BackendChoice:
     def reset(self) -> None:
         """As in a new process: Triton is loaded again, and why it does not run is said again."""
         self.forced: str | None = None
-        self.triton: Backend | None = None
+        self.triton: TritonBackend | None = None
         self.why_no_triton = ""
         self.say.reset()
 
@@ -72,6 +73,14 @@ def backend_for(x: Tensor) -> Backend:
     if not torch.compiler.is_compiling():
         choice.say(f"ΔConv on {x.device.type}, {x.dtype}: plain PyTorch, because {triton}")
     return TORCH
+
+
+def at_once_backend_for(x: Tensor) -> TritonBackend | None:
+    """The backend that may mix tokens like x by a whole block at once; None where a block takes its steps."""
+    name = _from_environment() if choice.forced is None else choice.forced
+    if name not in ("", "triton") or (not name and x.device.type != "cuda"):
+        return None
+    return choice.triton if backend_for(x) is choice.triton else None
 
 
 def planes_backend_for(x: Tensor, grid: Size, kernel_size: int) -> CudaBackend | None:

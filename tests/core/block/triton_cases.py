@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deltaconv_core import BlockSpec, DeltaConvBlock
 from deltaconv_core.block import reference as slow
+from deltaconv_core.block import steps
 from deltaconv_core.block.ops import choose
 from deltaconv_core.block.ops.by_torch import TorchBackend
 from deltaconv_core.block.ops.operators import NAMESPACE
@@ -341,6 +342,27 @@ def test_whole_block(name, compiled):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=name)
     with torch.no_grad():
         torch.testing.assert_close(run_block(x, ODD), y)
+
+
+@pytest.mark.usefixtures("forced")
+@DTYPES
+@pytest.mark.parametrize(
+    ("name", "grid"), [("release", (5, 7)), ("release", (1, 1)), ("three scales", (9, 1))], ids=str
+)
+def test_whole_block_at_once(name, grid, dtype):
+    torch.manual_seed(0)
+    block = DeltaConvBlock(SPECS[name]).to(DEVICE)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    weights = {key: w.detach().to(dtype).double() for key, w in block.named_parameters()}
+    x = torch.randn(3, grid[0] * grid[1], block.spec.dim, device=DEVICE).to(dtype)
+    layers = [block.conv_up, block.conv_pool, *(s.conv_spatial for s in block.stages()), block.conv_out]
+    for given in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
+        with torch.inference_mode():
+            y = steps.at_once(block.spec, layers, given, grid)
+        assert y.dtype == dtype and y.is_contiguous()
+        exact = slow.reference_block(x.double(), grid, block.spec, weights)
+        assert relative_l2(y, exact) < 8 * torch.finfo(dtype).eps
 
 
 @pytest.mark.usefixtures("forced")

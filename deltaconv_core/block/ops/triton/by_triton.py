@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ....util.compiling import constant_result
-from ..backend import Size
+from ..backend import LayerWeights, Size, SpecLike
 from ..by_torch import TorchBackend, shrink, stage_size
+from ..operators import operators_wanted
 
 TAKEN_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST_TRITON = 3
@@ -31,6 +32,16 @@ class TritonBackend:
             return f"x is {_name(x.dtype)} and the kernels take float16, bfloat16 and float32"
         reason: str | None = _why_not_on(x.device.type, x.device.index)
         return reason
+
+    def mixed_at_once(
+        self, x: Tensor, grid: Size, spec: SpecLike, up: LayerWeights, pool: LayerWeights, *rest: LayerWeights
+    ) -> Tensor | None:
+        """A whole block, see `inference.mixed_at_once`; None where it cannot be used."""
+        if rest[0][0].shape[3] > LARGEST_KERNEL or operators_wanted((x, up, pool, *rest)):
+            return None
+        from . import inference
+
+        return inference.mixed_at_once(x, grid, spec, up, pool, rest[:-1], rest[-1])
 
     def shrink(self, u: Tensor, scale: float, pooling: str) -> Tensor:
         """(B, H, W, c) -> (B, *stage_size, c); bilinear interpolation is PyTorch's."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..operators import operator
 from .launch import LaunchArguments, dtypes
-from .tuning import DEPTHWISE, DEPTHWISE_WEIGHT, bucket, tuned
+from .tuning import DEPTHWISE, DEPTHWISE_WEIGHT, RESAMPLE, bucket, tuned
 
 FORWARD, GRADIENT, PLAIN = 0, 1, 2  # what becomes of the two sums; kernels see the numbers
 PROGRAMS = 2048  # of the kernel of the weights' gradient: enough for any GPU, few parts to add up
@@ -132,13 +132,49 @@ def _weight_gradient(
     tl.store(out + place, tl.sum(total, axis=1), mask=(taps < K) & (channels < C))
 
 
+@tuned(RESAMPLE, {"COLS": 16, "CHANNELS": 128}, key=["C"])
+@triton.jit(do_not_specialize=["TAPS"])
+def _transpose(first, second, out, C, TAPS, COLS: tl.constexpr, CHANNELS: tl.constexpr):
+    """out (2, TAPS, C) from first and second (C, TAPS); (1, TAPS, C) where the grid ends there."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    tap = tl.program_id(1) * COLS + tl.arange(0, COLS)[:, None]
+    inside = (channel < C) & (tap < TAPS)
+    place = channel * TAPS + tap
+    if tl.program_id(2) == 0:
+        tl.store(out + tap * C + channel, tl.load(first + place, mask=inside), mask=inside)
+    else:
+        tl.store(out + (TAPS + tap) * C + channel, tl.load(second + place, mask=inside), mask=inside)
+
+
+def transposed(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Depth-wise weights (c, 1, K, K) as the kernel reads them, (K, K, c): channels in neighboring places.
+
+    All of the same shape. One launch does two of them. A copy that is kept for the next call would go wrong:
+    whatever changes weights by way of `.data`, as ComfyUI and PEFT do, leaves no trace.
+    """
+    C, _, K, _ = weights[0].shape
+    out: list[Tensor] = []
+
+    def call() -> LaunchArguments:
+        def grid(tile: dict[str, int]) -> tuple[int, ...]:
+            return triton.cdiv(C, tile["CHANNELS"]), triton.cdiv(K * K, tile["COLS"]), len(pair)
+
+        return LaunchArguments(grid, (C, K * K), {})
+
+    for i in range(0, len(weights), 2):
+        pair = [weight.contiguous() for weight in weights[i : i + 2]]
+        taps = pair[0].new_empty(len(pair), K, K, C)
+        _transpose.launch((len(pair), C, K, taps.dtype, taps.device), (pair[0], pair[-1], taps), call)
+        out += taps.unbind()
+    return out
+
+
 def _sums(
-    step: int, u: Tensor, weight: Tensor, bias: Tensor | None, upstream: Tensor | None, out: Tensor, kind: str
+    step: int, u: Tensor, taps: Tensor, bias: Tensor | None, upstream: Tensor | None, out: Tensor, kind: str
 ) -> Tensor:
-    """Launches `_depthwise`; weight (c, 1, K, K)."""
+    """Launches `_depthwise`; taps (K, K, c)."""
     batch, H, W, C = u.shape
-    half, K = C // 2, weight.shape[-1]
-    taps = weight.reshape(C, K * K).t().contiguous()  # (K * K, c): neighboring channels in neighboring places
+    half, K = C // 2, len(taps)
 
     def call() -> LaunchArguments:
         def grid(tile: dict[str, int]) -> tuple[int, ...]:
@@ -240,9 +276,10 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     of_u, of_weight, of_bias = wanted
     u = u.contiguous()
-    sums = _sums(GRADIENT, u, weight, bias, upstream.contiguous(), torch.empty_like(u), kind)
+    (taps,) = transposed([weight])
+    sums = _sums(GRADIENT, u, taps, bias, upstream.contiguous(), torch.empty_like(u), kind)
     return (
-        _sums(PLAIN, sums, weight.flip(2, 3), None, None, torch.empty_like(u), kind)
+        _sums(PLAIN, sums, taps.flip(0, 1), None, None, torch.empty_like(u), kind)
         if of_u
         else u.new_empty(0),
         _sum_weight_gradient(u, sums, weight) if of_weight else u.new_empty(0),
@@ -259,7 +296,13 @@ def _gradients(
     _flops,
 )
 def _gate(u: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    return _sums(FORWARD, u.contiguous(), weight, bias, None, _empty(u, weight, bias, kind), kind)
+    (taps,) = transposed([weight])
+    return gate_of_taps(u.contiguous(), taps, bias, kind)
+
+
+def gate_of_taps(u: Tensor, taps: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """`depthwise_gate` without autograd, of taps (K, K, c); u contiguous."""
+    return _sums(FORWARD, u, taps, bias, None, _empty(u, taps, bias, kind), kind)
 
 
 def depthwise_gate(u: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:

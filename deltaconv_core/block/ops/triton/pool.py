@@ -61,13 +61,13 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-    return _resize(upstream, *ctx.size, not ctx.adjoint), None, None, None
+    return resize(upstream, *ctx.size, not ctx.adjoint), None, None, None
 
 
 @operator(
     "pool", "(Tensor x, SymInt height, SymInt width, bool adjoint) -> Tensor", _empty, _backward, _remember
 )
-def _resize(x: Tensor, height: int, width: int, adjoint: bool) -> Tensor:
+def resize(x: Tensor, height: int, width: int, adjoint: bool) -> Tensor:
     x = x.contiguous()
     out = _empty(x, height, width, adjoint)
     batch, H, W, C = x.shape
@@ -86,5 +86,5 @@ def _resize(x: Tensor, height: int, width: int, adjoint: bool) -> Tensor:
 
 def average(x: Tensor, size: Size) -> Tensor:
     """(B, H, W, c) -> (B, *size, c): `torch.nn.functional.adaptive_avg_pool2d` over channels-last memory."""
-    result: Tensor = _resize(x, *size, False)
+    result: Tensor = resize(x, *size, False)
     return result

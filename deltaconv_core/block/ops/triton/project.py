@@ -130,10 +130,10 @@ def _multiply(
     out: Tensor,
     size: Size,
 ) -> Tensor:
-    """Launches `_project`: out (B, size[0] * size[1], C), smaller (B, h, w, C) each."""
-    batch, positions, C = out.shape
+    """Launches `_project`: out (B, size[0] * size[1], C) or (B, *size, C), smaller (B, h, w, C) each."""
+    batch, C, positions = out.shape[0], out.shape[-1], size[0] * size[1]
     half, tf32 = weight.dtype == torch.float16, torch.version.hip is None
-    precision = "tf32" if half and tf32 else _float32_products()
+    precision = "tf32" if half and tf32 else _float32_products() if weight.dtype == torch.float32 else "ieee"
     planes = stage is not None and not stage.is_contiguous()
 
     def call() -> LaunchArguments:
@@ -154,9 +154,11 @@ def _multiply(
 
     absent = (out,) * (AT_ONCE - len(smaller))
     tensors = out if stage is None else stage, weight, out if bias is None else bias, *smaller, *absent, out
-    given = stage is None, bias is None, len(smaller), weight.stride(0), precision, planes
-    shapes = [t.shape for t in tensors]
-    _project.launch((*shapes, *dtypes(tensors), size, *given, out.device), tensors, call)
+    key = (
+        batch, C, size, None if stage is None else stage.shape, *[s.shape for s in smaller], *dtypes(tensors),
+        bias is None, weight.stride(0), precision, planes, out.device,
+    )  # fmt: skip
+    _project.launch(key, tensors, call)
     return out
 
 
@@ -232,7 +234,7 @@ def _joined(gradients: list[Tensor], concat: bool) -> Tensor:
     _remember,
     _flops,
 )
-def _project_stages(
+def project_stages(
     stages: list[Tensor], weight: Tensor, bias: Tensor, height: int, width: int, concat: bool
 ) -> Tensor:
     expected = (len(stages[0]), 1, len(weight))
@@ -246,10 +248,10 @@ def _project_stages(
         if first is None and size == (height, width):
             first, first_part = _readable(stage), part
             continue
-        out = stage.new_empty(len(stage), size[0] * size[1], len(part))
-        smaller.append(_multiply(_readable(stage), part, None, (), out, size).unflatten(1, size))
+        out = stage.new_empty(len(stage), *size, len(part))
+        smaller.append(_multiply(_readable(stage), part, None, (), out, size))
     out = _empty(stages, weight, bias, height, width, concat)
-    _multiply(first, first_part, bias.flatten(1).contiguous(), smaller[:AT_ONCE], out, (height, width))
+    _multiply(first, first_part, bias.contiguous(), smaller[:AT_ONCE], out, (height, width))
     for product in smaller[AT_ONCE:]:
         out += enlarge(product.permute(0, 3, 1, 2), (height, width)).flatten(2).transpose(1, 2)
     return out
@@ -257,5 +259,5 @@ def _project_stages(
 
 def project(stages: Sequence[Tensor], weight: Tensor, bias: Tensor, grid: Size, merge: str) -> Tensor:
     """See `ops.backends.Backend`; the result has weight's dtype, float16 too."""
-    result: Tensor = _project_stages(list(stages), weight, bias, *grid, merge == "concat")
+    result: Tensor = project_stages(list(stages), weight, bias, *grid, merge == "concat")
     return result

@@ -43,6 +43,9 @@ DEPTHWISE_WEIGHT: Sequence[Config] = (
 PROJECT: Sequence[Config] = (({"ROWS": 64, "COLUMNS": 64, "DEPTH": 32}, 4),)
 # One read, a few additions, one write: nothing to budget.
 RESAMPLE: Sequence[Config] = (({"COLS": 16, "CHANNELS": 64}, 4),)
+# The mean token: ROWS * CHANNELS sums, and COLUMNS * DEPTH entries of a weight; neither was timed.
+MEAN: Sequence[Config] = (({"ROWS": 16, "CHANNELS": 64}, 4),)
+PRODUCT: Sequence[Config] = (({"COLUMNS": 16, "DEPTH": 64}, 4),)
 
 
 @triton.jit
