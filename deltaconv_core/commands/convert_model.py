@@ -18,6 +18,7 @@ from ..util.devices import DTYPES, pick_device
 from ..weights.checkpoint import save_checkpoint
 from .writable import check_file
 
+USUAL = 1024  # pixels, where a pipeline does not say
 SOURCE = ("model", "variant", "model_config", "tokenizer", "prediction")
 
 
@@ -132,7 +133,8 @@ def _load(options: argparse.Namespace, device: torch.device) -> tuple[Any, int]:
         dtype = DTYPES[options.dtype or ("bfloat16" if on_gpu else "float32")]
         pipeline = load_joint(options.model, dtype, getattr(options, "variant", None))
     if pipeline is not None:
-        return pipeline, int(pipeline.default_sample_size * pipeline.vae_scale_factor)
+        latent = getattr(pipeline, "default_sample_size", None)
+        return pipeline, int(latent * pipeline.vae_scale_factor) if latent else USUAL
     given = {name: getattr(options, name) for name in SOURCE if hasattr(options, name)}
     teacher = load_teacher(Source(**given), DTYPES[options.dtype or ("float16" if on_gpu else "float32")])
     return teacher.pipeline, teacher.resolution

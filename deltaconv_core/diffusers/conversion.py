@@ -74,9 +74,9 @@ def convert(
     so that their joint mixers fit the sizes between.
 
     Args:
-        pipeline: a diffusers pipeline with a U-Net, PixArt, FLUX.1, Chroma, SD 3 or Qwen-Image, guided as its
+        pipeline: a diffusers pipeline with a U-Net, PixArt or one of `joint.JOINT_FAMILIES`, guided as its
             own default is.
-        pictures: what is drawn; with a width and height where a model is one of the latter four.
+        pictures: what is drawn; with a width and height for models of the latter.
         wishes: budget, number of pictures, seed.
         blocks: the sites, in the language of `deltaconv_core.sites.select`.
         on_picture: told the number of pictures done after each.

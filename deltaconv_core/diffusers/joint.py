@@ -1,4 +1,4 @@
-"""Joint mixers in transformers of diffusers: FLUX.1, Chroma, SD 3 and Qwen-Image.
+"""Joint mixers in transformers of diffusers: FLUX.1 and 2, Chroma, SD 3, Lumina 2, Z-Image and Qwen-Image.
 
 A mixer answers PyTorch's `scaled_dot_product_attention` where an attention's own processor calls it: so
 projections, LoRA, rotary embeddings, IP-Adapters and ControlNets stay as they are. Where the image is among
@@ -25,7 +25,10 @@ from ..mixers.joint import JointLayout
 from ..mixers.joint.module import attention
 from ..mixers.joint.place import refusal_of_mask
 from ..mixers.joint.plan import Plan
+from ..util.text import listing
 from .applied import AppliedBlocks
+
+Z_IMAGE_MULTIPLE = 32  # tokens that image and text are filled up to, each
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +38,12 @@ class JointCall:
     """One call of the model.
 
     Args:
-        layout: where the image is; or why that is not known.
-        queries: how many an attention may have that the image is in at that place.
+        layouts: number of an attention's queries -> where the image is among them.
+        why_not: why that is not known.
     """
 
-    layout: JointLayout | str
-    queries: tuple[int, ...] = ()
+    layouts: dict[int, JointLayout] = field(default_factory=dict)
+    why_not: str | None = None
 
 
 @dataclass
@@ -130,13 +133,11 @@ class JointForward:
         plain = not dropout_p and not is_causal and scale in (None, query.shape[-1] ** -0.5)
         if call is None or not plain:
             return None
-        layout = call.layout
-        if isinstance(layout, JointLayout) and (
-            query.shape[2] not in call.queries or key.shape[2] < query.shape[2]
-        ):
+        layout = call.layouts.get(query.shape[2])
+        if not call.why_not and (layout is None or key.shape[2] < query.shape[2]):
             return None  # a second attention beside it, as an IP-Adapter has
-        why = layout if isinstance(layout, str) else refusal_of_mask(attn_mask, layout)
-        if why or isinstance(layout, str):
+        why = call.why_not or (layout and refusal_of_mask(attn_mask, layout))
+        if why or layout is None:
             self.found.say(f"attention stays where joint mixers could be, since {why}")
             return None
         return self.answer(query, key, value, layout, attn_mask)
@@ -212,36 +213,37 @@ class _Answering(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _attentions(model: Any, *names: str) -> dict[str, Any]:
+def _attentions(model: Any, stacks: str, names: str = "attn") -> dict[str, Any]:
     """Site id -> attention, for lists of blocks and the names of the attentions in them."""
-    stacks, inside = names[:-1], names[-1].split()
     return {
-        f"{stack}.{number}.{name}": getattr(block, name)
-        for stack in stacks
+        # Z-Image has another name for what is the same in Lumina 2.
+        f"{stack}.{number}.{'attn' if name == 'attention' else name}": getattr(block, name)
+        for stack in stacks.split()
         for number, block in enumerate(getattr(model, stack))
-        for name in inside
+        for name in names.split()
         if getattr(block, name, None) is not None
     }
 
 
 def _flux(model: Any) -> JointModel:
     family = "chroma" if type(model).__name__.startswith("Chroma") else "flux"
-    found = _attentions(model, "transformer_blocks", "single_transformer_blocks", "attn")
+    found = _attentions(model, "transformer_blocks single_transformer_blocks")
     return JointModel(family, found, _read_flux)
 
 
 def _read_flux(given: dict[str, Any]) -> JointCall:
     """Text first; `img_ids` has the row and column of each of the image's tokens, and a number that tells
     references from it."""
+    if given.get("kv_cache_mode"):
+        return JointCall(why_not="keys of references are kept from an earlier step")
     ids, text = given["img_ids"], given["encoder_hidden_states"].shape[1]
     ids = ids[0] if ids.ndim == 3 else ids
     count = int((ids[:, 0] == ids[0, 0]).sum())
     last = (ids[:count, 1:] - ids[0, 1:]).amax(dim=0).tolist()
     height, width = int(last[0]) + 1, int(last[1]) + 1
     if height * width != count:
-        return JointCall(f"its {count} tokens are no picture of {height} x {width}")
-    queries = text + given["hidden_states"].shape[1]
-    return JointCall(JointLayout((height, width), text), (queries,))
+        return JointCall(why_not=f"its {count} tokens are no picture of {height} x {width}")
+    return JointCall({text + given["hidden_states"].shape[1]: JointLayout((height, width), text)})
 
 
 def _sd3(model: Any) -> JointModel:
@@ -250,13 +252,48 @@ def _sd3(model: Any) -> JointModel:
         height, width = (side // model.config.patch_size for side in given["hidden_states"].shape[-2:])
         tokens = height * width
         queries = (tokens, tokens + given["encoder_hidden_states"].shape[1])
-        return JointCall(JointLayout((height, width)), queries)
+        return JointCall(dict.fromkeys(queries, JointLayout((height, width))))
 
     return JointModel("sd3", _attentions(model, "transformer_blocks", "attn attn2"), read)
 
 
+def _lumina(model: Any) -> JointModel:
+    def read(given: dict[str, Any]) -> JointCall:
+        """Text first, as long as its mask says; the refiner has the image alone."""
+        height, width = (side // model.config.patch_size for side in given["hidden_states"].shape[-2:])
+        texts = set(given["encoder_attention_mask"].sum(dim=1).tolist())
+        if len(texts) > 1:
+            return JointCall(why_not=f"texts of {listing(map(str, sorted(texts)))} tokens are in one batch")
+        (text,) = map(int, texts)
+        grid, tokens = (height, width), height * width
+        return JointCall({text + tokens: JointLayout(grid, text), tokens: JointLayout(grid)})
+
+    return JointModel("lumina2", _attentions(model, "noise_refiner layers"), read)
+
+
+def _z_image(model: Any) -> JointModel:
+    return JointModel("lumina2", _attentions(model, "noise_refiner layers", "attention"), _read_z_image)
+
+
+def _read_z_image(given: dict[str, Any]) -> JointCall:
+    """The image first, then text, each filled up to a multiple; the refiner has the image alone."""
+    pictures, patch = given["x"], given.get("patch_size", 2)
+    if isinstance(pictures[0], list):
+        return JointCall(why_not="there are several images one after the other")
+    shapes = {tuple(one.shape[-3:]) for one in pictures}
+    frames, height, width = next(iter(shapes))
+    if frames > 1 or len(shapes) > 1:
+        return JointCall(why_not="there are several images one after the other, or of several sizes")
+    layout = JointLayout((height // patch, width // patch))
+    image, text = (
+        tokens + -tokens % Z_IMAGE_MULTIPLE
+        for tokens in (layout.tokens, max(len(one) for one in given["cap_feats"]))
+    )
+    return JointCall(dict.fromkeys((image + text, image), layout))
+
+
 def _qwen(model: Any) -> JointModel:
-    return JointModel("qwen_image", _attentions(model, "transformer_blocks", "attn"), _read_qwen)
+    return JointModel("qwen_image", _attentions(model, "transformer_blocks"), _read_qwen)
 
 
 def _read_qwen(given: dict[str, Any]) -> JointCall:
@@ -264,15 +301,18 @@ def _read_qwen(given: dict[str, Any]) -> JointCall:
     shapes = [one[0] if isinstance(one, list) else one for one in given["img_shapes"]]
     frames, height, width = shapes[0]
     if frames > 1 or len(set(shapes)) > 1:
-        return JointCall("there are several images one after the other, or of several sizes")
+        return JointCall(why_not="there are several images one after the other, or of several sizes")
     text = given["encoder_hidden_states"].shape[1]
-    return JointCall(JointLayout((height, width), text), (text + given["hidden_states"].shape[1],))
+    return JointCall({text + given["hidden_states"].shape[1]: JointLayout((height, width), text)})
 
 
 JOINT_FAMILIES: dict[str, Callable[[Any], JointModel]] = {
     "FluxTransformer2DModel": _flux,
+    "Flux2Transformer2DModel": _flux,
     "ChromaTransformer2DModel": _flux,
     "SD3Transformer2DModel": _sd3,
+    "Lumina2Transformer2DModel": _lumina,
+    "ZImageTransformer2DModel": _z_image,
     "QwenImageTransformer2DModel": _qwen,
 }
 """diffusers' classes -> what is known of them."""

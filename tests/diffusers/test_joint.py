@@ -17,7 +17,9 @@ from deltaconv_core.mixers.joint import JointMixer, JointSpec
 from deltaconv_core.mixers.joint import plan as plans
 from testing.diffusers_models import make_flux_pipeline, sample
 
-FAMILIES = ["flux", "flux_reference", "chroma", "sd3", "qwen", "qwen_masked", "qwen_reference"]
+FAMILIES = ["flux", "flux_reference", "flux2", "flux2_reference", "chroma", "sd3", "qwen", "qwen_masked"]
+FAMILIES += ["qwen_reference", "lumina", "z_image", "z_image_masked"]
+NEWER = {"flux2": "Flux2Transformer2DModel", "z_image": "ZImageTransformer2DModel"}
 EXACT = {"landmarks": 2**14, "kernel_size": 0}
 MIXED = {"landmarks": 6, "kernel_size": 3}
 GRID, TEXT = (5, 7), 4
@@ -25,6 +27,11 @@ GRID, TEXT = (5, 7), 4
 
 @pytest.fixture(params=FAMILIES)
 def name(request):
+    import diffusers
+
+    needed = NEWER.get(request.param.removesuffix("_reference").removesuffix("_masked"))
+    if needed and not hasattr(diffusers, needed):
+        pytest.skip(f"this diffusers has no {needed}")
     return request.param
 
 
@@ -53,7 +60,11 @@ def make(name):
     torch.manual_seed(0)
     flux = {"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
     flux |= {"joint_attention_dim": 12, "axes_dims_rope": (4, 6, 6), "in_channels": 8}
-    if name.startswith("flux"):
+    lumina = {"in_channels": 4, "norm_eps": 1e-5, "cap_feat_dim": 12}
+    if name.startswith("flux2"):
+        flux |= {"axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 16}
+        model = diffusers.Flux2Transformer2DModel(**flux)
+    elif name.startswith("flux"):
         model = diffusers.FluxTransformer2DModel(**flux, pooled_projection_dim=8)
     elif name == "chroma":
         more = {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1}
@@ -64,6 +75,18 @@ def make(name):
             num_attention_heads=2, joint_attention_dim=12, caption_projection_dim=32, pooled_projection_dim=8,
             pos_embed_max_size=16, dual_attention_layers=(0,),
         )  # fmt: skip
+    elif name == "lumina":
+        model = diffusers.Lumina2Transformer2DModel(
+            **lumina, hidden_size=32, num_layers=2, num_refiner_layers=1, num_attention_heads=2,
+            num_kv_heads=1, multiple_of=8, axes_dim_rope=(4, 6, 6), axes_lens=(64, 64, 64),
+        )  # fmt: skip
+    elif name.startswith("z_image"):
+        model = diffusers.ZImageTransformer2DModel(
+            **lumina, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, axes_dims=[4, 6, 6],
+            axes_lens=[128, 64, 64],
+        )  # fmt: skip
+        for token in (model.x_pad_token, model.cap_pad_token):
+            token.data.normal_()
     else:
         model = diffusers.QwenImageTransformer2DModel(
             in_channels=8, out_channels=2, num_layers=2, attention_head_dim=16, num_attention_heads=2,
@@ -89,7 +112,20 @@ def draw(model, name):
     if name.startswith("flux") or name == "chroma":
         extra = [ids(2, 3, 1)] if name.endswith("reference") else []
         given |= {"img_ids": torch.cat([ids(height, width), *extra]), "txt_ids": torch.zeros(TEXT, 3)}
-    if name.startswith("flux"):
+    if name.startswith("flux2"):
+        for part in ("img_ids", "txt_ids"):
+            given[part] = torch.cat([given[part], torch.zeros(len(given[part]), 1)], dim=1)
+        given["guidance"] = torch.tensor([4.0, 4.0])
+    elif name == "lumina":
+        given["hidden_states"] = torch.randn(2, 4, 2 * height, 2 * width, generator=generator)
+        given["encoder_attention_mask"] = torch.ones(2, TEXT, dtype=torch.bool)
+    elif name.startswith("z_image"):
+        picture = torch.randn(2, 4, 1, 2 * height, 2 * width, generator=generator)
+        texts = [given["encoder_hidden_states"][0], given["encoder_hidden_states"][1]]
+        texts[1] = texts[1].repeat(9, 1) if name.endswith("masked") else texts[1]
+        with torch.no_grad():
+            return torch.stack(model(list(picture), given["timestep"], texts).sample)
+    elif name.startswith("flux"):
         given["pooled_projections"] = torch.randn(2, 8, generator=generator)
     elif name == "sd3":
         given["hidden_states"] = torch.randn(2, 4, 2 * height, 2 * width, generator=generator)
@@ -252,3 +288,37 @@ def test_the_command_converts(tmp_path, capsys):
     before = latents(pipeline)
     apply(pipeline, file)
     assert not torch.equal(latents(pipeline), before)
+
+
+@torch.no_grad()
+def test_texts_of_several_lengths_are_named(caplog):
+    model = make("lumina")
+    apply(model, mixers(model, **MIXED))
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    call = {"hidden_states": torch.randn(2, 4, 10, 14), "timestep": torch.tensor([0.7, 0.7])}
+    call |= {"encoder_hidden_states": torch.randn(2, TEXT, 12), "encoder_attention_mask": mask}
+    with caplog.at_level("INFO"):
+        masked = model(**call).sample
+    assert "since texts of 2, 4 tokens are in one batch" in caplog.text
+    remove(model)
+    assert torch.equal(model(**call).sample, masked)
+
+
+@pytest.mark.parametrize("layer", ["to_q", "to_k", "to_v", "to_out.0"])
+def test_what_is_put_on_the_projections_acts(layer, monkeypatch):
+    """As LoRA does: a layer that calls the original and adds something."""
+    model = make("flux")
+    apply(model, mixers(model, **MIXED))
+    before = draw(model, "flux")
+    attention = find_joint(model).attentions["transformer_blocks.0.attn"]
+    parent, _, last = layer.rpartition(".")
+    own = attention.get_submodule(layer)
+
+    class Added(torch.nn.Module):
+        def forward(self, x):
+            return own(x) + 3 * x
+
+    monkeypatch.setitem(attention.get_submodule(parent)._modules, last, Added())
+    assert (draw(model, "flux") - before).abs().max() > 1e-4
+    monkeypatch.undo()
+    assert torch.equal(draw(model, "flux"), before)

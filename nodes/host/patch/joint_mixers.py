@@ -249,7 +249,7 @@ def apply_joint(
 
 
 def _needed(found: JointSites, chosen: Iterable[str]) -> list[JointSite]:
-    """The blocks that hold chosen attentions, and one that says how much text there is if none of these does."""
+    """The blocks that hold chosen attentions, and one that says how much text there is."""
     needed = [site for site in found.sites if not set(site.ids).isdisjoint(chosen)]
     stating = [site for site in found.sites if site.states_text]
     return needed if any(site.states_text for site in needed) else stating[:1] + needed
