@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from deltaconv_core import DeltaConvError
+from deltaconv_core.likeness import psnr
 
 from ..words import SLOTS, Prompt
 from .classifier import Classifier, feature_moments, features, frechet_distance, moments
@@ -86,10 +88,10 @@ def difference(values: np.ndarray, others: np.ndarray) -> tuple[float, float]:
     return float(distances.mean()), standard_error(distances)
 
 
-def psnr(pictures: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """(N,) peak signal-to-noise ratios of pairs of uint8 pictures, in dB."""
-    error = ((pictures.astype(float) - others) / 255) ** 2
-    return -10 * np.log10(np.maximum(error.mean(axis=(1, 2, 3)), ROUNDING))
+def finite_psnr(pictures: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(N,) peak signal-to-noise ratios of pairs of uint8 pictures, in dB, at most that of rounding."""
+    ratios = psnr(torch.from_numpy(pictures) / 255, torch.from_numpy(others) / 255)
+    return ratios.numpy().clip(max=-10 * np.log10(ROUNDING))
 
 
 def frechet(
@@ -99,7 +101,15 @@ def frechet(
 
     The error is a jackknife's (Efron 1982, chapter 2): the distance is taken again without each of up to
     ``groups`` equal parts of the pictures.
+
+    Raises:
+        DeltaConvError: too few pictures for that.
     """
+    if len(samples) < 4:
+        raise DeltaConvError(
+            f"expected at least 4 pictures for a Fréchet distance and its error, got {len(samples)}; sample "
+            "more prompts"
+        )
     parts = np.arange(len(samples)) % min(groups, len(samples) // 2)
     without = [
         frechet_distance(moments(samples[parts != part]), reference) for part in range(parts.max() + 1)
@@ -131,6 +141,6 @@ def measure(
         table["frechet_ratio"] = table["frechet"] / frechet_distance(
             feature_moments(classifier, teacher), reference
         )
-        ratios = psnr(pictures, teacher)
+        ratios = finite_psnr(pictures, teacher)
         table["psnr"], table["psnr_error"] = float(ratios.mean()), standard_error(ratios)
     return table

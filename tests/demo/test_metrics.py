@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from deltaconv_core import DeltaConvError
 from demo.files import classifier_file
 from demo.study.classifier import (
     Classifier,
@@ -18,10 +19,10 @@ from demo.study.drawings import as_seen, is_held_out
 from demo.study.metrics import (
     difference,
     drawings,
+    finite_psnr,
     frechet,
     held_out_prompts,
     measure,
-    psnr,
     reference_moments,
     word_errors,
     word_shares,
@@ -163,11 +164,16 @@ def test_frechet_error_is_how_far_such_distances_lie_apart():
     assert 0.7 * spread < np.mean([error for _, error in found]) < 1.4 * spread
 
 
+def test_three_pictures_are_too_few():
+    with pytest.raises(DeltaConvError, match="at least 4 pictures .* got 3; sample more"):
+        frechet(np.eye(3), (np.zeros(3), np.eye(3)))
+
+
 def test_psnr_by_hand():
     black = np.zeros((2, 4, 4, 3), np.uint8)
     other = black.copy()
     other[0] = 51  # a fifth of the range: 13.98 dB
-    assert psnr(other, black) == pytest.approx([20 * np.log10(5), 58.92], abs=0.01)
+    assert finite_psnr(other, black) == pytest.approx([20 * np.log10(5), 58.92], abs=0.01)
 
 
 def test_measure_of_the_teacher_itself_is_no_difference(classifier):
