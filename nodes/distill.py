@@ -11,6 +11,7 @@ from ..deltaconv_core.distill.session import summary
 from ..deltaconv_core.errors import DeltaConvError
 from .host.distill import runs
 from .host.distill.dataset import read_dataset
+from .host.distill.joint_learning import distillation_of
 from .host.distill.presets import chosen
 from .host.distill.session import Distillation, loss_map
 from .host.distill.widgets import Widgets, widget
@@ -39,7 +40,9 @@ class Distill(TellsAgain):
             is_input_list=True,
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The teacher, a U-Net or PixArt; LoRAs on it are part of it."
+                    "model",
+                    tooltip="The teacher, a U-Net or PixArt; LoRAs on it are part of it. Or a FLUX, Z-Image, "
+                    "... with joint mixers on it (ΔConv Convert Model): they learn on.",
                 ),
                 io.Latent.Input(
                     "latents",
@@ -89,7 +92,7 @@ class Distill(TellsAgain):
         teacher = model[0]
         widgets = Widgets.read(lists)
         job = replace(widgets, **asdict(chosen(widgets, widgets.preset, teacher.load_device)))
-        distillation = Distillation(teacher, read_dataset(teacher, latents, positive, negative), job)
+        distillation = distillation_of(teacher, read_dataset(teacher, latents, positive, negative), job)
         known = (
             runs.finished(job.run_name, distillation.settings, distillation.new_notes)
             if job.resume == runs.NEW
@@ -101,7 +104,7 @@ class Distill(TellsAgain):
         plan = _plan(distillation)
         tell(Report([plan]), cls.hidden)
         checkpoint, result = distillation.run(folder, cls.hidden)
-        patched, report = distillation.patched(checkpoint)
+        patched, report = distillation.patched(checkpoint, cls.hidden)
         done = f"{result.step} of {job.steps} steps of {folder.path.name}."
         if known:
             done += f" {known.path.name} was finished with the same settings and data, and is taken over."

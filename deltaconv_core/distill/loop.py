@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,7 @@ from .optimizer import Average, make_optimizer
 from .processes import Processes
 from .run_folder import Row, RunFolder, State, pack_optimizer, unpack_optimizer
 from .settings import LAYER_WISE, Settings
-from .taps import tapped
+from .taps import Taps, tapped
 from .task import Batch, EndToEnd, LayerWise, Network
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ def distill(
     on_step: Callable[[Row], None] | None = None,
     notes: Mapping[str, str] | None = None,
     processes: Processes | None = None,
+    tapping: AbstractContextManager[Taps] | None = None,
 ) -> Result:
     """Trains the mixers to stand in for the network's attention.
 
@@ -81,13 +82,16 @@ def distill(
         on_step: called after every step.
         notes: kept with the state, and equal whenever the run is resumed: what the mixers and data are.
         processes: those that train together, if there are several.
+        tapping: puts the mixers beside the network's attentions for the time of the training; None: `tapped`.
 
     Raises:
         DeltaConvError: a saved run with other settings, notes or mixers, one that another process trains, or
             processes that do not train the same.
     """
     in_use = nullcontext() if folder is None else folder.in_use()
-    with in_use, tapped(network.attentions, mixers, network.grids) as taps:
+    if tapping is None:
+        tapping = tapped(network.attentions, mixers, network.grids)
+    with in_use, tapping as taps:
         tasks = LayerWise(network, taps), EndToEnd(network, taps, settings)
         trainer = _Trainer(mixers, settings, dict(notes or {}), processes)
         if folder is not None and folder.exists:

@@ -72,13 +72,13 @@ def draw(
 
 
 def notes(
-    teacher: str, specs: Mapping[str, BlockSpec], batch_size: int, dropout: float, **more: str
+    teacher: str, specs: Mapping[str, Any], batch_size: int, dropout: float, **more: str
 ) -> dict[str, str]:
     """What must be the same, beside the settings, whenever a run is resumed (`loop.distill`).
 
     Args:
         teacher: fingerprint of its weights.
-        specs: of the blocks, by site id.
+        specs: of the blocks or mixers, by site id.
         batch_size, dropout: as the batches are drawn.
         more: what else the host has to compare.
     """
@@ -117,7 +117,7 @@ def metadata(
     }
 
 
-def summary(specs: Mapping[str, BlockSpec]) -> str:
+def summary(specs: Mapping[str, Any]) -> str:
     """How many blocks, and how large they are."""
     parameters = sum(spec.num_parameters for spec in specs.values()) / 1e6
     return f"{len(specs)} blocks ({parameters:.3g} M parameters)"

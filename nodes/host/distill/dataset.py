@@ -20,7 +20,7 @@ from ....deltaconv_core.distill import Batch
 from ....deltaconv_core.distill.order import Order
 from ....deltaconv_core.distill.session import draw
 from ....deltaconv_core.errors import DeltaConvError
-from .network import ComfyNetwork
+from .network import LoadedModel
 
 # Parts of a conditioning that a sampler acts on outside the model; a batch here would pass them over.
 OUTSIDE = ("area", "control", "gligen", "hooks", "mask", "strength", "start_percent", "end_percent")
@@ -29,8 +29,8 @@ NEUTRAL = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
 
 @dataclass(frozen=True)
 class Sample:
-    """A latent (1, C, H, W) as the model takes it, and what it is to be drawn from, as ComfyUI's samplers
-    keep it."""
+    """A latent (1, C, H, W) as the model takes it, with one frame (1, C, 1, H, W) where it takes frames, and
+    what it is to be drawn from, as ComfyUI's samplers keep it."""
 
     latent: Tensor
     condition: dict[str, Any]
@@ -133,7 +133,7 @@ class Batches:
 
     def __init__(
         self,
-        network: ComfyNetwork,
+        network: LoadedModel,
         dataset: Dataset,
         batch_size: int,
         seed: int,
@@ -178,11 +178,14 @@ class Batches:
 
 
 def _pictures(model: ModelPatcher, samples: Tensor) -> Iterator[Tensor]:
-    channels = model.get_model_object("latent_format").latent_channels
-    if samples.ndim != 4 or samples.shape[1] != channels:
+    latent_format = model.get_model_object("latent_format")
+    channels, frames = latent_format.latent_channels, latent_format.latent_dimensions == 3
+    if frames and samples.ndim == 4:
+        samples = samples[:, :, None]
+    if samples.ndim != 4 + frames or samples.shape[1] != channels or (frames and samples.shape[2] != 1):
         raise DeltaConvError(
-            f"expected latents (B, {channels}, H, W) for this MODEL, got {tuple(samples.shape)}; encode the "
-            "pictures with the VAE that belongs to it"
+            f"expected latents (B, {channels}, {'1, ' * frames}H, W) for this MODEL, got "
+            f"{tuple(samples.shape)}; encode the pictures with the VAE that belongs to it"
         )
     if not samples.isfinite().all():
         raise DeltaConvError("latents hold NaN or infinite values; encode those pictures again, in float32")

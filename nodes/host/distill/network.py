@@ -10,6 +10,7 @@ predict v or the clean latent it comes to the same. So one form covers models of
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import comfy.model_management
@@ -23,50 +24,47 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ....deltaconv_core.distill import Batch
+from ....deltaconv_core.distill import Batch, Taps, tapped
+from ....deltaconv_core.distill.taps import GridOf
 from ....deltaconv_core.errors import DeltaConvError
 from ..model.sampler_call import encode_condition, sampler_options
 from ..model.sites import Site, network_of
 from ..patch.conflicts import replacements
 
 
-class ComfyNetwork:
-    """A loaded MODEL (see `borrow.borrowed_model`) and where things are in it.
+class LoadedModel:
+    """A loaded MODEL (see `borrow.borrowed_model`) as a network that noisy latents go through.
 
     Args:
         model: ModelPatcher.
-        sites: those to be learned, by id.
-
-    Raises:
-        DeltaConvError: something on the MODEL keeps its self-attention from being learned.
     """
 
     prediction = "epsilon"
 
-    def __init__(self, model: ModelPatcher, sites: Mapping[str, Site]) -> None:
+    def __init__(self, model: ModelPatcher) -> None:
         self.model = model
         self.base = model.model
         self.device = model.load_device
         self.sampling = model.get_model_object("model_sampling")
         self.flow = isinstance(self.sampling, comfy.model_sampling.CONST)
-        self.attentions = {id: comfy.utils.get_attr(self.base, site.path) for id, site in sites.items()}
-        self.grids = {id: site.grid_of for id, site in sites.items()}
-        self.streams = {id: _stream(self.base, site) for id, site in sites.items()}
+        self.attentions: dict[str, torch.nn.Module] = {}
+        self.grids: dict[str, GridOf] = {}
+        self.streams: dict[str, torch.nn.Module] = {}
         self.options = _sampler_options(model)
-        _check(model, sites)
 
     @property
     def segments(self) -> Iterable[torch.nn.Module]:
-        network: Any = network_of(self.model)
-        if isinstance(network, UNetModel):
-            return [m for m in network.modules() if isinstance(m, (BasicTransformerBlock, ResBlock))]
-        return list(network.blocks)
+        return ()
+
+    def tapping(self, mixers: Mapping[str, torch.nn.Module]) -> AbstractContextManager[Taps]:
+        """Inside, the mixers stand beside the attentions."""
+        return tapped(self.attentions, mixers, self.grids)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """The noise (B, C, H, W) in the batch's latents; its inputs are (sigmas (B,), conditions)."""
+        """The noise (B, C, ..., H, W) in the batch's latents; its inputs are (sigmas (B,), conditions)."""
         sigma, conditions = batch.inputs
         clean = self.clean(batch.noisy, sigma, conditions)
-        sigma = _column(sigma)
+        sigma = _column(sigma, clean)
         return (batch.noisy - self.alpha(sigma) * clean) / sigma
 
     def clean(self, noisy: Tensor, sigma: Tensor, conditions: Mapping[str, Any]) -> Tensor:
@@ -89,7 +87,7 @@ class ComfyNetwork:
 
     def batch(self, clean: Tensor, noise: Tensor, sigma: Tensor, conditions: Mapping[str, Any]) -> Batch:
         """A batch of clean latents (B, C, H, W) under noise at sigmas (B,)."""
-        scale = _column(sigma)
+        scale = _column(sigma, clean)
         noisy = self.alpha(scale) * clean + scale * noise
         return Batch(noisy, noise, (self.alpha(sigma) / sigma).square(), (sigma, conditions))
 
@@ -108,8 +106,35 @@ class ComfyNetwork:
         return comfy.samplers.cond_cat(encoded)
 
 
-def _column(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1)
+class ComfyNetwork(LoadedModel):
+    """One with self-attention among the tokens of the image, and where that is in it.
+
+    Args:
+        model: ModelPatcher.
+        sites: those to be learned, by id.
+
+    Raises:
+        DeltaConvError: something on the MODEL keeps its self-attention from being learned.
+    """
+
+    def __init__(self, model: ModelPatcher, sites: Mapping[str, Site]) -> None:
+        super().__init__(model)
+        self.attentions = {id: comfy.utils.get_attr(self.base, site.path) for id, site in sites.items()}
+        self.grids = {id: site.grid_of for id, site in sites.items()}
+        self.streams = {id: _stream(self.base, site) for id, site in sites.items()}
+        _check(model, sites)
+
+    @property
+    def segments(self) -> Iterable[torch.nn.Module]:
+        network: Any = network_of(self.model)
+        if isinstance(network, UNetModel):
+            return [m for m in network.modules() if isinstance(m, (BasicTransformerBlock, ResBlock))]
+        return list(network.blocks)
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    """One value for each sample of a batch."""
+    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def _stream(base: torch.nn.Module, site: Site) -> torch.nn.Module:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
+from typing import Any
 
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ....deltaconv_core.block.spec import BlockSpec
 from ....deltaconv_core.distill import Settings
 from ....deltaconv_core.distill.job import Job
 from ....deltaconv_core.sites.choose_specs import AUTO
@@ -68,8 +68,13 @@ def precision_for(precision: str, device: torch.device) -> str:
     return "bf16" if comfy.model_management.should_use_bf16(device) else "fp16"
 
 
-def training_bytes(specs: Mapping[str, BlockSpec], settings: Settings) -> int:
-    """Bytes of the blocks and all that AdamW and the average keep beside each weight."""
+def training_bytes(specs: Mapping[str, Any], settings: Settings) -> int:
+    """Bytes of the blocks and all that AdamW and the average keep beside each weight.
+
+    Args:
+        specs: of the blocks or mixers, by site id.
+        settings: of the training.
+    """
     weights = sum(spec.num_parameters for spec in specs.values())
     moments = 2 * (1 if settings.optimizer == "adamw8bit" else 4)
     return weights * (4 + 4 + moments + (4 if settings.ema else 0))

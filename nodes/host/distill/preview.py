@@ -10,10 +10,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from ....deltaconv_core.distill import tapped
 from ....deltaconv_core.util.lettering import write
 from .dataset import Dataset
-from .network import ComfyNetwork
+from .network import LoadedModel
 
 SAMPLING_STEPS = 8
 CFG = 4.0
@@ -34,7 +33,7 @@ class Preview:
 
     def __init__(
         self,
-        network: ComfyNetwork,
+        network: LoadedModel,
         mixers: Mapping[str, nn.Module],
         dataset: Dataset,
         seed: int,
@@ -61,8 +60,7 @@ class Preview:
         with torch.autocast(self.network.device.type, self.dtype, enabled=self.dtype != torch.float32):
             if self.teacher is None:
                 self.teacher = self._draw()
-            network = self.network
-            with tapped(network.attentions, self.mixers, network.grids) as taps, taps.mode(mixing=True):
+            with self.network.tapping(self.mixers) as taps, taps.mode(mixing=True):
                 student = self._draw()
         return _beside(self._colors(self.teacher), self._colors(student))
 
@@ -89,6 +87,7 @@ class Preview:
         bias: Any = getattr(self.format, "latent_rgb_factors_bias", None)
         bias = None if bias is None else torch.tensor(bias, dtype=torch.float32)
         colors = nn.functional.linear(latent[0].float().cpu().movedim(0, -1), factors, bias)
+        colors = colors.reshape(latent.shape[-2], latent.shape[-1], 3)  # of an only frame, too
         return colors.add(1).mul(127.5).clamp(0, 255).byte()
 
 

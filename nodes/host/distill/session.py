@@ -14,8 +14,6 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ....deltaconv_core.block import DeltaConvBlock
-from ....deltaconv_core.block.spec import BlockSpec
 from ....deltaconv_core.distill import Result, Row, RunFolder, check_same_run, distill, session
 from ....deltaconv_core.distill.settings import END_TO_END, LAYER_WISE
 from ....deltaconv_core.errors import DeltaConvError
@@ -31,7 +29,7 @@ from ..patch.applied import without_blocks
 from ..patch.apply import PatchSettings, apply_checkpoint
 from ..report import Report, show
 from .dataset import Batches, Dataset
-from .network import ComfyNetwork
+from .network import ComfyNetwork, LoadedModel
 from .presets import activation_bytes, training_bytes
 from .preview import Preview
 from .runs import runs_folder
@@ -67,14 +65,17 @@ class Distillation:
         self.dataset = dataset
         self.job = job
         self.settings = job.settings(job.precision)
-        self.found: Sites = find_sites(self.model)
-        chosen = select(job.blocks, self.found.sites)
-        self.specs: dict[str, BlockSpec] = block_specs(self.found.shape, chosen, job.kernel_sizes, job.form)
-        self.sites = {id: self.found.sites[id] for id in self.specs}
-        check_reach(self.model, (site.path for site in self.sites.values()), DISTILL_REMEDY)
+        self.specs: dict[str, Any] = {}
+        paths = self._find(model)
+        check_reach(self.model, paths, DISTILL_REMEDY)
         self.dropout = job.caption_dropout if dataset.empty is not None else 0.0
         self.notes = session.notes(
-            _fingerprint(self.model), self.specs, job.batch_size, self.dropout, data=dataset.fingerprint
+            _fingerprint(self.model),
+            self.specs,
+            job.batch_size,
+            self.dropout,
+            data=dataset.fingerprint,
+            **self._start_notes(),
         )
 
     @property
@@ -100,26 +101,47 @@ class Distillation:
             notes = self.notes if by_batch else self.new_notes
             check_same_run(folder, self.settings, notes)
             with borrowed_model(self.model, SHORT_DTYPES[self.settings.precision], sum(self.memory)) as clone:
-                network = ComfyNetwork(clone, self.sites)
+                network = self._network(clone)
                 mixers = self._start(network)
                 progress = _Progress(self._preview(network, mixers), self.job, hidden)
                 size, seed = self.job.batch_size, self.settings.seed
                 batches = Batches(network, self.dataset, size, seed, self.dropout, by_batch=by_batch)
-                result = distill(network, mixers, batches, self.settings, folder, progress, notes)
+                tapping = network.tapping(mixers)
+                result = distill(
+                    network, mixers, batches, self.settings, folder, progress, notes, tapping=tapping
+                )
                 blocks = {id: block.requires_grad_(False).cpu() for id, block in mixers.items()}
         except BaseException as error:
             _say_how_to_resume(folder, error, hidden)
             raise
         if not result.step:
             raise DeltaConvError(f"nothing was learned: {result.stopped}")
-        return Checkpoint(self.found.architecture, blocks, {}, self._metadata(result)), result
+        return self._checkpoint(blocks, self._metadata(result)), result
 
-    def patched(self, checkpoint: Checkpoint) -> tuple[ModelPatcher, Report]:
+    def patched(self, checkpoint: Checkpoint, hidden: io.HiddenHolder | None) -> tuple[ModelPatcher, Report]:
         """The MODEL with the blocks in place of its attention, and what to report."""
         settings = PatchSettings(",".join(self.specs), SamplingRange(), None)
         return apply_checkpoint(self.model, self.found, checkpoint, settings)
 
-    def _start(self, network: ComfyNetwork) -> dict[str, DeltaConvBlock]:
+    def _find(self, model: ModelPatcher) -> list[str]:
+        """Finds what shall learn where, by site id, and returns the paths of the modules there."""
+        self.found: Sites = find_sites(self.model)
+        chosen = select(self.job.blocks, self.found.sites)
+        self.specs = block_specs(self.found.shape, chosen, self.job.kernel_sizes, self.job.form)
+        self.sites = {id: self.found.sites[id] for id in self.specs}
+        return [site.path for site in self.sites.values()]
+
+    def _start_notes(self) -> dict[str, str]:
+        """What else must be the same when the run is resumed."""
+        return {}
+
+    def _network(self, clone: ModelPatcher) -> LoadedModel:
+        return ComfyNetwork(clone, self.sites)
+
+    def _checkpoint(self, blocks: dict[str, Any], metadata: dict[str, str]) -> Checkpoint:
+        return Checkpoint(self.found.architecture, blocks, {}, metadata)
+
+    def _start(self, network: LoadedModel) -> dict[str, Any]:
         """The blocks to train, on the network's device."""
 
         def attention(id: str) -> torch.nn.Module:
@@ -128,7 +150,7 @@ class Distillation:
 
         return session.start_blocks(self.specs, self.settings.seed, network.device, attention)
 
-    def _preview(self, network: ComfyNetwork, mixers: Mapping[str, DeltaConvBlock]) -> Preview | None:
+    def _preview(self, network: LoadedModel, mixers: Mapping[str, torch.nn.Module]) -> Preview | None:
         if not self.job.preview_every:
             return None
         dtype = SHORT_DTYPES[self.settings.precision]

@@ -182,6 +182,10 @@ class JointPatch(AppliedBlocks):
     """What joint mixers are on a MODEL; see `AppliedBlocks`."""
 
     found: JointSites
+    checkpoint: Checkpoint
+    """What the mixers were taken from."""
+    chosen: tuple[str, ...]
+    """Ids of the attentions with a mixer."""
 
     def _call(self, base: BaseModel, x: torch.Tensor, sigmas: torch.Tensor) -> Call:
         choice: Any = True
@@ -233,7 +237,7 @@ def apply_joint(
     keys = {key: forward_key(site) for key, site in sites.items()}  # type: ignore[arg-type]
     covered = {key: clone.object_patches[key] for key in keys.values() if key in clone.object_patches}
     patch = JointPatch(own_patcher(held, bare), sites, sampling, covered)  # type: ignore[arg-type]
-    patch.found = found
+    patch.found, patch.checkpoint, patch.chosen = found, checkpoint, tuple(chosen)
     told = Told(plan or Plan(), show)
     for key, site in sites.items():
         clone.add_object_patch(keys[key], JointForward(site, held[key], patch.owner, told))  # type: ignore[arg-type]
@@ -249,7 +253,7 @@ def apply_joint(
 
 
 def _needed(found: JointSites, chosen: Iterable[str]) -> list[JointSite]:
-    """The blocks that hold chosen attentions, and one that says how much text there is."""
+    """The blocks with chosen attentions; if none of them says how much text there is, also one that does."""
     needed = [site for site in found.sites if not set(site.ids).isdisjoint(chosen)]
     stating = [site for site in found.sites if site.states_text]
     return needed if any(site.states_text for site in needed) else stating[:1] + needed

@@ -167,7 +167,7 @@ def test_bad_run_names(pack, unet, output, name):
 
 
 def test_a_run_that_never_began_leaves_nothing(pack, unet, output, monkeypatch):
-    def stop(*args):
+    def stop(*args, **options):
         raise Stop
 
     monkeypatch.setattr(in_pack(pack, "nodes.host.distill.session"), "distill", stop)
