@@ -85,11 +85,7 @@ def places() -> dict[str, tuple[Any, str]]:
         "choice of backend": (steps.ops, "at_once_backend_for"),
         "weights": (steps, "_cast"),
         "up-projection": (inference.F, "linear"),
-        "mean token, projected": (inference, "mean_product"),
-        "taps transposed": (inference, "transposed"),
-        "pooling": (inference.resize, "directly"),
-        "depth-wise and gate, both stages": (inference, "gate_of_taps"),
-        "projection": (inference.project_stages, "directly"),
+        "Triton's launches": (inference.Tape, "played"),
     }
 
 

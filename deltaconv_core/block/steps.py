@@ -194,7 +194,11 @@ class _Cast:
 
 
 def _cast(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    weight, bias = layer.weight, layer.bias
+    own: dict[str, Any] = layer._parameters  # attributes of a module take several times as long to read
+    try:
+        weight, bias = own["weight"], own["bias"]
+    except KeyError:  # replaced by something that is no parameter
+        weight, bias = layer.weight, layer.bias
     if weight.dtype == dtype:
         return weight, bias if bias is None or bias.dtype == dtype else bias.to(dtype)
     return weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import os
 
 import pytest
@@ -67,6 +68,51 @@ def test_each_kernel_is_given_the_same_by_triton_and_directly(launches, monkeypa
         if not is_direct(first):
             names.add(first[0])
     assert len(names) == len(launched_kernels())
+
+
+@pytest.mark.parametrize("options", [{}, {"depthwise_bias": True}, {"scales": (0.5, 1.0, 0.25)}], ids=str)
+def test_a_tape_passes_what_single_launches_pass(launches, monkeypatch, options):
+    inference, tapes = of_triton("inference"), []
+    original = inference.taped
+
+    def kept(recorded, inputs, result):
+        tapes.append((recorded, [*inputs, result], original(recorded, inputs, result)))
+        return tapes[-1][2]
+
+    monkeypatch.setattr(inference, "taped", kept)
+    block = DeltaConvBlock(BlockSpec(64, 3, **options)).requires_grad_(False)
+    x = torch.randn(2, 35, 64)
+    with torch.inference_mode():
+        for _ in range(4):
+            y = block(x, (5, 7))
+    assert [tape is not None for _, _, tape in tapes] == [False, False, True]
+    recorded, known, _ = tapes[-1]
+    once, again = launches.calls[-2 * len(recorded) : -len(recorded)], launches.calls[-len(recorded) :]
+    moved = {}  # the beginning of each tensor -> where it is on the tape
+    sizes = {}
+    for (_, tensors), first, second in zip(recorded, once, again, strict=True):
+        count = len(tensors)
+        assert is_direct(second) and first[:2] == second[:2] and first[2][count:] == second[2][count:]
+        for tensor, before, after in zip(tensors, first[2], second[2], strict=False):
+            assert tensor.data_ptr() == before and moved.setdefault(before, after) == after
+            sizes[after] = tensor.nbytes
+    fixed = [t for t in known[:-1] if t.data_ptr() != known[1].data_ptr()]  # all but u, which is made again
+    assert all(moved.get(t.data_ptr(), t.data_ptr()) == t.data_ptr() for t in fixed)
+    assert moved[known[-1].data_ptr()] == y.data_ptr()
+    assert len(set(moved.values())) == len(moved)
+    made = sorted(set(moved.values()) - set(moved))
+    assert made and all(a + sizes[a] <= b for a, b in itertools.pairwise(made))
+
+
+def test_a_changed_weight_is_read_again_by_a_tape(launches):
+    block = DeltaConvBlock(BlockSpec(64, 3)).requires_grad_(False)
+    with torch.inference_mode():
+        for _ in range(4):
+            block(torch.randn(2, 35, 64), (5, 7))
+        block.conv_out = torch.nn.Linear(64, 64).requires_grad_(False)
+        block(torch.randn(2, 35, 64), (5, 7))
+    name, _, arguments = launches.calls[-1]
+    assert name == "_project" and arguments[1] == block.conv_out.weight.data_ptr()
 
 
 def test_another_size_is_not_launched_as_the_last_one(launches):

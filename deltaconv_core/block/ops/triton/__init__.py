@@ -8,7 +8,7 @@
 | `enlarge.py` | bilinear interpolation as a device function, and the kernel of its adjoint |
 | `pool.py` | adaptive average pooling and its adjoint, one kernel |
 | `mean.py` | the mean token and its projection, without autograd |
-| `inference.py` | a whole block without autograd, in eight launches |
+| `inference.py`, `tape.py` | a whole block without autograd; the same again with other addresses |
 | `tuning.py` | the tile sizes that may be chosen from, and when they are chosen |
 | `launch.py` | a kernel's launch, direct from the third of its kind on |
 

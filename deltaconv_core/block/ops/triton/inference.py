@@ -1,16 +1,24 @@
 """A whole block without autograd: as few launches, and as little Python around them, as it takes."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..backend import LayerWeights, Size, SpecLike
 from ..by_torch import stage_size
 from .depthwise_gate import gate_of_taps, transposed
+from .launch import LaunchedKernel, recording
 from .mean import mean_product
 from .pool import resize
-from .project import project_stages
+from .project import AT_ONCE, float32_products, project_stages
+from .tape import Tape, taped
+
+MOST_ENTRIES = 2**25  # of the tokens that a tape is played for; with more, memory counts and not Python
+MOST_TAPES = 256
+
+tapes: dict[Hashable, Tape] = {}
 
 
 def mixed_at_once(
@@ -24,7 +32,45 @@ def mixed_at_once(
 ) -> Tensor:
     """Tokens x (B, H * W, C) mixed by the weights of a block's layers, all in x's dtype."""
     x = x.contiguous()
-    u = F.linear(x, *up).view(len(x), *grid, -1)
+    u = F.linear(x, *up)
+    inputs = [x, u]
+    for weight, bias in (pool, *convolutions, out):
+        inputs.append(weight)
+        if bias is not None:
+            inputs.append(bias)
+    if x.numel() > MOST_ENTRIES or not all(tensor.is_contiguous() for tensor in inputs):
+        return _mixed(x, u, grid, spec, pool, convolutions, out)
+    key = (
+        x.shape, x.dtype, x.device, grid, spec.scales, spec.gate, spec.merge, convolutions[0][0].shape,
+        pool[1] is None, convolutions[0][1] is None, out[1] is None,
+        float32_products() if x.dtype == torch.float32 else "", LaunchedKernel.forgotten,
+    )  # fmt: skip
+    tape = tapes.get(key)
+    if tape is not None:
+        y = tape.played(inputs, x.shape)
+        return _mixed(x, u, grid, spec, pool, convolutions, out) if y is None else y
+    with recording() as recorded:
+        y = _mixed(x, u, grid, spec, pool, convolutions, out)
+    if sum(scale != 1 for scale in spec.scales) <= AT_ONCE:  # PyTorch adds the others
+        tape = taped(recorded, inputs, y)
+        if tape is not None:
+            if len(tapes) >= MOST_TAPES:
+                tapes.clear()
+            tapes[key] = tape
+    return y
+
+
+def _mixed(
+    x: Tensor,
+    u: Tensor,
+    grid: Size,
+    spec: SpecLike,
+    pool: LayerWeights,
+    convolutions: Sequence[LayerWeights],
+    out: LayerWeights,
+) -> Tensor:
+    """The same, launch by launch; u (B, H * W, c) contiguous."""
+    u = u.view(len(x), *grid, -1)
     everywhere = mean_product(x, *pool, out[1])
     taps = transposed([weight for weight, _ in convolutions])
     stages: dict[int, Tensor] = {}

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -56,12 +57,38 @@ def dtypes(tensors: Sequence[Tensor]) -> list[torch.dtype]:
     return [tensor.dtype for tensor in tensors]
 
 
+Recorded = tuple[Callable[[list[int]], None] | None, Sequence[Tensor]]
+"""A direct launch, or None where triton launched, and its tensors."""
+
+
+class _Thread(threading.local):
+    """What is recorded in a thread."""
+
+    record: list[Recorded] | None = None
+
+
+thread = _Thread()
+
+
+@contextmanager
+def recording() -> Iterator[list[Recorded]]:
+    """The launches of this thread; their tensors are kept alive."""
+    record: list[Recorded] = []
+    thread.record = record
+    try:
+        yield record
+    finally:
+        thread.record = None
+
+
 class NotMeasured(Exception):
     """Nothing can be measured at this moment."""
 
 
 class LaunchedKernel:
     """A kernel whose tile sizes triton's autotuner chooses, except where that cannot measure."""
+
+    forgotten = 0  # how often any kernel forgot: no tape of direct launches outlives that
 
     def __init__(self, tuner: Any) -> None:
         self.tuner = tuner
@@ -70,6 +97,7 @@ class LaunchedKernel:
 
     def forget(self) -> None:
         """Nothing is launched directly until triton has launched it again."""
+        LaunchedKernel.forgotten += 1
         self.compiled: dict[Hashable, Any] = {}  # launched once; None: not to be watched (again)
         self.direct: dict[Hashable, Callable[[list[int]], None]] = {}
 
@@ -89,11 +117,14 @@ class LaunchedKernel:
         if bits % ALIGNED:
             key = key, tuple(address % ALIGNED == 0 for address in addresses)
         direct = self.direct.get(key)
-        if direct is not None and not _watched():
+        if direct is not None and not launches_watched():
             direct(addresses)
-            return
-        with self.lock, on_device(tensors[0]):
-            self._by_triton(key, tensors, call())
+        else:
+            direct = None
+            with self.lock, on_device(tensors[0]):
+                self._by_triton(key, tensors, call())
+        if thread.record is not None:
+            thread.record.append((direct, tensors))
 
     def _by_triton(self, key: Hashable, tensors: Sequence[Tensor], call: LaunchArguments) -> None:
         say("ΔConv: Triton compiles its kernels on first use, a few seconds each; they are kept on disk")
@@ -131,7 +162,7 @@ class InterpretedKernel:
         self.kernel[given.grid(self.tiles)](*tensors, *given.numbers, **given.options, **self.tiles)
 
 
-def _watched() -> bool:
+def launches_watched() -> bool:
     """Whether a profiler asked triton to tell it of launches, or may have done so."""
     try:
         return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
@@ -140,7 +171,7 @@ def _watched() -> bool:
 
 
 def _can_be_watched(kernel: Any) -> bool:
-    return torch.version.hip is None and not _watched() and callable(getattr(kernel, "_run", None))
+    return torch.version.hip is None and not launches_watched() and callable(getattr(kernel, "_run", None))
 
 
 def _watch(

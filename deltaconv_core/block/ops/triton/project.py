@@ -133,7 +133,7 @@ def _multiply(
     """Launches `_project`: out (B, size[0] * size[1], C) or (B, *size, C), smaller (B, h, w, C) each."""
     batch, C, positions = out.shape[0], out.shape[-1], size[0] * size[1]
     half, tf32 = weight.dtype == torch.float16, torch.version.hip is None
-    precision = "tf32" if half and tf32 else _float32_products() if weight.dtype == torch.float32 else "ieee"
+    precision = "tf32" if half and tf32 else float32_products() if weight.dtype == torch.float32 else "ieee"
     planes = stage is not None and not stage.is_contiguous()
 
     def call() -> LaunchArguments:
@@ -162,7 +162,7 @@ def _multiply(
     return out
 
 
-def _float32_products() -> str:
+def float32_products() -> str:
     """How float32 is multiplied: as PyTorch is told to."""
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, "fp32_precision"):
