@@ -23,7 +23,7 @@ from ....deltaconv_core.mixers.shared import shared_mixer
 from ....deltaconv_core.sites import select
 from ....deltaconv_core.sites.choose_specs import AUTO, LEAN
 from ....deltaconv_core.sites.sampling_range import SamplingRange
-from ....deltaconv_core.weights.checkpoint import Checkpoint
+from ....deltaconv_core.weights.checkpoint import JOINT_KIND, Checkpoint
 from ..model.attend import Forward, Usual, with_usual
 from ..model.joint import JointSite, JointSites, Tokens, find_joint_sites
 from ..model.sites import network_of
@@ -146,7 +146,7 @@ class JointDistillation(Distillation):
     def _find(self, model: ModelPatcher) -> list[str]:
         joint, patch, job = find_joint_sites(network_of(model)), blocks_on(model), self.job
         assert joint is not None
-        if not isinstance(patch, JointPatch):
+        if not isinstance(patch, JointPatch) or patch.checkpoint.mixer != JOINT_KIND:
             raise DeltaConvError(
                 f"this MODEL is {joint.architecture}, whose attention is of text and image together. No "
                 "ΔConv block can learn that, only joint mixers that are on the MODEL already: put ΔConv "

@@ -101,6 +101,11 @@ class JointSites:
     def heads(self) -> dict[str, int]:
         return {id: site.heads for site in self.sites for id in site.ids}
 
+    @property
+    def of_image_alone(self) -> list[str]:
+        """Ids of the attentions that a block has beside that of text and image."""
+        return [id for site in self.sites for id in site.ids[1:]]
+
     def tokens(self, x: torch.Tensor) -> Tokens:
         """The image's tokens for latents (B, C, ..., H, W), which the network pads to whole patches."""
         height, width = (-(-side // self.patch_size) for side in x.shape[-2:])

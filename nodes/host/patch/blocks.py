@@ -24,16 +24,15 @@ class DeltaConvBlocks(torch.nn.Module):
 
 
 class SiteMixers(torch.nn.Module):
-    """Joint mixers of one block of a network, which may have several attentions.
+    """What stands in one block of a network of text and image together, which may have several attentions.
 
     Args:
-        mixers: site id -> JointMixer.
+        mixers: site id -> JointMixer, or DeltaConvBlock.
     """
 
-    kind = JOINT_KIND
-
-    def __init__(self, mixers: Mapping[str, torch.nn.Module]) -> None:
+    def __init__(self, mixers: Mapping[str, Any]) -> None:
         super().__init__()
+        self.kind = next((str(mixer.kind) for mixer in mixers.values()), JOINT_KIND)
         self.ids = list(mixers)
         self.mixers = torch.nn.ModuleList(mixers.values())
 
@@ -55,7 +54,7 @@ def build_blocks(trained: Mapping[str, Any], dtype: torch.dtype | None) -> dict[
 
 def _copy(block: Any, dtype: torch.dtype | None) -> torch.nn.Module:
     if isinstance(block, SiteMixers):
-        return SiteMixers({id: shared_mixer(block.of(id)) for id in block.ids})
+        return SiteMixers({id: _copy(block.of(id), dtype) for id in block.ids})
     return shared_copy(block, None, dtype, Layers) if block.kind == DELTACONV_KIND else shared_mixer(block)
 
 

@@ -27,16 +27,17 @@ from ....deltaconv_core.sites.match import check_heads, matching_sites
 from ....deltaconv_core.sites.report import Report
 from ....deltaconv_core.sites.sampling_range import SamplingRange
 from ....deltaconv_core.util.text import listing
-from ....deltaconv_core.weights.checkpoint import JOINT_KIND, Checkpoint
+from ....deltaconv_core.weights.checkpoint import DELTACONV_KIND, JOINT_KIND, Checkpoint
 from ..model.attend import Usual, with_usual
 from ..model.joint import JointSite, JointSites, Tokens
-from ..model.standing import check_reach
+from ..model.standing import check_reach, own_forward
 from . import site_patch
 from .applied import KEY, AppliedBlocks, blocks_on, without_blocks
-from .blocks import SiteMixers, build_blocks, own_patcher
+from .blocks import SiteMixers, build_blocks, network_dtype, own_patcher
 from .conflicts import name_of, warn_once
 from .current_call import Call, current_call
 from .forwards import MixerForward
+from .image_alone import standing_in
 from .site_patch import REMEDY, forward_key
 
 APPENDS_KEYS = "KV_Attn_Input"
@@ -103,6 +104,12 @@ class JointForward(MixerForward):
         behind = run.behind[self.site.path]
         if run.choice is False:
             return behind(*args, **call)
+        held: Any = self.block
+        if held.kind == DELTACONV_KIND and run.tokens is not None:
+            module: Any = run.own[self.site.path].__self__  # type: ignore[attr-defined]
+            (block,) = held.mixers
+            with standing_in(module.x_block.attn2, block, run.tokens.grid, run.choice):
+                return behind(*args, **call)
 
         def attend(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, usual: Usual
@@ -192,7 +199,8 @@ class JointPatch(AppliedBlocks):
         if not self.sampling.is_everything:
             choice = self.sampling.choose(sigmas, base.model_sampling.percent_to_sigma)
         behind = {site.path: self._behind(base, site) for site in self.sites.values()}
-        return Call(choice, behind=behind, tokens=self.found.tokens(x))
+        own = {site.path: own_forward(base, site.path) for site in self.sites.values()}
+        return Call(choice, own, behind, tokens=self.found.tokens(x))
 
 
 def apply_joint(
@@ -209,7 +217,8 @@ def apply_joint(
     Args:
         model: ModelPatcher.
         found: its joint attentions.
-        checkpoint: joint mixers (`deltaconv_core.Checkpoint`).
+        checkpoint: joint mixers (`deltaconv_core.Checkpoint`), or ΔConvBlocks for the second attentions of SD
+            3.5, which are of the image alone.
         blocks: the attentions, in the language of `deltaconv_core.sites.select`.
         sampling: the part of the sampling in which they run.
         show: shows a text under the node while the MODEL samples.
@@ -218,19 +227,23 @@ def apply_joint(
     Raises:
         DeltaConvError: the MODEL, the checkpoint and the settings do not go together; nothing was changed.
     """
-    if checkpoint.mixer != JOINT_KIND:
+    joint, alone = checkpoint.mixer == JOINT_KIND, found.of_image_alone
+    if not joint and (checkpoint.mixer, checkpoint.architecture) != (DELTACONV_KIND, alone and "sd3"):
         raise DeltaConvError(
             f"the weights are of {checkpoint.mixer} blocks for {checkpoint.architecture}, which replace "
             f"attention among the tokens of an image alone, but this MODEL is {found.architecture}, whose "
             "attention is of text and image together: choose joint mixers made for it"
         )
-    chosen = matching_sites(found.architecture, found.channels, checkpoint, blocks, "MODEL")
-    check_heads(checkpoint, {id: found.heads[id] for id in chosen}, "MODEL")
+    channels = found.channels if joint else {id: found.channels[id] for id in alone}
+    chosen = matching_sites(found.architecture, channels, checkpoint, blocks, "MODEL")
+    if joint:
+        check_heads(checkpoint, {id: found.heads[id] for id in chosen}, "MODEL")
     bare = without_blocks(model)
     sites = {site.id: site for site in _needed(found, chosen)}
     check_reach(bare, (site.path for site in sites.values()), REMEDY)
     clone = bare.clone()
-    mixers = build_blocks({id: checkpoint.blocks[id] for id in chosen}, None)
+    dtype = None if joint else network_dtype(bare)
+    mixers = build_blocks({id: checkpoint.blocks[id] for id in chosen}, dtype)
     held = {
         key: SiteMixers({id: mixers[id] for id in site.ids if id in chosen}) for key, site in sites.items()
     }
@@ -245,7 +258,7 @@ def apply_joint(
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _tell_after_sampling(sites, told))
     warnings = report.assumptions(checkpoint)
     lines = [report.of_blocks(found.architecture, len(found.channels), mixers.values())]
-    lines += report.of_joint(checkpoint, chosen)
+    lines += report.of_joint(checkpoint, chosen) if joint else []
     lines += [*report.of_kept(checkpoint.kept), *report.of_range(sampling)]
     if blocks_on(model) is not None:
         lines.append("The ΔConv that was on this MODEL before is replaced as a whole.")
