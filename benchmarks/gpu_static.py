@@ -89,9 +89,8 @@ GPUS = {
 }
 TINY = 2.2e-6  # seconds of a kernel that does next to nothing
 SHARE = 0.75  # of the rate of large products that those of a block reach
-SMALL_KERNELS = (
-    5  # of PyTorch in a block: the mean's second step, the global branch, bias, two copies of taps
-)
+SMALL_KERNELS = 2  # of a block by Triton: the product of the mean token, the taps transposed
+OF_PLANES = 3  # of a block on tensor cores: the mean's second step, its product, the bias
 BATCH = 2
 BLOCKS = [(side, channels) for side in (64, 128, 256) for channels in (320, 640, 1152)]
 TYPES = {"float16": "fp16", "bfloat16": "bf16"}
@@ -321,7 +320,7 @@ def predicted(gpu: Gpu, compiled: Compiled, side: int, channels: int, K: int, dt
     }
     on_planes = {
         "mean": mean,
-        "small": (SMALL_KERNELS - 2) * TINY,  # no taps are copied
+        "small": OF_PLANES * TINY,
         **projections(*compiled.of_planes),
         # The bias is written first, and the product adds itself to it.
         "bias": max(copied(gpu, 2 * n * spec.inter), TINY),

@@ -24,6 +24,7 @@ from .tiles import only, tensor_core_kernel, triton_backend, why_not_on_tensor_c
 SHAPES: tuple[Size, ...] = ((67, 93), (1, 37), (128, 128), (33, 46), (37, 1), (64, 64), (45, 61), (2, 2))
 EVEN_SHAPES: tuple[Size, ...] = ((64, 64), (33, 46))  # 46 has a smaller stage of 23 columns
 TINY_SHAPES: tuple[Size, ...] = ((5, 6), (1, 4))
+UNTIL_TAPED = 3  # calls of a block, after which its launches are direct and played from a tape
 
 
 def check(run: Run) -> None:
@@ -170,7 +171,19 @@ def check_block(run: Run, size: Size, spec: BlockSpec, dtype: torch.dtype, name:
         theirs = outcome(block, x, size, upstream, gradients)
     with choose.forced(name), only(1), poisoned():
         own = outcome(block, x, size, upstream, gradients)
+        if name == "triton" and not gradients:
+            check_tape(block, x, size, own["output"])
     return judged(own, theirs, truth, torch.finfo(dtype).eps)
+
+
+def check_tape(block: DeltaConvBlock, x: Tensor, size: Size, first: Tensor) -> None:
+    """Refuses another result than the first of a block's launches that are played from a tape."""
+    other = torch.randn_like(x)
+    with torch.inference_mode():
+        for _ in range(UNTIL_TAPED if x.is_cuda else 0):
+            block(other, size)
+        if not torch.equal(block(x, size), first):
+            raise RuntimeError("the same tokens, mixed again, give another result")
 
 
 def outcome(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 
 import torch
 
@@ -14,6 +15,8 @@ from .blocks import training_row
 from .kernels import timed_kernels
 from .run import HALF_DTYPES, NAMES, Run, in_parallel
 from .tiles import only, tensor_cores, triton_backend
+
+TRITON = "deltaconv_core.block.ops.triton"
 
 
 def compile_all(run: Run) -> None:
@@ -27,6 +30,7 @@ def compile_all(run: Run) -> None:
             name = f"project {NAMES[dtype]}{' of planes' if planes else ''}"
             jobs[name] = partial(compile_project, run, dtype, planes)
         jobs[f"pool {NAMES[dtype]}"] = partial(compile_pool, run, dtype)
+        jobs[f"mean and taps {NAMES[dtype]}"] = partial(compile_mean, run, dtype)
     for half, K in sorted(sizes, key=lambda size: -size[1]):  # what takes longest first
         for dtype in run.pick(HALF_DTYPES, (torch.float32,)):
             if (half, K) in timed or dtype != torch.bfloat16:
@@ -73,6 +77,16 @@ def compile_project(run: Run, dtype: torch.dtype, planes: bool) -> Row:
 def compile_pool(run: Run, dtype: torch.dtype) -> Row:
     with only(0):
         triton_backend().shrink(torch.randn(2, 8, 8, 320, device=run.device).to(dtype), 0.5, "average")
+    bench.synchronize(run.device)
+    return {}
+
+
+def compile_mean(run: Run, dtype: torch.dtype) -> Row:
+    x, weight = (torch.randn(*shape, device=run.device).to(dtype) for shape in ((2, 64, 640), (640, 640)))
+    taps = torch.randn(320, 1, 3, 3, device=run.device).to(dtype)
+    with only(0):
+        import_module(f"{TRITON}.mean").mean_product(x, weight, weight[0], weight[0])
+        import_module(f"{TRITON}.depthwise_gate").transposed([taps, taps])
     bench.synchronize(run.device)
     return {}
 

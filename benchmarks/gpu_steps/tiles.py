@@ -46,6 +46,9 @@ def triton_kernels() -> dict[str, Kernel]:
         "project": ("project", "_project"),
         "pool": ("pool", "_pool"),
         "enlarge": ("enlarge", "_adjoint"),
+        "sum of tokens": ("mean", "_sum_tokens"),
+        "product of the mean": ("mean", "_project_mean"),
+        "taps": ("depthwise_gate", "_transpose"),
     }
     for name, (module, attribute) in places.items():
         tuned = getattr(import_module(f"deltaconv_core.block.ops.triton.{module}"), attribute, None)

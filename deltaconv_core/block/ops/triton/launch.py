@@ -6,8 +6,8 @@ same shapes and dtypes, but for the stream and the addresses of tensors. So the 
 watched, and those that follow pass the same with their own addresses. The key has to say all that a kernel's
 arguments depend on: every shape, stride, dtype, number and option, and the device.
 
-A direct launch needs triton's `CompiledKernel` to be what it is from 3.5 on. Where anything differs from what
-is expected, where triton's hooks watch launches, and on ROCm (whose compiled kernels depend on how large
+A direct launch needs triton's `CompiledKernel` to be what it is in 3.6 and 3.7. Where anything differs from
+that, where triton's hooks watch launches, and on ROCm (whose compiled kernels depend on how large
 memory is), triton launches as ever.
 """
 
