@@ -87,7 +87,10 @@ def test_a_tape_passes_what_single_launches_pass(launches, monkeypatch, options)
             y = block(x, (5, 7))
     assert [tape is not None for _, _, tape in tapes] == [False, False, True]
     recorded, known, _ = tapes[-1]
-    once, again = launches.calls[-2 * len(recorded) : -len(recorded)], launches.calls[-len(recorded) :]
+    # The third call launches directly, plays the tape, and has triton launch; the fourth plays the tape.
+    once, _, by_triton, again = (launches.calls[len(recorded) * i :][: len(recorded)] for i in range(-4, 0))
+    assert [call[:2] for call in by_triton] == [call[:2] for call in once]
+    assert not any(map(is_direct, by_triton))
     moved = {}  # the beginning of each tensor -> where it is on the tape
     sizes = {}
     for (_, tensors), first, second in zip(recorded, once, again, strict=True):
@@ -102,6 +105,27 @@ def test_a_tape_passes_what_single_launches_pass(launches, monkeypatch, options)
     assert len(set(moved.values())) == len(moved)
     made = sorted(set(moved.values()) - set(moved))
     assert made and all(a + sizes[a] <= b for a, b in itertools.pairwise(made))
+
+
+def test_another_result_than_by_triton_ends_direct_launches(launches, monkeypatch, caplog):
+    inference, kernel_class = of_triton("inference"), of_triton("launch").LaunchedKernel
+    monkeypatch.setattr(inference, "is_right", lambda y, truth: False)
+    monkeypatch.setattr(kernel_class, "trusted", True)
+    block = DeltaConvBlock(BlockSpec(64, 3)).requires_grad_(False)
+    with torch.inference_mode():
+        for _ in range(3):
+            block(torch.randn(2, 35, 64), (5, 7))
+        before = len(launches.calls)
+        for _ in range(2):
+            block(torch.randn(2, 35, 64), (5, 7))
+    assert caplog.text.count("gave another result than triton's own, for tokens of shape (2, 35, 64)") == 1
+    assert launches.calls[before:] and not any(map(is_direct, launches.calls[before:]))
+
+
+def test_results_are_compared_bit_by_bit():
+    same_bits, y = of_triton("inference").same_bits, torch.tensor([1.0, float("nan")])
+    assert same_bits(y, y.clone()) and not same_bits(y, torch.tensor([1.0 + 2**-23, float("nan")]))
+    assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
 
 
 def test_a_changed_weight_is_read_again_by_a_tape(launches):

@@ -62,9 +62,10 @@ Recorded = tuple[Callable[[list[int]], None] | None, Sequence[Tensor]]
 
 
 class _Thread(threading.local):
-    """What is recorded in a thread."""
+    """What is recorded in a thread, and whether only triton launches."""
 
     record: list[Recorded] | None = None
+    by_triton = False
 
 
 thread = _Thread()
@@ -81,6 +82,16 @@ def recording() -> Iterator[list[Recorded]]:
         thread.record = None
 
 
+@contextmanager
+def launched_by_triton() -> Iterator[None]:
+    """Nothing is launched directly in this thread."""
+    thread.by_triton = True
+    try:
+        yield
+    finally:
+        thread.by_triton = False
+
+
 class NotMeasured(Exception):
     """Nothing can be measured at this moment."""
 
@@ -88,6 +99,7 @@ class NotMeasured(Exception):
 class LaunchedKernel:
     """A kernel whose tile sizes triton's autotuner chooses, except where that cannot measure."""
 
+    trusted = True  # False once direct launches gave another result than triton's (`inference`)
     forgotten = 0  # how often any kernel forgot: no tape of direct launches outlives that
 
     def __init__(self, tuner: Any) -> None:
@@ -116,7 +128,7 @@ class LaunchedKernel:
             addresses.append(address)
         if bits % ALIGNED:
             key = key, tuple(address % ALIGNED == 0 for address in addresses)
-        direct = self.direct.get(key)
+        direct = self.direct.get(key) if LaunchedKernel.trusted and not thread.by_triton else None
         if direct is not None and not launches_watched():
             direct(addresses)
         else:
