@@ -119,8 +119,9 @@ def metadata(
 
 def summary(specs: Mapping[str, Any]) -> str:
     """How many blocks, and how large they are."""
-    parameters = sum(spec.num_parameters for spec in specs.values()) / 1e6
-    return f"{len(specs)} blocks ({parameters:.3g} M parameters)"
+    count = sum(spec.num_parameters for spec in specs.values())
+    amount = f"{count / 1e6:.3g} M" if count >= 10_000 else f"{count:,}"
+    return f"{len(specs)} blocks ({amount} parameters)"
 
 
 def fingerprint(parts: Iterable[str]) -> str:

@@ -285,18 +285,20 @@ def _covered(model: ModelPatcher, sites: Mapping[str, JointSite]) -> str:
 
 
 def _tell_after_sampling(sites: Mapping[str, JointSite], told: Told) -> Callable[..., Any]:
-    """An OUTER_SAMPLE wrapper that says, once each, what ran where, and what was put on the MODEL after."""
+    """An OUTER_SAMPLE wrapper that says what ran where, and what was put on the MODEL after; the log has each
+    sentence once, the node shows them after every sampling."""
 
     def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         warn_once(_covered(executor.class_obj.model_patcher, sites), told.said)
         try:
             return executor(*args, **kwargs)
         finally:
-            new = [line for line in told.lines() if line not in told.said]
-            told.said.update(new)
-            for line in new:
-                log.info("ΔConv: %s", line)
-            if new:
-                told.show("\n".join(told.lines()))
+            lines = told.lines()
+            for line in lines:
+                if line not in told.said:
+                    log.info("ΔConv: %s", line)
+            told.said.update(lines)
+            if lines:
+                told.show("\n".join(lines))
 
     return wrapper

@@ -296,7 +296,9 @@ def test_a_mask_that_shows_queries_parts_of_the_image_keeps_attention(pack, ran,
 # ---- the node ----
 
 
-def test_the_node_says_what_is_there_and_later_what_runs(pack, monkeypatch):
+def test_the_node_says_what_is_there_and_later_what_runs(pack, monkeypatch, caplog):
+    """After every sampling, since a node that is cached shows its first text again; the log has it once."""
+    caplog.set_level("INFO")
     model = make_joint("flux")
     sites = list(joint_sites(pack, model).channels)
     checkpoint = make_joint_mixers(pack, model, sites[:3], **MIXED)
@@ -312,7 +314,8 @@ def test_the_node_says_what_is_there_and_later_what_runs(pack, monkeypatch):
     assert f"Attention stays at {sites[3]}: it is cheap here." in text
     sample_joint(out.args[0], "flux")
     sample_joint(out.args[0], "flux")
-    assert len(shown) == 1 and shown[0].startswith("Images of 6 x 8 tokens: ")
+    assert len(shown) == 2 and shown[0] == shown[1] and shown[0].startswith("Images of 6 x 8 tokens: ")
+    assert caplog.text.count("Images of 6 x 8 tokens: ") == len(shown[0].splitlines())
     assert "3 attentions (transformer_blocks.0.attn, transformer_blocks.1.attn, single" in shown[0]
 
 
