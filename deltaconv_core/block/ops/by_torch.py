@@ -23,6 +23,7 @@ from .float16 import half_product
 Convolution = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Projection = Callable[[Sequence[Tensor], Tensor, Tensor, Size, str], Tensor]
 
+CUDNN_ENTRIES = 2**31 - 1  # of one convolution: for more, PyTorch leaves cuDNN, for a slower way
 WIDE = 15  # columns of the zero-bordered kernel; oneDNN has a fast path from there on
 
 
@@ -106,6 +107,8 @@ def joined(stages: Sequence[Tensor], grid: Size, kind: str) -> Tensor:
 
 def channels_last(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Depth-wise convolution of (B, c, H, W) over channels-last memory, in that layout."""
+    if u.numel() > CUDNN_ENTRIES and len(u) > 1:
+        return torch.cat([channels_last(image, weight, bias) for image in torch.split(u, 1)])
     padding = weight.shape[2] // 2, weight.shape[3] // 2
     return F.conv2d(u, weight, bias, padding=padding, groups=len(weight))
 

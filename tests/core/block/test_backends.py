@@ -69,6 +69,16 @@ def test_rounding_of_convolutions_with_gate(name, dtype):
     assert relative_l2(g, truth) <= max(2 * relative_l2(naive, truth), torch.finfo(dtype).eps / 2)
 
 
+def test_a_convolution_of_too_many_entries_is_done_image_by_image(monkeypatch):
+    u, weight = torch.randn(3, 4, 5, 6), torch.randn(4, 1, 3, 3)
+    expected = by_torch.channels_last(u, weight, None)
+    monkeypatch.setattr(by_torch, "CUDNN_ENTRIES", 4 * 5 * 6)
+    seen, conv2d = [], F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda u, *a, **k: seen.append(len(u)) or conv2d(u, *a, **k))
+    torch.testing.assert_close(by_torch.channels_last(u, weight, None), expected)
+    assert seen == [1, 1, 1]
+
+
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("scales", [(1.0, 0.5), (0.5,), (0.25, 1.0, 0.5), (1.0,)], ids=str)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

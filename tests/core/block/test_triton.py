@@ -133,6 +133,15 @@ def test_tile_sizes_are_chosen_once(tuning, caplog):
     assert len(caplog.records) == 1
 
 
+def test_tile_sizes_are_remembered_by_the_name_of_the_gpu(tuning, monkeypatch):
+    names = ["NVIDIA H100", "NVIDIA H200", "NVIDIA H100"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])
+    numbers = [tuning.number_of_gpu.__wrapped__(torch.device("cuda", i)) for i in range(3)]
+    assert numbers[0] == numbers[2] != numbers[1] and max(numbers) < 2**31
+    gradient = importlib.import_module("deltaconv_core.block.ops.triton.depthwise_gate")._weight_gradient
+    assert "GPU" in gradient.tuner.keys
+
+
 def out_of_memory(*_, **__):
     raise torch.cuda.OutOfMemoryError("256 MiB")
 

@@ -5,6 +5,7 @@ By hand: `pytest tests/core/block/triton_cases.py` on a GPU, with TRITON_INTERPR
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import numpy as np
@@ -302,6 +303,32 @@ def test_projection_of_stages_beyond_float16(dtype, magnitude):
     y = BACKEND.project(stages, weight, bias, ODD, "concat")
     exact = exact_project(ODD, "concat")(*(t.double() for t in (*stages, weight, bias)))
     assert relative_l2(y, exact) < torch.finfo(dtype).eps
+
+
+@pytest.fixture
+def two_images(monkeypatch):
+    """As if a GPU took two images at once; the sizes of all grids."""
+    launch = importlib.import_module("deltaconv_core.block.ops.triton.launch")
+    monkeypatch.setattr(launch, "MOST_IMAGES", 2)
+    original, grids = launch.InterpretedKernel.launch, []
+
+    def noted(self, key, tensors, call):
+        grids.append(call().grid(self.tiles))
+        original(self, key, tensors, call)
+
+    monkeypatch.setattr(launch.InterpretedKernel, "launch", noted)
+    return grids
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="looks into the interpreter's launches")
+def test_more_images_than_a_grid_has_room_for(two_images):
+    check_gate(3, ODD, 4, "simple", torch.float32, bias=True, batch=5)
+    check_project(ODD, [ODD, (2, 3)], "concat", torch.float32, batch=5)
+    x = torch.randn(5, *ODD, 3)
+    plain = TorchBackend().shrink(x, 0.5, "average")
+    torch.testing.assert_close(BACKEND.shrink(x, 0.5, "average"), plain)
+    weight_gradient = 3  # the rows of its kernel are the second axis
+    assert two_images and all(max(grid[1:]) <= 2 or grid[1] == weight_gradient for grid in two_images)
 
 
 SPECS = {

@@ -42,8 +42,10 @@ class TritonBackend:
         """A whole block, see `inference.mixed_at_once`; None where it cannot be used."""
         if rest[0][0].shape[3] > LARGEST_KERNEL or operators_wanted((x, up, pool, *rest)):
             return None
-        from . import inference
+        from . import inference, launch
 
+        if launch.too_many(x):
+            return None
         return inference.mixed_at_once(x, grid, spec, up, pool, rest[:-1], rest[-1])
 
     def shrink(self, u: Tensor, scale: float, pooling: str) -> Tensor:

@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operators import operator
-from .launch import LaunchArguments, dtypes
-from .tuning import DEPTHWISE, DEPTHWISE_WEIGHT, RESAMPLE, bucket, tuned
+from .launch import LaunchArguments, dtypes, too_many, turns
+from .tuning import DEPTHWISE, DEPTHWISE_WEIGHT, RESAMPLE, bucket, number_of_gpu, tuned
 
 FORWARD, GRADIENT, PLAIN = 0, 1, 2  # what becomes of the two sums; kernels see the numbers
 PROGRAMS = 2048  # of the kernel of the weights' gradient: enough for any GPU, few parts to add up
@@ -95,10 +95,10 @@ def _depthwise(
         tl.store(target + HALF, b.to(out.dtype.element_ty), mask=inside)
 
 
-@tuned(DEPTHWISE_WEIGHT, {"COLS": 16, "CHANNELS": 128}, key=["K", "C", "SIZE"])
-@triton.jit(do_not_specialize=["H", "W", "rows", "SIZE"])
+@tuned(DEPTHWISE_WEIGHT, {"COLS": 16, "CHANNELS": 128}, key=["K", "C", "SIZE", "GPU"])
+@triton.jit(do_not_specialize=["H", "W", "rows", "SIZE", "GPU"])
 def _weight_gradient(
-    u, gradient, out, H, W, rows, C, SIZE,
+    u, gradient, out, H, W, rows, C, SIZE, GPU,
     K: tl.constexpr, KERNEL_COLS: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """out (part, K, K, C): row dy of the weights' gradient from `rows` rows of one image.
@@ -173,6 +173,10 @@ def _sums(
     step: int, u: Tensor, taps: Tensor, bias: Tensor | None, upstream: Tensor | None, out: Tensor, kind: str
 ) -> Tensor:
     """Launches `_depthwise`; taps (K, K, c)."""
+    if too_many(u):
+        for some, some_upstream, some_out in turns(u, upstream, out):
+            _sums(step, some, taps, bias, some_upstream, some_out, kind)
+        return out
     batch, H, W, C = u.shape
     half, K = C // 2, len(taps)
 
@@ -210,7 +214,7 @@ def _sum_weight_gradient(u: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
         def grid(tile: dict[str, int]) -> tuple[int, ...]:
             return parts, K, triton.cdiv(C, tile["CHANNELS"])
 
-        numbers = H, W, rows, C, bucket(batch * H * W)
+        numbers = H, W, rows, C, bucket(batch * H * W), number_of_gpu(u.device)
         return LaunchArguments(grid, numbers, {"K": K, "KERNEL_COLS": triton.next_power_of_2(K)})
 
     tensors = u, gradient, out

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..backend import Size
 from ..operators import operator
-from .launch import LaunchArguments
+from .launch import LaunchArguments, too_many, turns
 from .tuning import RESAMPLE, bucket, tuned
 
 
@@ -58,8 +58,15 @@ def _smaller(y: Tensor, height: int, width: int) -> Tensor:
 
 @operator("enlarge_adjoint", "(Tensor y, SymInt height, SymInt width) -> Tensor", _smaller)
 def _enlarge_adjoint(y: Tensor, height: int, width: int) -> Tensor:
-    y = y.contiguous()
     out = _smaller(y, height, width)
+    for some, some_out in turns(y.contiguous(), out) if too_many(y) else [(y.contiguous(), out)]:
+        _launch(some, some_out)
+    return out
+
+
+def _launch(y: Tensor, out: Tensor) -> None:
+    """Launches `_adjoint`."""
+    height, width = out.shape[1:3]
     batch, H, W, C = y.shape
 
     def call() -> LaunchArguments:
@@ -71,7 +78,6 @@ def _enlarge_adjoint(y: Tensor, height: int, width: int) -> Tensor:
         return LaunchArguments(grid, numbers, {})
 
     _adjoint.launch((y.shape, height, width, y.dtype, y.device), (y, out), call)
-    return out
 
 
 def enlarge_adjoint(y: Tensor, size: Size) -> Tensor:

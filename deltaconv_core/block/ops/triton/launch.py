@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 say = Once(log.info)
 
 MOST_KEYS = 1024  # of one kernel, that are remembered
+MOST_IMAGES = 65535  # of one launch: what CUDA takes along the second and the third axis of a grid
 ALIGNED = 16  # bytes: triton compiles a kernel for addresses that are multiples of this
 BEFORE_ARGUMENTS = 9  # grid (3), stream, function, metadata, metadata of the launch, hooks (2)
 
@@ -50,6 +51,18 @@ class LaunchArguments(NamedTuple):
     grid: Callable[[dict[str, int]], tuple[int, ...]]
     numbers: tuple[float, ...]
     options: dict[str, Any]
+
+
+def too_many(x: Tensor) -> bool:
+    """Whether x has more images than a GPU takes along the axes of a grid that count them."""
+    return len(x) > MOST_IMAGES
+
+
+def turns(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The tensors (B, ...), or None, in parts of no more images than that."""
+    batch = max(len(tensor) for tensor in tensors if tensor is not None)
+    for first in range(0, batch, MOST_IMAGES):
+        yield tuple(t if t is None else t[first : first + MOST_IMAGES] for t in tensors)
 
 
 def dtypes(tensors: Sequence[Tensor]) -> list[torch.dtype]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..backend import Size
 from ..operators import operator
-from .launch import LaunchArguments
+from .launch import LaunchArguments, too_many, turns
 from .tuning import RESAMPLE, bucket, tuned
 
 
@@ -68,8 +68,15 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
     "pool", "(Tensor x, SymInt height, SymInt width, bool adjoint) -> Tensor", _empty, _backward, _remember
 )
 def resize(x: Tensor, height: int, width: int, adjoint: bool) -> Tensor:
-    x = x.contiguous()
     out = _empty(x, height, width, adjoint)
+    for some, some_out in turns(x.contiguous(), out) if too_many(x) else [(x.contiguous(), out)]:
+        _launch(some, some_out, adjoint)
+    return out
+
+
+def _launch(x: Tensor, out: Tensor, adjoint: bool) -> None:
+    """Launches `_pool`."""
+    height, width = out.shape[1:3]
     batch, H, W, C = x.shape
 
     def call() -> LaunchArguments:
@@ -81,7 +88,6 @@ def resize(x: Tensor, height: int, width: int, adjoint: bool) -> Tensor:
         return LaunchArguments(grid, numbers, {"ADJOINT": adjoint})
 
     _pool.launch((x.shape, height, width, x.dtype, adjoint, x.device), (x, out), call)
-    return out
 
 
 def average(x: Tensor, size: Size) -> Tensor:

@@ -26,7 +26,7 @@ from ..backend import Size
 from ..by_torch import enlarge
 from ..operators import operator
 from .enlarge import enlarge_adjoint, taps
-from .launch import LaunchArguments, dtypes
+from .launch import LaunchArguments, dtypes, too_many, turns
 from .tuning import INTERPRETED, PROJECT, bucket, tuned
 
 LARGEST = 2.0**15  # entry given to a float16 product
@@ -131,6 +131,10 @@ def _multiply(
     size: Size,
 ) -> Tensor:
     """Launches `_project`: out (B, size[0] * size[1], C) or (B, *size, C), smaller (B, h, w, C) each."""
+    if too_many(out):
+        for some, some_bias, some_out, *some_smaller in turns(stage, bias, out, *smaller):
+            _multiply(some, weight, some_bias, some_smaller, some_out, size)
+        return out
     batch, C, positions = out.shape[0], out.shape[-1], size[0] * size[1]
     half, tf32 = weight.dtype == torch.float16, torch.version.hip is None
     precision = "tf32" if half and tf32 else float32_products() if weight.dtype == torch.float32 else "ieee"

@@ -3,15 +3,17 @@
 A block's forward has one configuration for each kernel, so that its first call compiles nothing in vain. On
 an H100 none of them is more than 15 % slower than the best of those tried before, whose times are in
 benchmarks/results/gpu_h100.jsonl. The gradient of the depth-wise weights is timed with each of its
-configurations when it first meets a new (dtype, K, channels, bucket), where the bucket is the number of
-positions rounded up to a power of two. Where triton's autotuner can keep results on disk, it does. Compiled
-kernels always stay there; image sizes are not compiled into them.
+configurations when it first meets a new (dtype, K, channels, bucket) on a GPU of a new name, where the bucket
+is the number of positions rounded up to a power of two. Where triton's autotuner can keep results on disk, it
+does. Compiled kernels always stay there; image sizes are not compiled into them.
 
 While a CUDA graph is captured, or without the memory that measuring needs, the first configuration is taken
 and nothing is remembered. (Loading a new kernel may end a capture: run each dtype and kernel size before it.)
 """
 
+import functools
 import inspect
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,6 +84,16 @@ def tuned(
 def bucket(positions: int) -> int:
     """The exponent of the power of two that a number of positions is rounded up to."""
     return (positions - 1).bit_length()
+
+
+@functools.cache
+def number_of_gpu(device: torch.device) -> int:
+    """A number that stands for the GPU's name, among what tile sizes are remembered for.
+
+    Triton remembers them on disk by compute capability, which an H100 and an H200 share.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return zlib.crc32(name.encode()) & 0x7FFF_FFFF
 
 
 def autotuner_options() -> dict[str, Any]:
