@@ -142,6 +142,20 @@ def test_tile_sizes_are_remembered_by_the_name_of_the_gpu(tuning, monkeypatch):
     assert "GPU" in gradient.tuner.keys
 
 
+def test_it_is_told_which_kernel_took_how_long_to_compile(tuning, monkeypatch, caplog):
+    launch = importlib.import_module("deltaconv_core.block.ops.triton.launch")
+    clock = itertools.count(0, 7)
+    monkeypatch.setattr(launch.time, "perf_counter", lambda: next(clock))
+    kernel = Kernel()
+    kernel.__name__ = "_depthwise"
+    start = launcher(tuning, kernel)
+    with caplog.at_level(logging.INFO):
+        start(5)
+        start(5)
+    told = [record.message for record in caplog.records if "compiled in" in record.message]
+    assert len(told) == 1 and re.fullmatch(r"ΔConv: depthwise compiled in \d+ s", told[0])
+
+
 def out_of_memory(*_, **__):
     raise torch.cuda.OutOfMemoryError("256 MiB")
 

@@ -392,6 +392,44 @@ def test_whole_block_at_once(name, grid, dtype):
         assert relative_l2(y, exact) < 8 * torch.finfo(dtype).eps
 
 
+class Lent:
+    """Counts what is lent, and what comes back."""
+
+    out, back = 0, 0
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __enter__(self):
+        Lent.out += 1
+        return self.layer.weight, self.layer.bias
+
+    def __exit__(self, *error):
+        Lent.back += 1
+
+
+class Lending:
+    class Linear(torch.nn.Linear):
+        def lend_weights(self, x):
+            return Lent(self)
+
+    class Conv2d(torch.nn.Conv2d):
+        def lend_weights(self, x):
+            return Lent(self)
+
+
+@pytest.mark.usefixtures("forced")
+def test_whole_block_at_once_borrows_weights_and_gives_them_back():
+    plain = DeltaConvBlock(SPECS["release"]).to(DEVICE)
+    lending = DeltaConvBlock(SPECS["release"], operations=Lending).to(DEVICE)
+    lending.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 35, plain.spec.dim, device=DEVICE)
+    Lent.out = Lent.back = 0
+    with torch.inference_mode():
+        torch.testing.assert_close(lending(x, ODD), plain(x, ODD))
+    assert Lent.out == Lent.back == 5
+
+
 @pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

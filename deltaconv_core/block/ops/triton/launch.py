@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ say = Once(log.info)
 
 MOST_KEYS = 1024  # of one kernel, that are remembered
 MOST_IMAGES = 65535  # of one launch: what CUDA takes along the second and the third axis of a grid
+NOTICED = 1.0  # seconds of a first launch, from which on it is reported
 ALIGNED = 16  # bytes: triton compiles a kernel for addresses that are multiples of this
 BEFORE_ARGUMENTS = 9  # grid (3), stream, function, metadata, metadata of the launch, hooks (2)
 
@@ -161,7 +163,9 @@ class LaunchedKernel:
             if key not in self.compiled:
                 if len(self.compiled) >= MOST_KEYS:
                     self.forget()
+                begun = time.perf_counter()
                 kernel = launch()
+                self._tell(time.perf_counter() - begun)
                 self.compiled[key] = kernel if _can_be_watched(kernel) else None
             elif self.compiled[key] is None:
                 launch()
@@ -173,6 +177,10 @@ class LaunchedKernel:
         except NotMeasured:
             chosen = self.tuner.configs[0].all_kwargs()
             self.tuner.fn[call.grid](*tensors, *call.numbers, **call.options, **chosen)
+
+    def _tell(self, seconds: float) -> None:
+        if seconds > NOTICED:
+            log.info(f"ΔConv: {self.tuner.fn.__name__.strip('_')} compiled in {seconds:.0f} s")
 
 
 class InterpretedKernel:

@@ -1,7 +1,7 @@
 """Tile sizes, and where there are several, how the choice is made and kept.
 
 A block's forward has one configuration for each kernel, so that its first call compiles nothing in vain. On
-an H100 none of them is more than 15 % slower than the best of those tried before, whose times are in
+an H100 none that it timed is more than 15 % slower than the best of those tried before, whose times are in
 benchmarks/results/gpu_h100.jsonl. The gradient of the depth-wise weights is timed with each of its
 configurations when it first meets a new (dtype, K, channels, bucket) on a GPU of a new name, where the bucket
 is the number of positions rounded up to a power of two. Where triton's autotuner can keep results on disk, it
@@ -45,7 +45,7 @@ DEPTHWISE_WEIGHT: Sequence[Config] = (
 PROJECT: Sequence[Config] = (({"ROWS": 64, "COLUMNS": 64, "DEPTH": 32}, 4),)
 # One read, a few additions, one write: nothing to budget.
 RESAMPLE: Sequence[Config] = (({"COLS": 16, "CHANNELS": 64}, 4),)
-# The mean token: ROWS * CHANNELS sums, and COLUMNS * DEPTH entries of a weight; neither was timed.
+# The mean token: ROWS * CHANNELS sums, and COLUMNS * DEPTH entries of a weight. No GPU has timed these two.
 MEAN: Sequence[Config] = (({"ROWS": 16, "CHANNELS": 64}, 4),)
 PRODUCT: Sequence[Config] = (({"COLUMNS": 16, "DEPTH": 64}, 4),)
 
