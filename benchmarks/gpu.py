@@ -10,8 +10,8 @@ file are not run again. What is wrong is a line with "ok": false and ends nothin
 
 - machine: the GPU, versions, how fast it copies, multiplies and launches;
 - compile: all kernels that are timed below, in as many processes as there are cores, into an empty cache;
-- check: each kernel and whole blocks (by Triton with gradients, on tensor cores) against float64, outputs
-  filled with NaN beforehand;
+- check: each kernel, hybrid mixers and whole blocks (by Triton with gradients, on tensor cores) against
+  float64, outputs filled with NaN beforehand;
 - kernels: each kernel alone, in each configuration, in CUDA graphs, second-level cache cold and warm;
 - blocks: ΔConv by each backend, and flash attention: device, wall and host time of a call;
 - models: SDXL and SD1.5 of diffusers with random weights: attention, ΔConv, no self-attention, hybrid mixers;

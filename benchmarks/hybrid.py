@@ -1,10 +1,15 @@
 """One layer of hybrid mixers from 64 x 64 to 256 x 256 tokens, beside attention, LinFusion and ΔConv.
 
     python -m benchmarks.hybrid [--side 64 128 ...] [--channels 640] [--backward] [--json FILE]
+    python -m benchmarks.hybrid --operators [--side 64 ...] [--channels 640]
 
 Whole layers with their projections, random weights and tokens, as in `block.py`, whose columns these are.
 Also printed is how time and memory for each token grow from the smallest side to the largest one: 1 is linear
 in the tokens.
+
+With --operators nothing is timed: printed is how many operators of PyTorch that compute or copy something a
+call of a mixer has, between the projections, in float16 as a GPU goes its way, how many of these do nothing
+but copy, and how much. PyTorch's attention is one of them, and copies nothing where its strides are right.
 """
 
 from __future__ import annotations
@@ -12,13 +17,16 @@ from __future__ import annotations
 import sys
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltaconv_core import BlockSpec, bench
 from deltaconv_core.bench import Layer
-from deltaconv_core.mixers.hybrid import HybridMixer, HybridSpec
+from deltaconv_core.block import ops
+from deltaconv_core.mixers.hybrid import HybridMixer, HybridSpec, nystrom
 from deltaconv_core.util.text import markdown
 
 from . import block
@@ -52,6 +60,55 @@ class Hybrid(bench.SelfAttention):
         return self.mixer(q, k, v, grid)
 
 
+class Operators(TorchDispatchMode):
+    """Counts operators that compute or copy, and the bytes of those that only copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = self.copies = self.copied = 0
+        self.attending = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        out = function(*arguments, **(options or {}))
+        aten = torch.ops.aten
+        if self.attending or function.is_view or function.overloadpacket in (aten.empty, aten._unsafe_view):
+            return out
+        self.number += 1
+        if function.overloadpacket in (aten.clone, aten.copy_, aten._to_copy, aten.cat, aten.stack):
+            self.copies += 1
+            self.copied += out.nbytes
+        return out
+
+    def attend(
+        self, *arguments: Any, attend: Any = torch.nn.functional.scaled_dot_product_attention, **options: Any
+    ) -> Any:
+        self.number, self.attending = self.number + 1, True
+        try:
+            return attend(*arguments, **options)
+        finally:
+            self.attending = False
+
+
+def operators(fields: dict[str, Any], channels: int, side: int) -> dict[str, str]:
+    heads = channels // 64
+    mixer = HybridMixer(HybridSpec(channels, heads, 64, **fields)).requires_grad_(False)
+    q, k, v = (torch.randn(2, side**2, heads, 64).half().transpose(1, 2) for _ in range(3))
+    seen = Operators()
+    as_on_a_gpu = (
+        patch.object(ops, "compute_dtype", lambda x: x.dtype),
+        patch.object(nystrom, "products_are_faster", lambda a: a.shape[-1] <= nystrom.MOST_BY_PRODUCTS),
+        patch.object(torch.nn.functional, "scaled_dot_product_attention", seen.attend),
+    )
+    with as_on_a_gpu[0], as_on_a_gpu[1], as_on_a_gpu[2], torch.no_grad(), seen:
+        mixer(q, k, v, (side, side))
+    return {
+        "operators": str(seen.number),
+        "copies": str(seen.copies),
+        "MiB copied": f"{seen.copied / 2**20:.1f}",
+        "MiB of q": f"{q.nbytes / 2**20:.1f}",
+    }
+
+
 METHODS = {
     "attention": Method(block.attention),
     **{name: method for name, method in block.METHODS.items() if name in OTHERS},
@@ -67,8 +124,18 @@ def main() -> int:
     command.add_argument("--batch", type=int, default=1, help="samples (%(default)s)")
     command.add_argument("--backward", action="store_true", help="forward and backward")
     command.add_argument("--patience", type=float, default=60, help="seconds for a run (%(default)s)")
+    command.add_argument("--operators", action="store_true", help="count operators and copies of a call")
     add_machine(command, repeats=5)
     args = command.parse_args()
+    if args.operators:
+        for side in args.side:
+            rows = [
+                {"mixer": name} | operators(SPECS[name], args.channels, side)
+                for name in SPECS
+                if name in args.only
+            ]
+            print(f"\n{side} x {side} tokens, C {args.channels}, batch 2\n\n" + "\n".join(markdown(rows)))
+        return 0
     torch.manual_seed(0)
     device = bench.pick_device(args.device)
     dtype = bench.pick_dtype(args.dtype, device)

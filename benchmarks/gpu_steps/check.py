@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from deltaconv_core import BlockSpec, DeltaConvBlock
 from deltaconv_core.block.ops import by_torch, choose
 from deltaconv_core.block.ops.by_torch import TorchBackend
 from deltaconv_core.block.reference import depthwise, gated, reference_block, shrunk, stretched
+from deltaconv_core.mixers.hybrid import HybridMixer, HybridSpec, nystrom
+from deltaconv_core.mixers.hybrid.reference import reference_hybrid
 from testing.compare import relative_l2
 
 from ..gpu import Row
@@ -55,6 +58,9 @@ def check(run: Run) -> None:
             name = f"{size[0]}x{size[1]} {NAMES[dtype]}"
             cases[f"project {name}"] = partial(check_project, run, size, dtype)
             cases[f"pool {name}"] = partial(check_pool, run, size, dtype)
+    for dtype in run.pick(DTYPES, (torch.float32,)):
+        for size in run.pick(((12, 14), (24, 24)), ((4, 6),)):
+            cases[f"hybrid {size[0]}x{size[1]} {NAMES[dtype]}"] = partial(check_hybrid, run, size, dtype)
     in_parallel(run, list(cases.items()))
 
 
@@ -184,6 +190,23 @@ def check_tape(block: DeltaConvBlock, x: Tensor, size: Size, first: Tensor) -> N
             block(other, size)
         if not torch.equal(block(x, size), first):
             raise RuntimeError("the same tokens, mixed again, give another result")
+
+
+def check_hybrid(run: Run, size: Size, dtype: torch.dtype) -> Row:
+    """A hybrid mixer: its local part by Triton, Nyström's correction by products where that is faster."""
+    spec = HybridSpec(64, 2, 32, landmarks=run.pick(36, 4), kernel_size=5, scales=(1.0, 0.5), mean=True)
+    mixer = HybridMixer(spec, run.device).requires_grad_(False)
+    for parameter in mixer.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    q, k, v = (torch.randn(2, size[0] * size[1], 2, 32).to(dtype).transpose(1, 2) for _ in range(3))
+    weights = {name: weight.cpu() for name, weight in mixer.state_dict().items()}
+    exact = reference_hybrid(q.double(), k.double(), v.double(), size, spec, weights).to(run.device)
+    q, k, v = (t.to(run.device) for t in (q, k, v))
+    with choose.forced("torch"), patch.object(nystrom, "products_are_faster", lambda a: False):
+        theirs = mixer(q, k, v, size)
+    with choose.forced("triton"), only(1), poisoned():
+        own = mixer(q, k, v, size)
+    return judged({"y": own}, {"y": theirs}, {"y": exact}, torch.finfo(dtype).eps)
 
 
 def outcome(

@@ -2,13 +2,20 @@
 
 from .backend import Backend
 from .by_torch import context, enlarge, gate, joined, merge, shrink, stage_size
-from .choose import at_once_backend_for, backend_for, compute_dtype, planes_backend_for
+from .choose import (
+    at_once_backend_for,
+    backend_for,
+    backend_for_convolution,
+    compute_dtype,
+    planes_backend_for,
+)
 from .float16 import half_product, scale_rows
 
 __all__ = [
     "Backend",
     "at_once_backend_for",
     "backend_for",
+    "backend_for_convolution",
     "compute_dtype",
     "context",
     "enlarge",

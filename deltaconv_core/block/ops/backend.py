@@ -66,6 +66,17 @@ class Backend(Protocol):
             In u's dtype; float16: see above. The last dimension has stride 1; the others are free.
         """
 
+    def depthwise(self, u: Tensor, weight: Tensor) -> Tensor:
+        """K x K depth-wise convolution with zeros around, and no gate; for mixers, not for blocks.
+
+        Args:
+            u: (B, H, W, c), contiguous.
+            weight: (c, 1, K, K), u's dtype, any strides.
+
+        Returns:
+            (B, H, W, c) in u's dtype; any strides.
+        """
+
     def project(
         self, stages: Sequence[Tensor], weight: Tensor, bias: Tensor, grid: Size, merge: str
     ) -> Tensor:

@@ -27,6 +27,9 @@ class ReferenceBackend:
         g = reference.gated(v, kind)
         return g if u.dtype == torch.float16 else g.to(u.dtype)
 
+    def depthwise(self, u: Tensor, weight: Tensor) -> Tensor:
+        return reference.depthwise(_exact(u), _exact(weight), None).to(u.dtype)
+
     def project(
         self, stages: Sequence[Tensor], weight: Tensor, bias: Tensor, grid: Size, merge: str
     ) -> Tensor:

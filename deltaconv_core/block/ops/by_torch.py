@@ -196,6 +196,9 @@ class TorchBackend:
         )
         return _convolve_and_gate(convolve, u, weight, bias, kind)
 
+    def depthwise(self, u: Tensor, weight: Tensor) -> Tensor:
+        return _last(channels_last(_first(u), weight, None))
+
     def project(
         self, stages: Sequence[Tensor], weight: Tensor, bias: Tensor, grid: Size, merge: str
     ) -> Tensor:

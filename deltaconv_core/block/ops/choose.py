@@ -62,8 +62,7 @@ def backend_for(x: Tensor) -> Backend:
     Raises:
         DeltaConvError: DELTACONV_BACKEND names one that does not exist or cannot run on x.
     """
-    name = _from_environment() if choice.forced is None else choice.forced
-    if name:
+    if name := _forced_name():
         return _forced_backend(name, x)
     if x.device.type != "cuda":
         return TORCH
@@ -77,7 +76,7 @@ def backend_for(x: Tensor) -> Backend:
 
 def at_once_backend_for(x: Tensor) -> TritonBackend | None:
     """The backend that may mix tokens like x by a whole block at once; None where a block takes its steps."""
-    name = _from_environment() if choice.forced is None else choice.forced
+    name = _forced_name()
     if name not in ("", "triton") or (not name and x.device.type != "cuda"):
         return None
     return choice.triton if backend_for(x) is choice.triton else None
@@ -89,7 +88,7 @@ def planes_backend_for(x: Tensor, grid: Size, kernel_size: int) -> CudaBackend |
     Raises:
         DeltaConvError: DELTACONV_BACKEND asks for it and it cannot run.
     """
-    if (_from_environment() if choice.forced is None else choice.forced) != "cuda":
+    if _forced_name() != "cuda":
         return None
     from .cuda import BACKEND
 
@@ -97,6 +96,15 @@ def planes_backend_for(x: Tensor, grid: Size, kernel_size: int) -> CudaBackend |
         raise DeltaConvError(f"{VARIABLE} is cuda, but {reason}; unset it, or set it to torch")
     if not torch.compiler.is_compiling():
         choice.say(f"ΔConv on {x.device.type}, {x.dtype}: {BACKEND.what_runs(x)}")
+    return BACKEND
+
+
+def backend_for_convolution(x: Tensor) -> Backend:
+    """The backend for `depthwise` and `shrink` of x (B, H, W, c): as `backend_for`, but `cuda` always can."""
+    if _forced_name() != "cuda":
+        return backend_for(x)
+    from .cuda import BACKEND
+
     return BACKEND
 
 
@@ -130,6 +138,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
         tokens=len(part),
         trial=lambda dtype: part.to(dtype) @ part.to(dtype).T,
     )
+
+
+def _forced_name() -> str:
+    return _from_environment() if choice.forced is None else choice.forced
 
 
 @constant_result

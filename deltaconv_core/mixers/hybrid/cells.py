@@ -68,9 +68,14 @@ class Cells:
         shape = cells_of(grid, landmarks)
         if weights is not None:
             return cls(grid, shape, weights, _sums(weights[:, None, :, None], grid, shape)[:, 0, :, 0])
-        heights, widths = (ends.diff() for ends in _edges(grid, shape, like.device))
-        sizes = (heights[:, None] * widths).flatten()[None]
-        return cls(grid, shape, None, sizes.to(torch.promote_types(like.dtype, torch.float32)))
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        if _alike(grid, shape):
+            size = grid[0] * grid[1] / (shape[0] * shape[1])
+            sizes = torch.full((1, shape[0] * shape[1]), size, device=like.device, dtype=dtype)
+        else:
+            heights, widths = (ends.diff() for ends in _edges(grid, shape, like.device))
+            sizes = (heights[:, None] * widths).flatten()[None].to(dtype)
+        return cls(grid, shape, None, sizes)
 
     @property
     def are_tokens(self) -> bool:
@@ -79,15 +84,15 @@ class Cells:
 
     def means(self, tokens: Tensor) -> Tensor:
         """(B, heads, H * W, d) -> (B, heads, P, d), float32 at least; of a cell without weight, zero."""
+        sizes = self.sizes
         if self.weights is not None:
             tokens = tokens * self.weights[:, None, :, None]
-        sizes = self.sizes.clamp(min=torch.finfo(self.sizes.dtype).tiny)
+            sizes = sizes.clamp(min=torch.finfo(sizes.dtype).tiny)
         return _sums(tokens, self.grid, self.shape) / sizes[:, None, :, None]
 
     def bias(self) -> Tensor | None:
         """(1 or B, 1, 1, P) that is added to the logits of the landmarks: log n; None where all are alike."""
-        (height, width), (rows, columns) = self.grid, self.shape
-        if self.weights is None and height % rows == 0 and width % columns == 0:
+        if self.weights is None and _alike(self.grid, self.shape):
             return None
         return self.sizes.log()[:, None, None, :]
 
@@ -104,6 +109,11 @@ class Cells:
         return (row[:, None] * self.shape[1] + column).flatten()
 
 
+def _alike(grid: Grid, shape: Grid) -> bool:
+    """Whether all cells have the same number of tokens."""
+    return grid[0] % shape[0] == 0 and grid[1] % shape[1] == 0
+
+
 def _edges(grid: Grid, shape: Grid, device: torch.device) -> list[Tensor]:
     """`edges` of both axes on a device, without a copy from the CPU."""
     return [
@@ -117,11 +127,20 @@ def _sums(tokens: Tensor, grid: Grid, shape: Grid) -> Tensor:
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     (height, width), (rows, columns) = grid, shape
     first, d = tokens.shape[:2], tokens.shape[3]
-    if height % rows == 0 and width % columns == 0:
+    if _alike(grid, shape):
         parts = tokens.reshape(*first, rows, height // rows, columns, width // columns, d)
         return parts.sum(dim=(3, 5), dtype=dtype).flatten(2, 3)
-    image = tokens.reshape(*first, *grid, d)
-    lines = [image[:, :, a:b].sum(dim=2, dtype=dtype) for a, b in pairwise(edges(height, rows))]
-    image = torch.stack(lines, dim=2)
-    pieces = [image[:, :, :, a:b].sum(dim=3) for a, b in pairwise(edges(width, columns))]
-    return torch.stack(pieces, dim=3).flatten(2, 3)
+    image = _sums_along(tokens.reshape(*first, *grid, d), 2, rows, dtype)
+    return _sums_along(image, 3, columns, dtype).flatten(2, 3)
+
+
+def _sums_along(image: Tensor, dim: int, parts: int, dtype: torch.dtype) -> Tensor:
+    """Sums over each part of a dimension. What `edges` says recurs after a part of it: all at once."""
+    size = image.shape[dim]
+    times = math.gcd(size, parts)
+    image = image.reshape(*image.shape[:dim], times, size // times, *image.shape[dim + 1 :])
+    sums = [
+        image.narrow(dim + 1, a, b - a).sum(dim=dim + 1, dtype=dtype)
+        for a, b in pairwise(edges(size // times, parts // times))
+    ]
+    return torch.stack(sums, dim=dim + 1).flatten(dim, dim + 1)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...block import ops
 from ...errors import DeltaConvError
+from ..local import local_part
 from .cells import Cells, Grid, key_weights
 from .landmarks import global_part, own_share
 from .spec import HybridSpec
@@ -78,7 +78,7 @@ class HybridMixer(nn.Module):
         if not len(q):
             return q.clone()
         dtype = q.dtype
-        computed = ops.compute_dtype(q.flatten(0, 1))
+        computed = ops.compute_dtype(q[:, 0])
         q, k, v = q.to(computed), k.to(computed), v.to(computed)
         weights = key_weights(mask, q)
         return self._mix(q, k, v, (int(grid[0]), int(grid[1])), weights).to(dtype)
@@ -115,20 +115,9 @@ class HybridMixer(nn.Module):
 
     def _near(self, v: Tensor, grid: Grid, weights: Tensor | None) -> Tensor:
         """The local part: depth-wise convolutions of the values."""
-        spec = self.spec
         if weights is not None:
             v = v * weights[:, None, :, None].to(v.dtype)
-        image = v.transpose(1, 2).reshape(len(v), *grid, spec.inner).permute(0, 3, 1, 2)  # (B, inner, H, W)
-        repeats = spec.inner // spec.shared
-        y = None
-        for kernel, scale in zip(self.kernels, spec.scales, strict=True):
-            weight = kernel.to(image.device, image.dtype).repeat_interleave(repeats, dim=0)
-            z = image if scale == 1 else ops.shrink(image, scale, "average")
-            z = F.conv2d(z, weight, padding=spec.kernel_size // 2, groups=spec.inner)
-            z = z if scale == 1 else ops.enlarge(z, grid)
-            y = z if y is None else y + z
-        assert y is not None
-        return y.reshape(len(v), spec.heads, spec.head_dim, -1).mT
+        return local_part(v, grid, self.kernels, self.spec.scales)
 
     def _mean(self, v: Tensor, weights: Tensor | None) -> Tensor:
         """(B, heads, 1, d), float32 at least: the mean of the values times its gain."""

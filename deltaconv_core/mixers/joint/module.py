@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ...block import ops
 from ...errors import DeltaConvError
 from ..hybrid.cells import Cells
+from ..local import local_part
 from .place import JointLayout, four_dimensional, refusal_of_mask
 from .spec import JointSpec
 from .tiles import tiled_convolution
@@ -126,7 +127,7 @@ class JointMixer(nn.Module):
     def _near(self, v: Tensor, grid: tuple[int, int], weights: Tensor | None) -> Tensor:
         """The local part: depth-wise convolutions of the image's values (B, key heads, H * W, d)."""
         spec = self.spec
-        v = v.to(ops.compute_dtype(v.flatten(0, 1)))
+        v = v.to(ops.compute_dtype(v[:, 0]))
         if weights is not None:
             v = v * weights[:, None, :, None].to(v.dtype)
         v = self._by_query_head(v)
@@ -134,16 +135,7 @@ class JointMixer(nn.Module):
             # cuDNN's depth-wise convolution would take ten times as long.
             image = v.reshape(len(v), spec.heads, *grid, spec.head_dim)
             return tiled_convolution(image, self.kernels[0][:, 0]).flatten(2, 3)
-        image = v.transpose(1, 2).reshape(len(v), *grid, spec.inner).permute(0, 3, 1, 2)  # (B, inner, H, W)
-        y = None
-        for kernel, scale in zip(self.kernels, spec.scales, strict=True):
-            weight = kernel.to(image.device, image.dtype).repeat_interleave(spec.head_dim, dim=0)
-            z = image if scale == 1 else ops.shrink(image, scale, "average")
-            z = F.conv2d(z, weight, padding=spec.kernel_size // 2, groups=spec.inner)
-            z = z if scale == 1 else ops.enlarge(z, grid)
-            y = z if y is None else y + z
-        assert y is not None
-        return y.reshape(len(v), spec.heads, spec.head_dim, -1).mT
+        return local_part(v, grid, self.kernels, spec.scales)
 
     def _mean(self, v: Tensor, weights: Tensor | None) -> Tensor:
         """(B, heads, 1, d), float32 at least: the mean of the image's values."""

@@ -177,6 +177,13 @@ def test_it_runs_only_where_it_is_asked_for(monkeypatch, name):
         assert ops.planes_backend_for(x, (64, 64), 9).name == "cuda"
 
 
+def test_a_mixer_s_kernels_run_where_it_is_asked_for():
+    x = torch.randn(1, 4, 5, 3)
+    with choose.forced("cuda"):
+        y = ops.backend_for_convolution(x).depthwise(x, torch.ones(3, 1, 1, 1))
+    assert torch.equal(x, y)
+
+
 def test_what_runs_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr(by_cuda, "unsuited", lambda *_: "")
     monkeypatch.setattr(by_cuda.TRITON, "why_not", lambda x: "triton is not installed")

@@ -21,6 +21,8 @@ from deltaconv_core.block.ops import choose
 from deltaconv_core.block.ops.by_torch import TorchBackend
 from deltaconv_core.block.ops.operators import NAMESPACE
 from deltaconv_core.block.ops.triton import BACKEND
+from deltaconv_core.mixers.hybrid import HybridMixer, HybridSpec
+from deltaconv_core.mixers.hybrid.reference import reference_hybrid
 from testing.compare import relative_l2
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
@@ -70,6 +72,44 @@ def check(fast, plain, exact, tensors, names):
     for name, a, b, c in zip(["result", *names], got, expected, truth, strict=True):
         assert a.shape == c.shape and a.isfinite().all(), name
         assert relative_l2(a, c) <= max(2 * relative_l2(b, c), rounding), name
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("size", "channels", "K"), [(ODD, 6, 5), ((9, 18), 40, 3), ((1, 1), 2, 7), ((4, 6), 5, 3)], ids=str
+)
+def test_depthwise_convolution_without_a_gate(dtype, size, channels, K):
+    torch.manual_seed(K)
+    u = torch.randn(2, *size, channels, device=DEVICE).to(dtype)
+    weight = torch.randn(channels, 1, K, K, device=DEVICE).to(dtype)
+    with torch.no_grad():
+        y = BACKEND.depthwise(u, weight)
+    assert y.dtype == dtype
+    assert relative_l2(y, slow.depthwise(u.double(), weight.double(), None)) < torch.finfo(dtype).eps
+
+
+def test_depthwise_convolution_without_a_gate_has_pytorchs_gradients():
+    u = torch.randn(1, *ODD, 6, device=DEVICE, requires_grad=True)
+    weight = torch.randn(6, 1, 3, 3, device=DEVICE, requires_grad=True)
+    BACKEND.depthwise(u, weight).sum().backward()
+    expected = torch.ones(1, 6, *ODD, device=DEVICE)
+    exact = torch.autograd.grad(
+        F.conv2d(u.permute(0, 3, 1, 2), weight, padding=1, groups=6), [u, weight], expected
+    )
+    torch.testing.assert_close([u.grad, weight.grad], list(exact))
+
+
+@pytest.mark.parametrize("share", ["head", "channel"])
+def test_the_local_part_of_a_hybrid_mixer(share):
+    spec = HybridSpec(8, 2, 4, landmarks=6, nystrom="none", kernel_size=3, scales=(1.0, 0.5), share=share)
+    mixer = HybridMixer(spec, device=DEVICE).requires_grad_(False)
+    for kernel in mixer.kernels:
+        torch.nn.init.normal_(kernel)
+    q, k, v = (torch.randn(2, 35, 2, 4, device=DEVICE).transpose(1, 2) for _ in range(3))
+    weights = {name: weight.double() for name, weight in mixer.state_dict().items()}
+    exact = reference_hybrid(*(t.double() for t in (q, k, v)), ODD, spec, weights)
+    with choose.forced("triton"):
+        assert relative_l2(mixer(q, k, v, ODD), exact) < 1e-6
 
 
 def plain_gate(kind):
@@ -491,6 +531,7 @@ def test_operators_as_pytorch_wants_them():
         (operators.pool.default, (u, 1, 2, False)),
         (operators.enlarge_adjoint.default, (u, 1, 2)),
         (operators.depthwise_gate.default, (u, weight, None, "simple")),
+        (operators.depthwise.default, (u, weight)),
         (operators.depthwise_gate_gradients.default, (g, u, weight, None, "simple", [True, True, False])),
         (operators.project.default, ([g], u.new_ones(5, 2), u.new_zeros(1, 1, 5), 2, 3, True)),
     ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltaconv_core import DeltaConvError
-from deltaconv_core.mixers.hybrid import HybridMixer, HybridSpec
+from deltaconv_core.mixers.hybrid import HybridMixer, HybridSpec, nystrom
+from deltaconv_core.mixers.hybrid.cells import Cells
+from deltaconv_core.mixers.hybrid.nystrom import RIDGE, solved, solved_by_products
 from deltaconv_core.mixers.hybrid.reference import cells_of, reference_hybrid
+from testing.compare import relative_l2
 
 POOLED = {"landmarks": 6, "nystrom": "none"}
 LOCAL = {"kernel_size": 3, "scales": (1.0, 0.5), "mean": True}
@@ -113,6 +117,82 @@ def test_with_a_window_over_the_picture_it_is_attention(grid):
     torch.testing.assert_close(mixer(*tokens(grid), grid), full, rtol=1e-5, atol=1e-5)
     narrower = HybridMixer(spec_of("window", window=max(grid) // 2 * 2 - 3))
     assert not torch.allclose(narrower(*tokens(grid), grid), full, atol=1e-3)
+
+
+@pytest.mark.parametrize("grid", [(8, 12), (9, 10), (12, 35), (6, 6)])
+def test_landmarks_are_means_of_their_cells(grid):
+    cells = Cells.of(grid, 30, None, torch.zeros(1, dtype=torch.float64))
+    k = torch.randn(2, HEADS, grid[0] * grid[1], WIDTH, dtype=torch.float64)
+    exact = [k[:, :, cell].mean(dim=2) for cell in cells_of(grid, 30)]
+    torch.testing.assert_close(cells.means(k), torch.stack(exact, dim=2))
+
+
+@pytest.mark.parametrize("landmarks", [1, 36, 144])
+@pytest.mark.parametrize("sharpness", [0.3, 3])
+def test_products_solve_as_exactly_as_cholesky_factors(landmarks, sharpness):
+    torch.manual_seed(0)
+    q = torch.randn(2, 3, landmarks, 8)
+    a = (q @ (q + torch.randn_like(q)).mT * sharpness).softmax(dim=-1)
+    m = a @ torch.randn(2, 3, landmarks, 5)
+    gram, right = a.mT @ a + RIDGE * torch.eye(landmarks), a.mT @ m
+    exact = torch.linalg.solve(
+        a.double().mT @ a.double() + RIDGE * torch.eye(landmarks), a.double().mT @ m.double()
+    )
+    errors = [
+        relative_l2(a @ found(gram, right), a.double() @ exact) for found in (solved, solved_by_products)
+    ]
+    assert errors[1] < max(2 * errors[0], 1e-6)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_products_in_place_of_cholesky_equal_the_reference(monkeypatch, grid):
+    monkeypatch.setattr(nystrom, "products_are_faster", lambda a: True)
+    test_equals_the_reference("Nyström, Cholesky", grid, "none")
+
+
+@pytest.mark.parametrize(
+    ("place", "landmarks", "tf32", "products"),
+    [
+        ("cuda", 144, False, True),
+        ("cuda", 576, False, False),
+        ("cuda", 144, True, False),
+        ("cpu", 144, False, False),
+    ],
+)
+def test_products_are_for_gpus(monkeypatch, place, landmarks, tf32, products):
+    monkeypatch.setattr(nystrom, "tf32_allowed", lambda: tf32)
+    a = SimpleNamespace(is_cuda=place == "cuda", shape=(1, landmarks, landmarks))
+    assert nystrom.products_are_faster(a) == products
+
+
+class Copies(TorchDispatchMode):
+    """Keeps how many numbers each operator copies that does nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_, torch.ops.aten._to_copy):
+            self.made.append(arguments[0].numel())
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "window" not in kind and "gate" not in kind])
+@pytest.mark.parametrize("grid", [(8, 8), (8, 12), (7, 9)])
+def test_views_of_projections_are_not_copied(monkeypatch, kind, grid):
+    def attention(q, k, v, attn_mask=None):
+        """Takes what the fast kernels of a GPU take as it is."""
+        assert all(t.stride(3) == 1 and t.stride(2) % 8 == 0 for t in (q, k, v))
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(nystrom, "products_are_faster", lambda a: True)
+    mixer = HybridMixer(HybridSpec(64, 2, 32, **KINDS[kind])).requires_grad_(False)
+    q, k, v = (torch.randn(2, grid[0] * grid[1], 2, 32).transpose(1, 2) for _ in range(3))
+    with Copies() as copies:
+        mixer(q, k, v, grid)
+    assert max(copies.made, default=0) < q.numel() / 2
 
 
 def test_with_one_landmark_it_is_uniform_attention():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..backend import Size
+from ..backend import Backend, Size
 from ..by_torch import TorchBackend, shrink
 from ..triton import BACKEND as TRITON
 from .launcher import depthwise_gate, unsuited
@@ -54,11 +54,18 @@ class CudaBackend:
         g = depthwise_gate(planes, weight, bias, kind == "sigmoid", factor, dtype)
         return _last(g[..., :width].contiguous())
 
+    def depthwise(self, u: Tensor, weight: Tensor) -> Tensor:
+        return _rest(u).depthwise(u, weight)
+
     def project(
         self, stages: Sequence[Tensor], weight: Tensor, bias: Tensor, grid: Size, merge: str
     ) -> Tensor:
-        backend = TorchBackend() if TRITON.why_not(stages[0]) else TRITON
-        return backend.project(stages, weight, bias, grid, merge)
+        return _rest(stages[0]).project(stages, weight, bias, grid, merge)
+
+
+def _rest(x: Tensor) -> Backend:
+    """Who computes what no kernel for tensor cores does."""
+    return TorchBackend() if TRITON.why_not(x) else TRITON
 
 
 def _first(u: Tensor) -> Tensor:

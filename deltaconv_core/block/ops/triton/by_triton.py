@@ -64,6 +64,15 @@ class TritonBackend:
 
         return kernels.depthwise_gate(u, weight, bias, kind)
 
+    def depthwise(self, u: Tensor, weight: Tensor) -> Tensor:
+        """(B, H, W, c) -> (B, H, W, c); with gradients, above 31 x 31 and with odd c PyTorch's."""
+        wanted = torch.is_grad_enabled() and (u.requires_grad or weight.requires_grad)
+        if wanted or weight.shape[3] > LARGEST_KERNEL or u.shape[3] % 2:
+            return TorchBackend().depthwise(u, weight)
+        from . import depthwise_gate as kernels
+
+        return kernels.without_gate(u, weight)
+
     def project(
         self, stages: Sequence[Tensor], weight: Tensor, bias: Tensor, grid: Size, merge: str
     ) -> Tensor:

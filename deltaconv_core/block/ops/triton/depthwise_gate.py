@@ -313,3 +313,19 @@ def depthwise_gate(u: Tensor, weight: Tensor, bias: Tensor | None, kind: str) ->
     """See `ops.backends.Backend`. Dtypes of u, weight and bias alike; float32 results for float16."""
     result: Tensor = _gate(u, weight, bias, kind)
     return result
+
+
+def _like(u: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(u, memory_format=torch.contiguous_format)
+
+
+@operator("depthwise", "(Tensor u, Tensor weight) -> Tensor", _like, flops=_flops)
+def _convolution(u: Tensor, weight: Tensor) -> Tensor:
+    (taps,) = transposed([weight])
+    return _sums(PLAIN, u.contiguous(), taps, None, None, _like(u, weight), "simple")
+
+
+def without_gate(u: Tensor, weight: Tensor) -> Tensor:
+    """See `ops.backends.Backend`. Without gradients; c even, dtypes of u and weight alike."""
+    result: Tensor = _convolution(u, weight)
+    return result

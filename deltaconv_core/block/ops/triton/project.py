@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ....util.precision import tf32_allowed
 from ..backend import Size
 from ..by_torch import enlarge
 from ..operators import operator
@@ -168,10 +169,7 @@ def _multiply(
 
 def float32_products() -> str:
     """How float32 is multiplied: as PyTorch is told to."""
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):
-        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
-    return "tf32" if matmul.allow_tf32 else "ieee"
+    return "tf32" if tf32_allowed() else "ieee"
 
 
 def _readable(stage: Tensor) -> Tensor:
