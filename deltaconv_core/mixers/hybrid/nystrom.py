@@ -50,7 +50,7 @@ def solved_by_products(gram: Tensor, right: Tensor) -> Tensor:
 
     Newton's iteration x <- c x (2 - gram x) with a gram divided by its norm: if the eigenvalues of gram x are
     in 1 -+ e, with c = 2 / (2 - e^2) they are in 1 -+ e^2 / (2 - e^2) afterwards. So the number of steps
-    follows from the bounds (12 for 144 landmarks), and nothing waits for the GPU. What rounding leaves, one
+    follows from the bounds (11 for 144 landmarks), and nothing waits for the GPU. What rounding leaves, one
     step of iterative refinement takes away.
 
     Args:

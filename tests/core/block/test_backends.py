@@ -207,6 +207,13 @@ def test_without_a_gpu_nothing_but_pytorch_is_tried(triton):
     assert ops.backend_for(torch.zeros(1)).name == "torch"
 
 
+@pytest.mark.parametrize(("reason", "name"), [(None, "triton"), ("this GPU is too old", "torch")])
+def test_mixers_ask_the_same_backends(triton, reason, name):
+    triton(SimpleNamespace(BACKEND=Other(reason)))
+    assert ops.backend_for_convolution(torch.zeros(1, 2, 2, 4)).name == "torch"
+    assert ops.backend_for_convolution(on_gpu()).name == name
+
+
 def test_a_gpu_takes_triton(triton):
     other = Other()
     triton(SimpleNamespace(BACKEND=other))
