@@ -19,7 +19,6 @@ TAKEN_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST_TRITON = 3
 OLDEST_GPU = (8, 0)  # compute capability; triton supports no older one
 LARGEST_KERNEL = 31  # all taps of a row are unrolled
-LARGEST_BATCH = 65535  # images are the third axis of a launch, which is no longer on any GPU
 
 
 class TritonBackend:
@@ -31,8 +30,6 @@ class TritonBackend:
         """None if the kernels run on tensors like x; otherwise the reason, as a clause."""
         if x.dtype not in TAKEN_DTYPES:
             return f"x is {_name(x.dtype)} and the kernels take float16, bfloat16 and float32"
-        if len(x) > LARGEST_BATCH:
-            return f"x is a batch of {len(x):,} and one launch takes at most {LARGEST_BATCH:,}"
         reason: str | None = _why_not_on(x.device.type, x.device.index)
         return reason
 
