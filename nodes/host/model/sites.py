@@ -105,7 +105,8 @@ def find_sites(model: ModelPatcher) -> Sites:
         raise DeltaConvError(
             f"this MODEL ({type(model.model).__name__}, {type(network).__name__}) has no self-attention that "
             "ΔConv can stand in for; it works on U-Nets with spatial self-attention (SD 1.x, SD 2.x, SDXL, "
-            "...) and PixArt"
+            "...) and PixArt, and as joint mixers, which ΔConv Convert Model makes, on FLUX, Chroma, SD 3, "
+            "Lumina 2, Z-Image and Qwen-Image"
         )
     return found
 
