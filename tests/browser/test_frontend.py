@@ -75,6 +75,16 @@ VUE = """window.app.graph._nodes.map(({id, type}) => {
 
 
 def layout_faults(page: Page) -> list[str]:
+    """What is wrong once nodes have their places: the frontend moves Vue nodes a few frames after opening."""
+    for _ in range(12):
+        faults = faults_now(page)
+        if not faults:
+            break
+        page.page.wait_for_timeout(250)
+    return faults
+
+
+def faults_now(page: Page) -> list[str]:
     """Too small to read; nodes on each other; links that lead back to the left.
 
     In classic nodes, too: text that is not drawn, groups on each other, and nodes outside every group (notes
