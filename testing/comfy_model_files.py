@@ -163,11 +163,11 @@ def register() -> None:
     comfy.sd.load_text_encoder_state_dicts = load_encoder
 
 
-def write(files: dict[str, Path]) -> None:
+def write(files: dict[Path, str]) -> None:
     """Write the stand-ins for the models of the workflows.
 
     Args:
-        files: "sd15", "sdxl", "pixart_sigma", "flux", "z_image", "t5", "vae" and "ae" -> where each shall be.
+        files: where each shall be -> "sd15", "sdxl", "pixart_sigma", "flux", "z_image", "t5", "vae" or "ae".
     """
     torch.manual_seed(0)
     sources = {
@@ -181,7 +181,7 @@ def write(files: dict[str, Path]) -> None:
         "ae": lambda: vae(16),
     }
     with torch.no_grad():
-        for name, path in files.items():
+        for path, name in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({key: tensor.contiguous() for key, tensor in sources[name]().items()}, path)
 

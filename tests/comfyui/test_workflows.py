@@ -74,7 +74,7 @@ def write_models(folder: Path) -> None:
     """The models, ΔConv weights for them, and a list that recommends those for the small models."""
     from testing import comfy_model_files
 
-    comfy_model_files.write({name: folder / path for path, name in MODELS.items()})
+    comfy_model_files.write({folder / path: name for path, name in MODELS.items()})
     published = {record["name"]: record for record in json.loads(builtin_path().read_text(encoding="utf-8"))}
     own = []
     for name, model in BLOCKS.items():
