@@ -48,7 +48,6 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--kernel-size", type=int, default=9, help="K (%(default)s)")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     given = command.parse_args(arguments)
-    torch.set_num_threads(1)
     figures = measured(BlockSpec(given.dim, given.kernel_size), given.repeats)
     print("\n".join(table(figures)))
     if given.json:
@@ -165,4 +164,5 @@ def table(figures: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     sys.exit(main())
