@@ -26,12 +26,12 @@ from deltaconv_core.mixers.joint.module import attention
 from .diffusion import alpha_sigma, picture_weight
 from .lessons import Lesson, Lessons
 
-LANDMARKS, KERNEL_SIZE, WINDOW = 36, 5, 7
+LANDMARKS, KERNEL_SIZE, WINDOW = 100, 5, 11
 MIXERS: dict[str, dict[str, int]] = {
     "hybrid": {"landmarks": LANDMARKS, "kernel_size": KERNEL_SIZE},
     "pooled": {"landmarks": LANDMARKS + KERNEL_SIZE**2 // 2, "kernel_size": 0},
 }
-"""Shapes of joint mixers: 97 and 96 of those units; a window of 7 x 7 takes 98."""
+"""Shapes of joint mixers: 225 and 224 of those units; a window of 11 x 11 takes 242."""
 
 
 class Stands(Protocol):

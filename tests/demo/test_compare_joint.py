@@ -28,7 +28,7 @@ from demo.study.lessons import Lessons
 from demo.study.train_teacher import Run, make_model
 from testing.comfy_joint_models import with_joint
 
-SIZES = {20: 1.0}  # sides of the pictures
+SIZES = {32: 1.0}  # sides of the pictures
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +64,13 @@ def test_attention_in_its_own_place_changes_nothing(teacher, lesson):
     other = teacher.predict(lesson, Override(teacher, grid, again))
     torch.testing.assert_close(other, teacher.predict(lesson), atol=1e-5, rtol=1e-5)
     assert [site for site, *_ in seen] == list(teacher.sites)
-    # 6 words filled up to 8 tokens, and 7 x 7 of the image to 56
-    assert [place for _, *place in seen] == [[0, 56], *[[8, 64]] * 4]
+    # 6 words filled up to 8 tokens, and 11 x 11 of the image to 128
+    assert [place for _, *place in seen] == [[0, 128], *[[8, 136]] * 4]
 
 
 @torch.no_grad()
 def test_landmarks_for_every_token_change_nothing(teacher, lesson):
-    shape = {"landmarks": 49, "kernel_size": 0}
+    shape = {"landmarks": 121, "kernel_size": 0}
     stands = {site: JointMixer(teacher.spec(site, shape)) for site in teacher.sites}
     assert distance(teacher, stands, lesson, teacher.predict(lesson)) < 1e-9
 
