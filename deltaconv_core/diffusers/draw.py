@@ -31,7 +31,8 @@ def draw_picture(pipeline: Any, prompt: str, *, steps: int, seed: int, **options
         "use_resolution_binning": False,  # PixArt: the size that was asked for
     }
     try:
-        pipeline(prompt, **{name: value for name, value in options.items() if name in known})
+        # By name: the first argument of FLUX.2's and Kontext's pipelines is a reference picture.
+        pipeline(prompt=prompt, **{name: value for name, value in options.items() if name in known})
     except DeltaConvError:
         raise
     except (ValueError, torch.cuda.OutOfMemoryError) as error:

@@ -1,4 +1,4 @@
-"""Joint mixers on diffusers' own classes of FLUX, Chroma, SD 3 and Qwen-Image."""
+"""Joint mixers on diffusers' own classes of text and image."""
 
 from __future__ import annotations
 
@@ -260,6 +260,35 @@ def test_converting_follows_from_the_seed(tmp_path):
         for site, mixer in some.items()
         for name, w in mixer.state_dict().items()
     )
+
+
+@pytest.mark.usefixtures("timed")
+def test_a_pipeline_whose_first_argument_is_a_picture_is_given_the_prompt():
+    """As FLUX.2's and Kontext's are."""
+    import diffusers
+
+    if not hasattr(diffusers, "Flux2Pipeline"):
+        pytest.skip("this diffusers has no Flux2Pipeline")
+    drawn = []
+
+    class Flux2Pipeline(diffusers.Flux2Pipeline):
+        def encode_prompt(self, prompt, **_):
+            drawn.append(prompt)
+            return torch.randn(1, TEXT, 12, generator=torch.Generator().manual_seed(2)), torch.zeros(
+                1, TEXT, 4
+            )
+
+    model = make("flux2")
+    model = type(model).from_config({**model.config, "in_channels": 16}).eval().requires_grad_(False)
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    pipeline = Flux2Pipeline(diffusers.FlowMatchEulerDiscreteScheduler(), vae, None, None, model)
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = Pictures(("a cat", "a dog"), width=64, height=48, steps=1)
+    found, result = convert(pipeline, pictures, Wishes(limit=1.0, pictures=4))
+    assert drawn == ["a cat", "a dog"] * 2 and set(result.mixers) == set(found.channels)
 
 
 def test_the_size_to_be_fast_at_has_to_be_named(tmp_path):
