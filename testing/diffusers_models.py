@@ -147,18 +147,12 @@ def make_pipeline(folder: Path, **parts: Any) -> Any:
         folder: for the files of the tokenizer.
         parts: instead of the ones made here.
     """
-    import transformers
-
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        text = transformers.CLIPTextConfig(
-            vocab_size=64, hidden_size=CONTEXT_DIM, intermediate_size=32, num_hidden_layers=2,
-            num_attention_heads=2, max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-        )  # fmt: skip
         made = {
             "unet": make("sd"),
             "scheduler": diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
-            "text_encoder": transformers.CLIPTextModel(text).eval(),
+            "text_encoder": make_clip(layers=2),
             "tokenizer": make_tokenizer(folder),
             "vae": make_vae(),
             "safety_checker": None,
@@ -176,16 +170,11 @@ def make_pipeline(folder: Path, **parts: Any) -> Any:
 
 def make_pixart_pipeline(folder: Path) -> Any:
     """A PixArtSigmaPipeline of tiny parts around the "pixart" model."""
-    import transformers
-
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        text = transformers.T5Config(
-            vocab_size=64, d_model=CONTEXT_DIM, d_kv=8, d_ff=32, num_layers=1, num_heads=2
-        )  # fmt: skip
         pipe = diffusers.PixArtSigmaPipeline(
             tokenizer=make_tokenizer(folder),
-            text_encoder=transformers.T5EncoderModel(text).eval(),
+            text_encoder=make_t5(),
             vae=make_vae(),
             transformer=make("pixart"),
             scheduler=diffusers.DPMSolverMultistepScheduler(),
@@ -196,23 +185,14 @@ def make_pixart_pipeline(folder: Path) -> Any:
 
 def make_flux_pipeline(folder: Path) -> Any:
     """A FluxPipeline of tiny parts."""
-    import transformers
-
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        clip = transformers.CLIPTextConfig(
-            vocab_size=64, hidden_size=CONTEXT_DIM, intermediate_size=32, num_hidden_layers=1,
-            num_attention_heads=2, max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-        )  # fmt: skip
-        t5 = transformers.T5Config(
-            vocab_size=64, d_model=CONTEXT_DIM, d_kv=8, d_ff=32, num_layers=1, num_heads=2
-        )
         pipe = diffusers.FluxPipeline(
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
             vae=make_vae(),
-            text_encoder=transformers.CLIPTextModel(clip).eval(),
+            text_encoder=make_clip(layers=1),
             tokenizer=make_tokenizer(folder),
-            text_encoder_2=transformers.T5EncoderModel(t5).eval(),
+            text_encoder_2=make_t5(),
             tokenizer_2=make_tokenizer(folder),
             transformer=diffusers.FluxTransformer2DModel(
                 in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16,
@@ -222,6 +202,27 @@ def make_flux_pipeline(folder: Path) -> Any:
         )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def make_clip(layers: int) -> Any:
+    """A text encoder for `make_tokenizer`."""
+    import transformers
+
+    config = transformers.CLIPTextConfig(
+        vocab_size=64, hidden_size=CONTEXT_DIM, intermediate_size=32, num_hidden_layers=layers,
+        num_attention_heads=2, max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    return transformers.CLIPTextModel(config).eval()
+
+
+def make_t5() -> Any:
+    """Likewise."""
+    import transformers
+
+    config = transformers.T5Config(
+        vocab_size=64, d_model=CONTEXT_DIM, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+    )
+    return transformers.T5EncoderModel(config).eval()
 
 
 def make_vae() -> Any:

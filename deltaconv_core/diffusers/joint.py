@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -94,7 +95,7 @@ def find_joint(model: nn.Module) -> JointModel | None:
     return None if reader is None else reader(model)
 
 
-class JointForward:
+class JointForward(ABC):
     """The `forward` of an attention whose question to PyTorch's attention is listened to.
 
     Args:
@@ -142,11 +143,11 @@ class JointForward:
             return None
         return self.answer(query, key, value, layout, attn_mask)
 
+    @abstractmethod
     def answer(
         self, q: Tensor, k: Tensor, v: Tensor, layout: JointLayout, mask: Tensor | None
     ) -> Tensor | None:
         """To a question with an image in it; None: attention as usual."""
-        raise NotImplementedError
 
 
 class JointMixerForward(JointForward):
