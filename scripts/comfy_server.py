@@ -16,6 +16,7 @@ import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -226,7 +227,8 @@ class ComfyServer:
 
         Args:
             prompt: node id -> {"class_type", "inputs"}.
-            on_message: called for each websocket message of this prompt, in order, as it arrives.
+            on_message: called for each websocket message of this prompt, in order, as it arrives, in a
+                thread of its own.
             timeout: seconds before giving up (the prompt is then interrupted).
 
         Returns:
@@ -236,7 +238,18 @@ class ComfyServer:
         Raises:
             ServerError: the prompt was refused (`details["node_errors"]`), or the time was up.
         """
-        return asyncio.run(self._queue(prompt, on_message or (lambda kind, data: None), timeout))
+
+        def follow() -> dict[str, Any]:
+            return asyncio.run(self._queue(prompt, on_message or (lambda kind, data: None), timeout))
+
+        # Ctrl-C reaches the main thread only. An event loop that it hits half built or half closed prints a
+        # traceback; here it goes on until the server is gone.
+        pool = ThreadPoolExecutor(1)
+        following = pool.submit(follow)
+        pool.shutdown(wait=False)
+        while not wait([following], timeout=1).done:  # Windows lets nobody interrupt a wait without an end
+            pass
+        return following.result()
 
     def run(
         self, prompt: dict[str, Any], on_message: OnMessage | None = None, timeout: float = 600.0

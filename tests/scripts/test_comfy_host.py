@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
+import asyncio
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -212,3 +215,17 @@ def test_the_server_goes_when_the_program_that_started_it_goes(quick_host, how):
     program.send_signal(how)
     program.wait(30)
     assert not still_alive(family)
+
+
+def test_ctrl_c_during_a_prompt_never_meets_the_event_loop(monkeypatch):
+    threads = []
+
+    def interrupted(loop):
+        loop.close()
+        threads.append(threading.current_thread())
+        _thread.interrupt_main()
+
+    monkeypatch.setattr(asyncio, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        comfy_server.ComfyServer().queue({})
+    assert threads != [threading.main_thread()]
