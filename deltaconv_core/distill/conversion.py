@@ -155,14 +155,22 @@ class Conversion:
     @property
     def seconds(self) -> tuple[float, float]:
         """Of a picture with attention, as measured, and with the mixers, by the times of the layers."""
-        return self.picture, self.picture - sum(_saved(layer.seconds, layer.calls) for layer in self.layers)
+        attention, now = self._of_layers(layer.seconds for layer in self.layers)
+        # Timed by themselves, the attentions may take longer than the picture that they are a part of.
+        share = self.picture / max(self.picture, attention)
+        return self.picture, self.picture - share * (attention - now)
 
     @property
     def twice(self) -> tuple[float, float]:
         """The same for twice the height and width, where all but attention takes four times as long."""
-        rest = max(0.0, self.picture - sum(layer.seconds[0] * layer.calls for layer in self.layers))
-        before = 4 * rest + sum(layer.twice[0] * layer.calls for layer in self.layers)
-        return before, before - sum(_saved(layer.twice, layer.calls) for layer in self.layers)
+        rest = 4 * max(0.0, self.picture - self._of_layers(layer.seconds for layer in self.layers)[0])
+        attention, now = self._of_layers(layer.twice for layer in self.layers)
+        return rest + attention, rest + now
+
+    def _of_layers(self, times: Iterable[tuple[float, float]]) -> tuple[float, float]:
+        """Seconds in a picture of all attentions, and of what stands there, from those of a call by layer."""
+        each = [(a * layer.calls, b * layer.calls) for (a, b), layer in zip(times, self.layers, strict=True)]
+        return sum(a for a, _ in each), sum(b for _, b in each)
 
     def checkpoint(self, architecture: str, sites: Iterable[str], metadata: Mapping[str, str]) -> Checkpoint:
         """The mixers as weights, which are empty where all attention stays.
@@ -307,7 +315,8 @@ class _Meter:
     def __init__(self, fit: HybridFit, sample: Callable[[int], None], check: Callable[[], object]) -> None:
         self.fit, self._sample, self.check = fit, sample, check
         self.calls: dict[str, _Call] = {}
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()  # calls in a picture
+        self._called: Counter[str] = Counter()  # in the running one
         self.images: dict[tuple[int, int], None] = {}
         self._pictures: list[tuple[int, float]] = []
         self._queries = 0
@@ -317,7 +326,7 @@ class _Meter:
         self.check()
         call = _Call(tuple(q.shape), tuple(k.shape), grid, q.dtype, q.device)
         self.calls[site] = max(self.calls.get(site, call), call, key=lambda one: one.shape[2])
-        self.counts[site] += 1
+        self._called[site] += 1
         if isinstance(grid, JointLayout):
             self.images[grid.grid] = None
         self._queries = max(self._queries, q.shape[2])
@@ -326,11 +335,12 @@ class _Meter:
         self._spans.append(span)
 
     def sample(self, number: int) -> None:
-        self.counts.clear()
+        self._called.clear()
         self._spans.clear()
         self._queries = 0
         start = time.perf_counter()
         self._sample(number)
+        self.counts |= self._called
         for device in {call.device for call in self.calls.values()}:
             synchronize(device)
         whole = time.perf_counter() - start
@@ -376,7 +386,10 @@ class _Times:
                     spec: seconds * (16 if spec is None else 4) for spec, seconds in self(site, specs).items()
                 }
                 quick = [spec for spec in all_of_them if reckoned[spec] <= LONGEST_CALL]
-                self._known[key] = reckoned | self._timed(whole, quick, 1)
+                try:
+                    self._known[key] = reckoned | self._timed(whole, quick, 1)
+                except torch.OutOfMemoryError:  # for the tokens alone
+                    self._known[key] = reckoned | dict.fromkeys(quick, math.inf)
             else:
                 self._known[key] = self._timed(whole, all_of_them, TIMED_CALLS)
         return self._known[key]
@@ -414,8 +427,3 @@ class _Times:
             spec: math.inf if name in failed else statistics.median(taken[name])
             for name, spec in zip(runs, specs, strict=True)
         }
-
-
-def _saved(seconds: tuple[float, float], calls: int) -> float:
-    """Of a picture."""
-    return 0.0 if seconds[0] == seconds[1] else (seconds[0] - seconds[1]) * calls

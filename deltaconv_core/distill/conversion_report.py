@@ -21,8 +21,7 @@ def summary_lines(conversion: Conversion, size: tuple[int, int], steps: int) -> 
     """
     layers, (width, height) = conversion.layers, size
     replaced = [layer for layer in layers if layer.mixer is not None]
-    joint = any(isinstance(layer.mixer, JointSpec) for layer in replaced)
-    kind = "joint" if joint else "hybrid"
+    kind = "joint" if conversion.images else "hybrid"
     what = f"{len(replaced)} of {len(layers)} self-attentions are replaced by {kind} mixers"
     if replaced:
         errors = [layer.error for layer in replaced]

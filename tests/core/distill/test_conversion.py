@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,10 +104,9 @@ def test_the_seed_decides_the_mixers(times):
 
 def test_the_report_reckons_with_the_times_of_the_layers(times):
     times |= {36: 0.02, 64: 0.04}
-    result = converted(Wishes(limit=0.1))
-    before, after = result.seconds
-    assert before - after == pytest.approx(2 * (0.1 - 0.02))
-    rest = max(0, before - 6 * 0.1)
+    result = replace(converted(Wishes(limit=0.1)), picture=2.0)
+    assert result.seconds == (2.0, pytest.approx(2.0 - 2 * (0.1 - 0.02)))
+    rest = 2.0 - 6 * 0.1
     assert result.twice == (pytest.approx(4 * rest + 0.6), pytest.approx(4 * rest + 0.6 - 0.16))
     text = conversion_report.report_text(result, (128, 96), 5)
     assert "1 of 3 self-attentions are replaced" in text and "A picture of 256 x 192, 5 steps" in text
@@ -115,6 +115,14 @@ def test_the_report_reckons_with_the_times_of_the_layers(times):
         and "36 landmarks" in text
         and f"Attention stays at rough: {result.kept[ROUGH]}." in text
     )
+
+
+def test_with_mixers_no_picture_takes_less_than_no_time(times):
+    times |= {36: 0.01}
+    result = replace(converted(Wishes("speed", 0.5)), picture=0.3)
+    saved = sum((layer.seconds[0] - layer.seconds[1]) * layer.calls for layer in result.layers)
+    assert saved > result.picture and result.seconds[1] == pytest.approx(0.3 * (0.6 - saved) / 0.6)
+    assert result.twice == (pytest.approx(0.6), pytest.approx(0.6 - saved))
 
 
 def test_calls_that_would_take_long_at_twice_the_size_are_reckoned(times):
@@ -133,7 +141,37 @@ def test_what_does_not_fit_at_twice_the_size_is_told(times, monkeypatch):
 
     result = converted(Wishes(limit=0.1), attend=attend)
     assert result.layers[0].twice[0] == float("inf")
-    assert "out of memory before" in conversion_report.report_text(result, (128, 96), 5)
+    assert "out of memory before, out of memory after" in conversion_report.report_text(result, (128, 96), 5)
+    mixed = replace(converted(Wishes(limit=10.0), attend=attend), picture=0.6)
+    assert mixed.twice == (float("inf"), pytest.approx(2 * (0.02 + 0.02 + 0.1)))
+    assert "out of memory before, 0.28 s after" in conversion_report.report_text(mixed, (128, 96), 5)
+
+
+def test_tokens_that_do_not_fit_at_twice_the_size_do_not_stop_a_conversion(times, monkeypatch):
+    times |= {36: 0.02}
+    randn = torch.randn
+
+    def full(*shape, **options):
+        if isinstance(shape[0], tuple) and shape[0][2] > 16 * 12:
+            raise torch.OutOfMemoryError
+        return randn(*shape, **options)
+
+    monkeypatch.setattr(torch, "randn", full)
+    result = converted(Wishes(limit=0.1))
+    assert list(result.mixers) == [SMOOTH] and result.layers[0].twice == (float("inf"), float("inf"))
+
+
+def test_attentions_that_the_last_picture_does_not_call_count_as_in_the_others(times):
+    times |= {36: 0.02}
+
+    class Short(Model):
+        def sample(self, number):
+            if number < 4:
+                super().sample(number)
+
+    result = converted(Wishes("speed", 0.8, pictures=5), Short())
+    assert {layer.calls for layer in result.layers} == {2}
+    assert "of self-attention's time" in conversion_report.report_text(result, (128, 96), 5)
 
 
 def test_weights_of_it_say_why_attention_stays(times, tmp_path):

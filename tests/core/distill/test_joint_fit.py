@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -168,3 +169,9 @@ def test_a_model_is_converted_where_errors_are_small(converted, tmp_path):
     loaded = load_checkpoint(tmp_path / "joint.safetensors")
     assert loaded.mixer == "joint" and list(loaded.kept) == ["rough"]
     assert loaded.blocks["smooth"].spec == checkpoint.blocks["smooth"].spec
+
+
+def test_a_report_names_joint_mixers_where_none_stands(converted):
+    none = replace(converted, layers=[replace(layer, mixer=None) for layer in converted.layers])
+    text = conversion_report.report_text(none, (512, 384), 4)
+    assert "0 of 2 self-attentions are replaced by joint mixers" in text
