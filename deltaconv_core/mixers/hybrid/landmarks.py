@@ -69,7 +69,7 @@ def own_share(q: Tensor, k: Tensor, cells: Cells, rows: Tensor | None = None) ->
     parts = []
     for start in range(0, q.shape[2], QUERIES_AT_ONCE):
         some = slice(start, start + QUERIES_AT_ONCE)
-        scores = q[:, :, some] @ keys / q.shape[3] ** 0.5
+        scores = (q[:, :, some] / q.shape[3] ** 0.5) @ keys  # divided before, for float16's range
         shares = (scores if bias is None else scores + bias.to(scores.dtype)).softmax(dim=-1)
         parts.append(shares.gather(3, own[some, None].expand(*shares.shape[:2], -1, 1)))
     return torch.cat(parts, dim=2)

@@ -25,7 +25,7 @@ from .tiles import tiled_convolution
 
 ADDED_COLUMNS = 8  # added to queries, keys and values, whose width stays a multiple of 8 for the fast kernels
 HIDDEN = -5000.0
-"""In place of minus infinity: its exponential is 0 as well, and float16 holds it times the root of d."""
+"""In place of minus infinity: its exponential is 0 as well."""
 
 MaskedAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(q, k, v, mask) -> (B, heads, N, d)."""
@@ -102,7 +102,7 @@ class JointMixer(nn.Module):
         image = self.image(q[:, :, start:end], k, v, layout, mask)
         if start == 0 and end == q.shape[2]:
             return image
-        rest = q if end == start else torch.cat([q[:, :, :start], q[:, :, end:]], dim=2)
+        rest = torch.cat([q[:, :, :start], q[:, :, end:]], dim=2)
         if mask is not None and mask.shape[2] > 1:
             mask = torch.cat([mask[:, :, :start], mask[:, :, end:]], dim=2)
         exact = attend(rest, k, v, mask)
@@ -239,7 +239,8 @@ def weighed(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, exact: int) -
     mask = None
     if bias.shape[1:3] == (1, 1):
         whole = bias[:, 0, 0] * d**0.5
-        high = whole.to(keys.dtype)
+        # Of heads above 171 channels, float16 does not hold the root of d times HIDDEN in one number.
+        high = whole.clamp(min=torch.finfo(keys.dtype).min).to(keys.dtype)
         columns = torch.stack([high, (whole - high.to(whole.dtype)).to(keys.dtype)], dim=2)  # (B or 1, M, 2)
         columns = F.pad(columns, (0, ADDED_COLUMNS - 2))[:, None]
         keys = torch.cat([keys, columns.expand(*keys.shape[:3], -1)], dim=3)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deltaconv_core import DeltaConvError
 from deltaconv_core.mixers.hybrid import HybridMixer, HybridSpec, nystrom
 from deltaconv_core.mixers.hybrid.cells import Cells
+from deltaconv_core.mixers.hybrid.landmarks import own_share
 from deltaconv_core.mixers.hybrid.nystrom import RIDGE, solved, solved_by_products
 from deltaconv_core.mixers.hybrid.reference import cells_of, reference_hybrid
 from testing.compare import relative_l2
@@ -242,6 +243,14 @@ def test_half_precision(kind, dtype):
     assert (y.float() - exact).norm() / exact.norm() < 2 * torch.finfo(dtype).eps
     stored = mixer.to(dtype)(*tokens(grid), grid)  # parameters in half, as in a file
     assert stored.dtype == torch.float32
+
+
+def test_the_share_of_a_query_s_own_cell_stays_within_float16():
+    """Scores of 80,000 before they are divided by the root of d, as GPUs compute them in float16."""
+    q, grid = torch.full((1, 1, 12, 64), 50.0), (3, 4)
+    k = q * torch.linspace(0.3, 0.5, 12)[:, None]
+    exact, half = (own_share(a, b, Cells.of(grid, 4, None, a)) for a, b in ((q, k), (q.half(), k.half())))
+    torch.testing.assert_close(half.float(), exact, rtol=1e-2, atol=1e-3)
 
 
 class Largest(TorchDispatchMode):

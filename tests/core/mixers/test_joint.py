@@ -183,6 +183,14 @@ def test_half_precision_errs_as_attention_does(dtype, mask):
     assert own <= 2 * theirs
 
 
+def test_hidden_keys_of_wide_heads_stay_within_float16():
+    mixer, layout = JointMixer(JointSpec(512, 2, 256, landmarks=6, kernel_size=0)), JointLayout((5, 6), 4)
+    q, k, v = torch.randn(3, 1, 2, 34, 256, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(34)[None, None, None] != 2
+    y = mixer(q.half(), k.half(), v.half(), layout, mask)
+    torch.testing.assert_close(y.float(), mixer(q, k, v, layout, mask), rtol=1e-2, atol=2e-3)
+
+
 @pytest.mark.parametrize("size", [1, 3, 9])
 @pytest.mark.parametrize("grid", [(16, 32), (5, 7), (17, 33), (1, 1)])
 def test_kernels_by_tiles_are_the_convolution(grid, size, monkeypatch):
