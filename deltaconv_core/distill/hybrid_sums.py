@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -38,10 +39,12 @@ class HybridSums:
         self.answers += answers.square().sum(dim=1)
 
     def error(self, change: Tensor) -> float:
-        """The relative error of the start plus a change (heads or channels, F) of its parameters."""
+        """The relative error of the start plus a change (heads or channels, F) of its parameters; infinite
+        where attention answered nothing."""
         bent = (self.gram @ change[..., None])[..., 0]
         squares = self.rest.sum() - 2 * (change * self.products).sum() + (change * bent).sum()
-        return float((squares.clamp(min=0) / self.answers.sum()).sqrt())
+        error = float((squares.clamp(min=0) / self.answers.sum()).sqrt())
+        return math.inf if math.isnan(error) else error
 
     def solve(self, ridge: float) -> Tensor:
         """(heads or channels, F): the change from the start.
@@ -106,4 +109,5 @@ def add_queries(
     else:
         by = x.permute(1, 4, 0, 2, 3).flatten(0, 1).flatten(1, 2)
         flat = [t.permute(1, 3, 0, 2).flatten(0, 1).flatten(1) for t in (rest, answers)]
-    sums.add(*(t.to(sums.gram.device, torch.float64) for t in (by, *flat)))
+    # Moved first: Apple's GPUs have no float64.
+    sums.add(*(t.to(sums.gram.device).double() for t in (by, *flat)))

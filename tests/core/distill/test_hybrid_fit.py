@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -316,6 +317,16 @@ def test_sites_that_nobody_asked_for_and_that_are_never_called():
         fit.see("a", *call(number), (6, 8))
         fit.see("c", *call(number), (6, 8))
     assert list(fit.fitted()) == ["a"] and fit.grids == {"a": (6, 8)}
+
+
+def test_an_attention_that_answers_nothing_has_no_finite_error():
+    fit = HybridFit({"a": [BOTH]}, FitSettings(held_out=2))
+    for number in range(2):
+        fit.picture(number)
+        q, k, v = call(number)
+        fit.see("a", q, k, 0 * v, (6, 8))
+    (one,) = fit.fitted()["a"]
+    assert one.error == one.start_error == math.inf
 
 
 @pytest.mark.parametrize("change", [{"rows": 0}, {"ridge": -1.0}, {"held_out": 1}, {"memory": 0}])
