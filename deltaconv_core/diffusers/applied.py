@@ -53,7 +53,7 @@ class AppliedBlocks(nn.Module):
     among its parameters nor in its state dict, and saving the model does not write them.
 
     Args:
-        blocks: site id -> DeltaConvBlock or HybridMixer.
+        blocks: site id -> DeltaConvBlock, HybridMixer or JointMixer.
         attentions: site id -> the attention that the block stands in for.
         about: what was done, for `applied`.
     """

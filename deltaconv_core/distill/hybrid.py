@@ -5,10 +5,10 @@ queries: the Gram matrix of the features and their products with what attention 
 for some queries of each call, drawn by the seed, and forgotten with the call. There are two sets of them, of
 the pictures that parameters are solved from and of those held out, whose error follows from the sums as well.
 So memory does not grow with the pictures: it is that of the sums, known before the first call (`sums_bytes`),
-and of one call's features (CHUNK).
+and of one call's features (FEATURE_BYTES).
 
-What is solved for is the change from the mixer as it starts, with a ridge of `Settings.ridge` times the mean
-of the Gram matrix's diagonal: with few pictures a mixer stays near its start.
+What is solved for is the change from the mixer as it starts, with a ridge of `FitSettings.ridge` times the
+mean of the Gram matrix's diagonal: with few pictures a mixer stays near its start.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Token mixers that ΔConv is compared with."""
+"""Token mixers other than ΔConvBlock that can stand at a site."""

@@ -54,10 +54,10 @@ def matching_sites(
 
 
 def check_heads(checkpoint: Any, heads: Mapping[str, int], model: str = "model") -> None:
-    """Checks that hybrid mixers have the heads of the attentions that they stand between the projections of.
+    """Checks that mixers have the heads of the attentions that they stand between the projections of.
 
     Args:
-        checkpoint: hybrid mixers (`Checkpoint`).
+        checkpoint: hybrid or joint mixers (`Checkpoint`).
         heads: site id -> heads of the attention there, of the sites where they are to stand.
         model: what the host calls its models, for messages.
 
