@@ -76,8 +76,8 @@ def load_joint(folder: Path, dtype: torch.dtype, variant: str | None) -> Any:
     Raises:
         DeltaConvError: a folder that cannot be loaded.
     """
-    index = read_index(folder)
-    if (index.get("transformer") or [None])[-1] not in JOINT_FAMILIES:
+    named = read_index(folder).get("transformer")
+    if not isinstance(named, list) or named[-1] not in JOINT_FAMILIES:
         return None
     with loading(folder):
         pipeline = load_pipeline(folder, dtype, variant)

@@ -7,10 +7,11 @@ import shutil
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 from deltaconv_core.cli import main
-from deltaconv_core.diffusers.pipeline_folder import read_index
+from deltaconv_core.diffusers.pipeline_folder import load_joint, read_index
 from deltaconv_core.errors import DeltaConvError
 from testing.diffusers_models import make_pipeline
 
@@ -243,6 +244,12 @@ def test_published_folders_are_taken(folder):
         json.dumps({"weight_map": {"w": "diffusion_pytorch_model-00001-of-00002.safetensors"}})
     )
     assert read_index(folder)["unet"] == ["diffusers", "UNet2DConditionModel"]
+
+
+@pytest.mark.parametrize("named", [{"a": 1}, 5, "FluxTransformer2DModel", None])
+def test_what_does_not_name_a_transformer_is_of_another_kind(folder, named):
+    index(folder, transformer=named)
+    assert load_joint(folder, torch.float32, None) is None
 
 
 def test_a_folder_that_is_none(tmp_path):
