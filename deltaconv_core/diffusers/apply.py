@@ -121,7 +121,7 @@ def _apply_joint(
     source: str | None,
 ) -> Report:
     """`apply` for a model whose attention is of text and image together."""
-    if checkpoint.mixer != JOINT_KIND:
+    if checkpoint.blocks and checkpoint.mixer != JOINT_KIND:
         raise DeltaConvError(
             f"the weights are of {checkpoint.mixer} blocks for {checkpoint.architecture}, but this model is "
             f"{found.architecture}, whose attention is of text and image together: choose joint mixers made "

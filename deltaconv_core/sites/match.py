@@ -26,9 +26,14 @@ def matching_sites(
         model: what the host calls its models, for messages.
 
     Raises:
-        DeltaConvError: another architecture, other channels, sites that only one of the two has, or a
-            selection that names no site.
+        DeltaConvError: no block, another architecture, other channels, sites that only one of the two has, or
+            a selection that names no site.
     """
+    if not checkpoint.blocks:
+        raise DeltaConvError(
+            "the weights hold no block, as after a conversion that leaves all attention; convert at a larger "
+            f"size, or allow larger errors, or use the {model} without weights"
+        )
     chosen = select(selection, channels)
     trained = {id: block.spec.dim for id, block in checkpoint.blocks.items()}
     differences = _differences(trained, channels, model)

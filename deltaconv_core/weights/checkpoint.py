@@ -213,7 +213,10 @@ def check_sites(path: str, architecture: str, specs: Mapping[str, Any]) -> None:
     if not architecture or not isinstance(architecture, str):
         raise CheckpointError(f"{path}: expected the name of an architecture, got {quoted(architecture)}")
     if not specs:
-        raise CheckpointError(f"{path}: the checkpoint holds no block, expected at least one")
+        raise CheckpointError(
+            f"{path}: the checkpoint holds no block, expected at least one; a conversion that leaves all "
+            "attention has none: convert at a larger size, or allow larger errors"
+        )
     if architecture not in ARCHITECTURES:
         return
     channels = site_channels(architecture)

@@ -203,6 +203,7 @@ def test_another_attention_backend_is_named_once(caplog):
         (lambda c: None, {"end_percent": 0.5}, "run in all of the sampling"),
         (lambda c: None, {"blocks": "mid"}, "matches no site"),
         (lambda c: c.blocks.popitem(), {}, "none for single_transformer_blocks.1.attn"),
+        (lambda c: c.blocks.clear(), {}, "hold no block.* use the model without"),
     ],
 )
 def test_what_does_not_go_together_is_refused(change, options, said):

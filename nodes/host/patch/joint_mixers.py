@@ -228,7 +228,8 @@ def apply_joint(
         DeltaConvError: the MODEL, the checkpoint and the settings do not go together; nothing was changed.
     """
     joint, alone = checkpoint.mixer == JOINT_KIND, found.of_image_alone
-    if not joint and (checkpoint.mixer, checkpoint.architecture) != (DELTACONV_KIND, alone and "sd3"):
+    known = joint or (checkpoint.mixer, checkpoint.architecture) == (DELTACONV_KIND, alone and "sd3")
+    if checkpoint.blocks and not known:
         raise DeltaConvError(
             f"the weights are of {checkpoint.mixer} blocks for {checkpoint.architecture}, which replace "
             f"attention among the tokens of an image alone, but this MODEL is {found.architecture}, whose "

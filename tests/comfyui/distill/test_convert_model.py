@@ -106,8 +106,10 @@ def test_where_nothing_pays_the_model_comes_out_as_it_came_in(pack, unet, times,
     patched, checkpoint, report = run_node(pack, unet).args
     assert patched is unet and not checkpoint.blocks and "0 of 5 self-attentions" in report
     assert "attention is cheap here" in report
-    with pytest.raises(Exception, match="holds no block"):
+    with pytest.raises(Exception, match=r"holds no block.* convert at a larger size"):
         in_pack(pack, "nodes.save_weights").SaveWeights.execute(checkpoint, "none", "fp16")
+    with pytest.raises(Exception, match=r"hold no block.* convert at a larger size"):
+        patch(pack, unet, checkpoint)
 
 
 def test_lora_on_the_model_acts_and_is_fitted(pack, unet):

@@ -333,6 +333,7 @@ def test_at_a_size_where_mixers_do_not_pay_attention_runs(pack, ran, monkeypatch
         ("blocks", "whose attention is of text and image together"),
         ("family", "the weights are for qwen_image"),
         ("heads", "of 4 heads at"),
+        ("no block", "hold no block.* use the MODEL without"),
         ("selection", "matches no site"),
         ("unet", "the weights are for flux"),
     ],
@@ -345,6 +346,8 @@ def test_what_does_not_go_together_is_refused(pack, what, said):
         checkpoint = make_checkpoint(pack, make_unet())
     elif what == "family":
         checkpoint.architecture = "qwen_image"
+    elif what == "no block":
+        checkpoint.blocks = {}
     elif what == "heads":
         joint = in_pack(pack, "deltaconv_core.mixers.joint")
         checkpoint.blocks = {
