@@ -178,7 +178,8 @@ class HybridFit:
         """Site id -> a mixer for each of its candidates. Sites that were never called are left out.
 
         Raises:
-            DeltaConvError: there were pictures of one kind only, those to solve from or those held out.
+            DeltaConvError: there were pictures of one kind only, those to solve from or those held out, or
+                nothing can be solved from them (`HybridSums.solve`).
         """
         least = self.settings.held_out
         if self.pictures < least:

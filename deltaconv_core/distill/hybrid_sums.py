@@ -50,8 +50,13 @@ class HybridSums:
         """(heads or channels, F): the change from the start.
 
         Raises:
-            DeltaConvError: there is not one best change.
+            DeltaConvError: there is not one best change, or the sums are not finite.
         """
+        if not (self.gram.isfinite().all() and self.products.isfinite().all()):
+            raise DeltaConvError(
+                "the model's attention computed NaN or infinite numbers, which no mixer can be fitted to; "
+                "run the model in bfloat16 or float32"
+            )
         size = self.gram.shape[-1]
         scale = self.gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
         eye = torch.eye(size, dtype=self.gram.dtype, device=self.gram.device)

@@ -121,7 +121,9 @@ class JointNetwork(LoadedModel):
             if id not in taps:
                 return None
             if isinstance(layout, str):
-                raise DeltaConvError(f"no mixer can learn the attention at {id}, since {layout}")
+                raise DeltaConvError(
+                    f"no mixer can learn the attention at {id}, since {layout}; leave it out with `blocks`"
+                )
             return taps[id].answer(JointArguments(q, k, v, layout, mask), usual)
 
         return with_usual(forward, attend)(*args, **call)

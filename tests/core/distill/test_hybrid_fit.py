@@ -275,6 +275,17 @@ def test_sums_without_one_best_solution_are_refused():
         fit.fitted()
 
 
+def test_numbers_that_are_not_finite_are_refused():
+    fit = HybridFit({"a": (BOTH,)}, FitSettings(held_out=2))
+    for number in range(2):
+        fit.picture(number)
+        q, k, v = call(number)
+        v[0, 0, 3, 0] = math.nan
+        fit.see("a", q, k, v, (6, 8))
+    with pytest.raises(DeltaConvError, match="computed NaN or infinite numbers.* in bfloat16 or float32"):
+        fit.fitted()
+
+
 def test_too_few_pictures_are_refused():
     with pytest.raises(DeltaConvError, match="at least 3 pictures, .* got 2"):
         run(Model(), pictures=2)
