@@ -231,6 +231,7 @@ def fit_and_choose(
     fitted = fit_hybrids(
         fit, lambda see: watched(meter.see), meter.sample, wishes.pictures, on_picture=on_picture
     )
+    fit.forget()  # a model's hooks may keep the fit for a while, and timing needs memory
     if not fitted:
         raise DeltaConvError(
             f"none of the {len(sites)} self-attentions was called in the usual way; something on this model "

@@ -199,6 +199,10 @@ class HybridFit:
                 found[site].append(Fitted(mixer, *errors))
         return found
 
+    def forget(self) -> None:
+        """Drops the sums, which may take a GPU's memory; what was fitted stays."""
+        self._sums.clear()
+
     def _mixer(self, spec: Any, w: Tensor) -> Any:
         """The mixer with these parameters, in float32."""
         return unpack(spec, w)

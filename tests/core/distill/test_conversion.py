@@ -11,6 +11,7 @@ import torch
 from deltaconv_core import DeltaConvError, load_checkpoint, save_checkpoint
 from deltaconv_core.distill import conversion, conversion_report
 from deltaconv_core.distill.conversion import Wishes, candidates, fit_and_choose
+from deltaconv_core.distill.hybrid import HybridFit
 
 SMOOTH, ROUGH, SMALL = "smooth", "rough", "small"
 GRIDS = {SMOOTH: (16, 12), ROUGH: (16, 12), SMALL: (4, 4)}
@@ -172,6 +173,22 @@ def test_attentions_that_the_last_picture_does_not_call_count_as_in_the_others(t
     result = converted(Wishes("speed", 0.8, pictures=5), Short())
     assert {layer.calls for layer in result.layers} == {2}
     assert "of self-attention's time" in conversion_report.report_text(result, (128, 96), 5)
+
+
+def test_the_sums_of_the_fit_are_gone_when_anything_is_timed(times):
+    fits = []
+
+    class Kept(HybridFit):
+        def __init__(self, *args):
+            super().__init__(*args)
+            fits.append(self)
+
+    def attend(q, k, v):
+        assert not fits[0]._sums
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    result = converted(Wishes(limit=0.1), attend=attend, fitting=Kept)
+    assert len(fits) == 1 and len(result.layers) == 3
 
 
 def test_weights_of_it_say_why_attention_stays(times, tmp_path):
