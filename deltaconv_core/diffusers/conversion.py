@@ -33,6 +33,9 @@ class Pictures:
         negative: likewise of all; "" as most people leave it.
         width, height: in pixels; None: the pipeline's own.
         steps: of the sampling.
+
+    Raises:
+        DeltaConvError: no prompts, or a text in place of a list of them.
     """
 
     prompts: Sequence[str] = ("a photograph",)
@@ -40,6 +43,10 @@ class Pictures:
     width: int | None = None
     height: int | None = None
     steps: int = 4
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompts, str) or not self.prompts:
+            raise DeltaConvError(f"expected a list of prompts, at least one, got {self.prompts!r}")
 
     def half(self, multiple: int) -> Pictures:
         """Of half the width and height, in multiples of so many pixels."""

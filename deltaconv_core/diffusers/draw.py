@@ -9,6 +9,8 @@ import torch
 
 from ..errors import DeltaConvError
 
+SEEDS = -(2**63), 2**64 - 1  # that PyTorch takes
+
 
 def draw_picture(pipeline: Any, prompt: str, *, steps: int, seed: int, **options: Any) -> None:
     """Draws, and drops the picture.
@@ -16,13 +18,17 @@ def draw_picture(pipeline: Any, prompt: str, *, steps: int, seed: int, **options
     Args:
         pipeline: of diffusers.
         prompt: of the picture.
-        steps: of the sampling.
-        seed: of the noise.
+        steps: of the sampling, at least 1.
+        seed: of the noise, within SEEDS.
         options: of the pipeline's call; those that it does not know are left out.
 
     Raises:
         DeltaConvError: a picture that it cannot draw.
     """
+    if steps < 1:
+        raise DeltaConvError(f"expected at least one step, got {steps}")
+    if not SEEDS[0] <= seed <= SEEDS[1]:
+        raise DeltaConvError(f"expected a seed from {SEEDS[0]} to {SEEDS[1]}, got {seed}")
     known = inspect.signature(type(pipeline).__call__).parameters
     options |= {
         "num_inference_steps": steps,

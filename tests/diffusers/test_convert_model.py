@@ -108,6 +108,18 @@ def test_where_nothing_pays_no_file_is_written(tmp_path, capsys, monkeypatch):
     assert not file.exists()
 
 
+@pytest.mark.parametrize("prompts", ["a cat", ()])
+def test_prompts_are_a_list(prompts):
+    with pytest.raises(DeltaConvError, match="expected a list of prompts"):
+        Pictures(prompts)
+
+
+@pytest.mark.parametrize(("steps", "seed", "message"), [(0, 0, "one step, got 0"), (1, 2**64, "a seed from")])
+def test_what_no_picture_can_be_drawn_with_is_refused(tmp_path, steps, seed, message):
+    with pytest.raises(DeltaConvError, match=message):
+        convert(make_pipeline(tmp_path), Pictures(("a cat",), steps=steps, **SIZE), Wishes(seed=seed))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
