@@ -238,6 +238,12 @@ def test_refusals(times, wishes, message):
         converted(Wishes(**wishes))
 
 
+def test_of_two_pictures_the_one_that_loads_the_model_is_not_the_measure():
+    meter = conversion._Meter(HybridFit(specs()), lambda number: None, lambda: None)
+    meter._pictures = [(192, 30.0), (48, 0.5), (192, 2.0)]
+    assert meter.picture == 2.0
+
+
 def test_times_are_measured():
     result = fit_and_choose(specs(), (model := Model()).watched, model.sample, Wishes(limit=1.0))
     assert all(0 < layer.seconds[0] < 1 and 0 < layer.twice[0] < 10 for layer in result.layers)
