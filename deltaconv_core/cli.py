@@ -19,7 +19,7 @@ COMMANDS = {
     "convert": "read a checkpoint of any known form and write it in another",
     "locality": "show how local a diffusers model's self-attention is",
     "bench": "measure what self-attention and ΔConv cost on this machine",
-    "convert-model": "replace a diffusers model's self-attention by hybrid mixers, in minutes, untrained",
+    "convert-model": "replace a diffusers model's self-attention by cheaper mixers, in minutes, untrained",
     "distill": "train ΔConv blocks to stand in for a model's self-attention",
 }
 

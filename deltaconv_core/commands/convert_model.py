@@ -1,4 +1,4 @@
-"""`convert-model`: hybrid mixers for a diffusers model, fitted in minutes and without training."""
+"""`convert-model`: hybrid or joint mixers for a diffusers model, fitted in minutes and without training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hybrid mixers for a diffusers pipeline, fitted while it draws pictures, and timed here."""
+"""Hybrid or joint mixers for a diffusers pipeline, fitted while it draws pictures, and timed here."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Converting a model: hybrid mixers fitted to its self-attention, timed, and chosen within a budget.
+"""Converting a model: hybrid or joint mixers fitted to its attention, timed, and chosen within a budget.
 
 Nothing is trained. The model samples a few pictures; on the way several mixers are fitted to each attention
-(`hybrid`). Then attention and mixers are timed on random queries, keys and values, at the size of those
-pictures and at twice that size, and a budget decides where a mixer stands in for attention, and which one:
-never one that is not faster at the size of the pictures. What follows from the seed are the mixers; the
-choice also depends on the times, which this machine gives.
+(`hybrid`, `joint_fit`). Then attention and mixers are timed on random queries, keys and values, at the size
+of those pictures and at twice that size, and a budget decides where a mixer stands in for attention, and
+which one: never one that is not faster at the size of the pictures. What follows from the seed are the
+mixers; the choice also depends on the times, which this machine gives.
 """
 
 from __future__ import annotations

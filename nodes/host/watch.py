@@ -118,7 +118,7 @@ def sample(
     Args:
         clone: of a MODEL.
         conditions: "positive", and "negative" where there is guidance.
-        samples: (B, C, H, W), whose size and content the sampling starts from.
+        samples: (B, C, ..., H, W), whose size and content the sampling starts from.
         steps: how many.
         seed: of the noise.
         turn_to: told the number of each step before it, and at last their number.

@@ -30,7 +30,8 @@ def features(
 
     Args:
         spec: of the mixer.
-        q, k, v, grid, mask: as `HybridMixer` takes them; computed in their dtype.
+        q, k, v, grid: as `HybridMixer` takes them; computed in their dtype.
+        mask: (B, H * W) of the keys, bool or floating point; None: none.
         rows: (n,) numbers of the queries.
     """
     weights = key_weights(mask, q)

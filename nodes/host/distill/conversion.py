@@ -1,4 +1,4 @@
-"""Hybrid mixers for a MODEL, fitted while it samples, timed here, and put in place of its self-attention."""
+"""Hybrid or joint mixers for a MODEL, fitted while it samples, timed here, and put on it."""
 
 from __future__ import annotations
 

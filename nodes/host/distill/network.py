@@ -68,7 +68,7 @@ class LoadedModel:
         return (batch.noisy - self.alpha(sigma) * clean) / sigma
 
     def clean(self, noisy: Tensor, sigma: Tensor, conditions: Mapping[str, Any]) -> Tensor:
-        """The clean latents (B, C, H, W) that the model sees in noisy ones, at sigmas (B,)."""
+        """The clean latents (B, C, ..., H, W) that the model sees in noisy ones, at sigmas (B,)."""
         options = {**self.options["transformer_options"], "sigmas": sigma, "cond_or_uncond": [0]}
         call = {**conditions, "transformer_options": options}
         if wrapper := self.options.get("model_function_wrapper"):
@@ -86,13 +86,13 @@ class LoadedModel:
         return 1 - sigma if self.flow else torch.ones_like(sigma)
 
     def batch(self, clean: Tensor, noise: Tensor, sigma: Tensor, conditions: Mapping[str, Any]) -> Batch:
-        """A batch of clean latents (B, C, H, W) under noise at sigmas (B,)."""
+        """A batch of clean latents (B, C, ..., H, W) under noise at sigmas (B,)."""
         scale = _column(sigma, clean)
         noisy = self.alpha(scale) * clean + scale * noise
         return Batch(noisy, noise, (self.alpha(sigma) / sigma).square(), (sigma, conditions))
 
     def encode(self, condition: dict[str, Any], latent: Tensor) -> dict[str, Any]:
-        """What the model makes of a condition for a latent (1, C, H, W); `join` makes a call's of several."""
+        """What the model makes of a condition for a latent (1, C, ..., H, W); `join` joins several."""
         return encode_condition(self.base, condition, latent, self.device)
 
     @staticmethod
