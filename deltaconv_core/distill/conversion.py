@@ -74,8 +74,10 @@ def candidates(dim: int, heads: int, head_dim: int) -> list[HybridSpec]:
 
 
 def in_turn(sizes: Sequence[T], number: int) -> T:
-    """The size of the picture of a number, so that of those held out, one in four, each has its part too."""
-    return sizes[(number + number // FitSettings.held_out) % len(sizes)]
+    """The size of the picture of a number: of those held out, one in four, the first has the first size, and
+    each size has its part.
+    """
+    return sizes[(number + 1 + number // FitSettings.held_out) % len(sizes)]
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class Conversion:
         picture: seconds that sampling a picture took with attention everywhere.
         wishes: what was wanted.
         more: layers that stay attention at this size, and would not at twice the height and width.
-        images: (H, W) in tokens of the images that joint mixers were fitted to.
+        images: (H, W) in tokens of the images that joint mixers were fitted to, the largest first.
     """
 
     mixers: dict[str, HybridMixer | JointMixer]
@@ -252,7 +254,8 @@ def fit_and_choose(
             ConvertedLayer(site, fit.grids[site], mixer, error, meter.counts[site], seconds, larger)
         )
     more = len(later.mixers.keys() - chosen.mixers.keys())
-    return Conversion(chosen.mixers, chosen.kept, layers, meter.picture, wishes, more, tuple(meter.images))
+    images = sorted(meter.images, key=math.prod, reverse=True)
+    return Conversion(chosen.mixers, chosen.kept, layers, meter.picture, wishes, more, tuple(images))
 
 
 Known = Mapping[str, Mapping[MixerSpec | None, float]]

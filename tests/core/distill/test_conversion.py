@@ -238,6 +238,14 @@ def test_refusals(times, wishes, message):
         converted(Wishes(**wishes))
 
 
+def test_errors_are_measured_at_the_size_that_is_wished_for_first():
+    """Every fourth picture is held out; of the others each size has half."""
+    drawn = [conversion.in_turn(["whole", "half"], number) for number in range(8)]
+    assert drawn[3::4] == ["whole", "half"]
+    assert sorted(drawn[:3] + drawn[4:7]) == ["half"] * 3 + ["whole"] * 3
+    assert {conversion.in_turn(["whole"], number) for number in range(8)} == {"whole"}
+
+
 def test_of_two_pictures_the_one_that_loads_the_model_is_not_the_measure():
     meter = conversion._Meter(HybridFit(specs()), lambda number: None, lambda: None)
     meter._pictures = [(192, 30.0), (48, 0.5), (192, 2.0)]
