@@ -56,7 +56,7 @@ class JointModel:
         attentions: site id -> the attention.
         read: (arguments of the model's forward) -> what its call is.
         plan: which of mixer and attention is faster.
-        said: what was logged already.
+        said: what was logged already, or its kind.
         call: the running one.
     """
 
@@ -82,11 +82,11 @@ class JointModel:
         given = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
         self.call = self.read(given.arguments)
 
-    def say(self, sentence: str) -> None:
-        """Logs it once."""
-        if sentence not in self.said:
-            self.said.add(sentence)
-            log.info("ΔConv: %s", sentence)
+    def say(self, sentence: str, level: int = logging.INFO, kind: str = "") -> None:
+        """Logs it once, or the first of a kind."""
+        if (kind or sentence) not in self.said:
+            self.said.add(kind or sentence)
+            log.log(level, "ΔConv: %s", sentence)
 
 
 def find_joint(model: nn.Module) -> JointModel | None:
@@ -114,7 +114,9 @@ class JointForward(ABC):
         if not mode.met:
             self.found.say(
                 f"the attention backend at {self.site} is not PyTorch's own, so joint mixers do not run "
-                "there; set_attention_backend('native') lets them"
+                "there, nor wherever else that is so; set_attention_backend('native') lets them",
+                logging.WARNING,
+                "backend",
             )
         return y
 
@@ -139,7 +141,7 @@ class JointForward(ABC):
             return None  # a second attention beside it, as an IP-Adapter has
         why = call.why_not or (layout and refusal_of_mask(attn_mask, layout))
         if why or layout is None:
-            self.found.say(f"attention stays where joint mixers could be, since {why}")
+            self.found.say(f"attention stays where joint mixers could be, since {why}", logging.WARNING)
             return None
         return self.answer(query, key, value, layout, attn_mask)
 

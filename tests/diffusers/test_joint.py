@@ -186,13 +186,16 @@ def test_mixers_change_what_is_drawn_and_are_replaced_as_a_whole(name, tmp_path)
 def test_another_attention_backend_is_named_once(caplog):
     model = make("flux")
     before = draw(model, "flux")
-    apply(model, mixers(model, **MIXED), blocks="transformer_blocks")
-    attention = model.transformer_blocks[0].attn
+    apply(model, mixers(model, **MIXED))
+    attention, *others = find_joint(model).attentions.values()
     attention.processor = lambda attn, x, encoder_hidden_states=None, *_, **__: (x, encoder_hidden_states)
-    with caplog.at_level("INFO"):
+    for other in others:
+        other.processor = lambda attn, x, *_, **__: x
+    with caplog.at_level("WARNING"):
         draw(model, "flux")
         draw(model, "flux")
-    assert caplog.text.count("the attention backend at transformer_blocks.0.attn is not PyTorch's") == 1
+    assert caplog.text.count("the attention backend at ") == 1
+    assert "at transformer_blocks.0.attn is not PyTorch's own" in caplog.text
     assert before.isfinite().all()
 
 
@@ -333,7 +336,7 @@ def test_texts_of_several_lengths_are_named(caplog):
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
     call = {"hidden_states": torch.randn(2, 4, 10, 14), "timestep": torch.tensor([0.7, 0.7])}
     call |= {"encoder_hidden_states": torch.randn(2, TEXT, 12), "encoder_attention_mask": mask}
-    with caplog.at_level("INFO"):
+    with caplog.at_level("WARNING"):
         masked = model(**call).sample
     assert "since texts of 2, 4 tokens are in one batch" in caplog.text
     remove(model)
