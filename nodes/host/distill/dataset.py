@@ -128,7 +128,8 @@ class Batches:
         batch_size: samples in each batch; the last of a size take in some from its beginning.
         seed: what everything random follows from.
         dropout: part of the captions that the dataset's empty one stands in for, if it has one.
-        by_batch: drop either all captions of a batch or none.
+        by_batch: drop either all captions of a batch or none; so it is anyway where the empty one and the
+            batch's do not fit into one call, as texts of other lengths do not in PixArt or Qwen-Image.
     """
 
     def __init__(
@@ -152,9 +153,8 @@ class Batches:
         samples = [self.dataset.samples[i] for i in self.order(number)]
         clean = torch.cat([sample.latent for sample in samples])
         count = len(self.network.sigmas)
-        noise, levels, dropped = draw(
-            self.seed, number, clean.shape, count, self.dropout, by_batch=self.by_batch
-        )
+        by_batch = self.by_batch or not self._takes_empty(samples[0])
+        noise, levels, dropped = draw(self.seed, number, clean.shape, count, self.dropout, by_batch=by_batch)
         empty = self.dataset.empty
         encoded = [
             self.network.encode(empty if drop and empty is not None else sample.condition, sample.latent)
@@ -163,6 +163,14 @@ class Batches:
         device = self.network.device
         sigma = self.network.sigmas.to(device)[levels.to(device)]
         return self.network.batch(clean.to(device), noise.to(device), sigma, self.network.join(encoded))
+
+    def _takes_empty(self, sample: Sample) -> bool:
+        """Whether the empty caption fits into one call with the sample's, if any is ever dropped."""
+        empty = self.dataset.empty
+        if empty is None or not self.dropout:
+            return True
+        first, second = (self.network.encode(one, sample.latent) for one in (empty, sample.condition))
+        return self.network.fit(first, second)
 
     def _group(self) -> list[list[int]]:
         groups: list[tuple[torch.Size, dict[str, Any], list[int]]] = []

@@ -130,6 +130,20 @@ def test_dropped_captions(pack, unet):
     assert all(without(n)[3][0]["text"] == "a" for n in range(50))
 
 
+def test_captions_that_do_not_fit_the_empty_one_are_dropped_by_batch(pack, unet):
+    module = in_pack(pack, "nodes.host.distill.dataset")
+
+    class OfOneLength(FakeNetwork):
+        def fit(self, first, second):
+            return len(first["text"]) == len(second["text"])
+
+    samples = [module.Sample(torch.zeros(1, 4, 8, 8), {"text": text}) for text in ("a", "b", "c", "d")]
+    batches = module.Batches(OfOneLength(), module.Dataset(samples, {"text": ""}), 4, seed=0, dropout=0.25)
+    texts = [{one["text"] for one in batches(number)[3]} for number in range(400)]
+    assert all(seen in ({""}, {"a", "b", "c", "d"}) for seen in texts)
+    assert 70 < texts.count({""}) < 130
+
+
 def timed(start, end):
     return [[torch.zeros(1, 5, 16), {"start_percent": start, "end_percent": end}]]
 

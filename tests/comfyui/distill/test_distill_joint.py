@@ -86,6 +86,14 @@ def test_a_cancel_before_the_first_step_leaves_nothing(pack, output, monkeypatch
     assert not any("forward" in vars(module) for module in model.model.modules())
 
 
+def test_an_empty_caption_may_be_shorter_than_those_of_its_batch(pack):
+    _, patched = started(pack, "qwen_image")
+    ((text, more),) = joint_conditioning("qwen_image")
+    data, negative = latents((4, 16, 12, 16)), [[[text[:, :2], more]]]
+    job = JOB | {"batch_size": 2, "negative": negative, "caption_dropout": 0.5}
+    assert distil(pack, patched, data, [joint_conditioning("qwen_image")], **job).args[3] == 6
+
+
 def test_only_chosen_mixers_learn(pack):
     _, patched = started(pack, "flux")
     mixers = in_pack(pack, "nodes.host.patch.applied").blocks_on(patched).checkpoint
