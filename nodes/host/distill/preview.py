@@ -86,7 +86,10 @@ class Preview:
         factors = torch.tensor(self.format.latent_rgb_factors, dtype=torch.float32).T
         bias: Any = getattr(self.format, "latent_rgb_factors_bias", None)
         bias = None if bias is None else torch.tensor(bias, dtype=torch.float32)
-        colors = nn.functional.linear(latent[0].float().cpu().movedim(0, -1), factors, bias)
+        latent = latent.float().cpu()
+        if unpacked := getattr(self.format, "latent_rgb_factors_reshape", None):  # FLUX.2: 2 x 2 in one
+            latent = unpacked(latent)
+        colors = nn.functional.linear(latent[0].movedim(0, -1), factors, bias)
         colors = colors.reshape(latent.shape[-2], latent.shape[-1], 3)  # of an only frame, too
         return colors.add(1).mul(127.5).clamp(0, 255).byte()
 

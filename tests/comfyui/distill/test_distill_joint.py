@@ -127,7 +127,7 @@ def test_what_was_learned_loads_in_the_patch_node(pack, tmp_path):
     assert same_weights(weights(put_on.checkpoint), weights(checkpoint))
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen_image"])
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image"])
 def test_previews_show_attention_beside_the_mixers(pack, name, monkeypatch):
     _, patched = started(pack, name)
     drawn = []
