@@ -297,8 +297,8 @@ class HybridFit:
 
     def _of(self, site: str, device: torch.device) -> list[tuple[HybridSums, HybridSums]]:
         """The sums of a site: for each candidate those to solve from and those held out."""
-        # Apple's GPUs have no float64.
-        place = torch.device("cpu") if device.type == "mps" else device
+        # Apple's GPUs and some of Intel's have no float64.
+        place = device if device.type == "cuda" else torch.device("cpu")
         if site not in self._sums:
             self._sums[site] = self._empty(site, place)
         for sums in self._sums[site]:

@@ -114,5 +114,5 @@ def add_queries(
     else:
         by = x.permute(1, 4, 0, 2, 3).flatten(0, 1).flatten(1, 2)
         flat = [t.permute(1, 3, 0, 2).flatten(0, 1).flatten(1) for t in (rest, answers)]
-    # Moved first: Apple's GPUs have no float64.
+    # Moved first: not all GPUs have float64.
     sums.add(*(t.to(sums.gram.device).double() for t in (by, *flat)))

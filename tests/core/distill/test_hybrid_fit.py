@@ -310,6 +310,12 @@ def test_memory_is_that_of_the_sums_and_known_before():
     HybridFit({"a": specs}, FitSettings(memory=held))
 
 
+@pytest.mark.parametrize("kind", ["mps", "xpu", "privateuseone"])
+def test_sums_are_on_the_cpu_where_a_gpu_may_have_no_float64(kind):
+    ((own, held_out),) = HybridFit({"a": [BOTH]})._of("a", torch.device(kind))
+    assert own.gram.device.type == held_out.gram.device.type == "cpu"
+
+
 def test_sd15_at_full_size_fits_into_a_gibibyte():
     """By head, 7 x 7 kernels at two scales, the mean and the landmarks, three candidates at all 16 sites."""
     widths = {320: 5, 640: 5, 1280: 6}
