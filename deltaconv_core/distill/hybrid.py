@@ -31,6 +31,7 @@ from ..mixers.hybrid import HybridMixer, HybridSpec
 from ..mixers.hybrid.features import count, features, unpack
 from ..mixers.hybrid.flops import hybrid_flops
 from ..mixers.joint import JointMixer, JointSpec
+from ..util.devices import float64_device
 from ..util.foreign_json import parse_json
 from ..util.text import listing, quoted
 from ..weights.safefile import Pathlike, read_file, write_file
@@ -297,8 +298,7 @@ class HybridFit:
 
     def _of(self, site: str, device: torch.device) -> list[tuple[HybridSums, HybridSums]]:
         """The sums of a site: for each candidate those to solve from and those held out."""
-        # Apple's GPUs and some of Intel's have no float64.
-        place = device if device.type == "cuda" else torch.device("cpu")
+        place = float64_device(device)
         if site not in self._sums:
             self._sums[site] = self._empty(site, place)
         for sums in self._sums[site]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, float64, nn
 
 from ..errors import DeltaConvError
+from ..util.devices import float64_device
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def check_unpacked(
 
 def _squares(base: Tensor, loaded: Tensor) -> tuple[float, float]:
     """(|base - loaded|², |loaded|²)"""
-    loaded = loaded.float()
+    loaded = loaded.to(float64_device(loaded.device)).float()
     change = base.to(loaded) - loaded
     return change.square().sum(dtype=float64).item(), loaded.square().sum(dtype=float64).item()
 

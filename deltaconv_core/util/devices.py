@@ -50,6 +50,11 @@ def pick_device(name: str | None = None) -> torch.device:
     return device
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Where to compute in float64 what is on a device: Apple's GPUs and some of Intel's cannot."""
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """The named dtype; None: float32 on a CPU, float16 elsewhere.
 
