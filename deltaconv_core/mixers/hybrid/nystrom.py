@@ -40,6 +40,8 @@ def products_are_faster(a: Tensor) -> bool:
 
 def solved(gram: Tensor, right: Tensor) -> Tensor:
     """gram^-1 right by Cholesky factors."""
+    if gram.device.type == "mps":  # most versions of PyTorch cannot solve there
+        return solved(gram.cpu(), right.cpu()).to(gram.device)
     # Not `cholesky`, which waits for the GPU to see whether it failed; with the ridge it cannot.
     factor, _ = torch.linalg.cholesky_ex(gram)
     return torch.cholesky_solve(right, factor)

@@ -166,6 +166,16 @@ def test_products_are_for_gpus(monkeypatch, place, landmarks, tf32, products):
     assert nystrom.products_are_faster(a) == products
 
 
+def test_apple_s_gpus_leave_cholesky_factors_to_the_cpu():
+    class Place(str):
+        type = "mps"
+
+    a = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(0))
+    gram, right = a @ a.mT + torch.eye(6), a[..., :3]
+    there = [SimpleNamespace(device=Place("cpu"), cpu=lambda t=t: t) for t in (gram, right)]
+    torch.testing.assert_close(solved(*there), torch.linalg.solve(gram, right))
+
+
 class Copies(TorchDispatchMode):
     """Keeps how many numbers each operator copies that does nothing else."""
 
