@@ -45,11 +45,27 @@ def shrink(x: Tensor, scale: float, pooling: str) -> Tensor:
     size = stage_size((height, width), scale)
     if pooling == "average" and (height, width) == (2 * size[0], 2 * size[1]):
         return F.avg_pool2d(x, 2)  # the same windows, without working them out
+    if pooling == "average" and x.device.type == "mps" and (height % size[0] or width % size[1]):
+        return shrink_by_products(x, size)
     if pooling == "average":
         return F.adaptive_avg_pool2d(x, size)
     # F.interpolate computes the size from the scale itself and refuses 0; the operator below takes both.
     smaller: Tensor = torch.ops.aten.upsample_bilinear2d(x, size, False, scale, scale)
     return smaller
+
+
+def shrink_by_products(x: Tensor, size: Size) -> Tensor:
+    """Adaptive average pooling (B, c, H, W) -> (B, c, *size) as products of matrices: on Apple's GPUs most
+    versions of PyTorch refuse sizes that do not divide."""
+    down, across = (_windows(*sides).to(x.device) for sides in zip(x.shape[2:], size, strict=True))
+    return (down @ x.float() @ across.T).to(x.dtype)
+
+
+def _windows(whole: int, parts: int) -> Tensor:
+    """(parts, whole) shares of what is averaged; windows overlap where the sizes do not divide."""
+    part, at = torch.arange(parts)[:, None], torch.arange(whole)
+    inside = (at >= part * whole // parts) & (at < -(-(part + 1) * whole // parts))
+    return inside / inside.sum(dim=1, keepdim=True)
 
 
 def enlarge(x: Tensor, grid: Size) -> Tensor:

@@ -31,6 +31,21 @@ def test_average_pooling(size, scale):
     torch.testing.assert_close(slow.shrunk(last(x), scale, "average"), last(expected))
 
 
+@pytest.mark.parametrize("scale", [0.5, 1 / 3, 0.7])
+@pytest.mark.parametrize("size", [(7, 5), (15, 11), (11, 4)], ids=str)
+def test_average_pooling_on_apple_s_gpus(size, scale, monkeypatch):
+    class Place(str):
+        type = "mps"
+
+    class There(torch.Tensor):
+        device = Place("cpu")
+
+    x = torch.randn(2, 3, *size)
+    expected = F.adaptive_avg_pool2d(x, ops.stage_size(size, scale))
+    monkeypatch.delattr(F, "adaptive_avg_pool2d")
+    torch.testing.assert_close(torch.Tensor(ops.shrink(x.as_subclass(There), scale, "average")), expected)
+
+
 @pytest.mark.parametrize("scale", [0.5, 1 / 3, 0.25, 0.7])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_bilinear_pooling_steps_by_the_scale(size, scale):
