@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..words import token_rows
+from ..words import SLOTS, Prompt, token_rows
 from .diffusion import FULL, TIMESTEPS, drop_words, picture_weight
 from .drawings import Scene, draw, every_prompt, is_held_out, random_scene
 
@@ -53,7 +53,9 @@ class Lessons(Dataset[Lesson]):
     """Lessons by step number: the same on every machine and after every resume.
 
     Every size costs about the same time a step: ``batch_size`` pictures of 48x48, fewer of larger ones.
-    ``shares`` says how many of the steps each size gets.
+    ``shares`` says how many of the steps each size gets. ``other_shapes`` is the part of the pictures that
+    come with the word of a random shape: for a guided training, in which the words decide what is right, not
+    the picture.
     """
 
     def __init__(
@@ -64,8 +66,10 @@ class Lessons(Dataset[Lesson]):
         object_weight: float = 6.0,
         whole_drop: float = 0.1,
         word_drop: float = 0.08,
+        other_shapes: float = 0.0,
     ) -> None:
         self.batch_size, self.seed, self.object_weight = batch_size, seed, object_weight
+        self.other_shapes = other_shapes
         self.sizes = list(shares)
         self.shares = np.array(list(shares.values())) / sum(shares.values())
         self.drops = (whole_drop, word_drop)
@@ -80,13 +84,21 @@ class Lessons(Dataset[Lesson]):
         prompts = [self.prompts[i] for i in rng.choice(len(self.prompts), size=count, p=self.chances)]
         scenes = [random_scene(prompt, rng) for prompt in prompts]
         drawn = torch.from_numpy(np.stack([draw(scene, size) for scene in scenes]))
-        rows = torch.tensor([token_rows(drop_words(prompt, rng, *self.drops)) for prompt in prompts])
+        told = [self.told(prompt, rng) for prompt in prompts]
+        rows = torch.tensor([token_rows(drop_words(prompt, rng, *self.drops)) for prompt in told])
         timesteps = torch.from_numpy(draw_timesteps(count, size, rng))
         noise = torch.from_numpy(rng.standard_normal((count, 3, size, size), dtype=np.float32))
         near = torch.from_numpy(np.stack([matters(scene, size) for scene in scenes]))
         near &= (timesteps < PLACE_KNOWN).view(-1, 1, 1)
         weights = picture_weight(timesteps).view(-1, 1, 1, 1) * (1 + (self.object_weight - 1) * near[:, None])
         return Lesson(drawn.permute(0, 3, 1, 2).float() / 127.5 - 1, rows, timesteps, noise, weights)
+
+    def told(self, prompt: Prompt, rng: np.random.Generator) -> Prompt:
+        """What the model is told of a picture of ``prompt``: never a held-out combination."""
+        if not self.other_shapes or rng.random() >= self.other_shapes:
+            return prompt
+        other = prompt._replace(shape=str(rng.choice(SLOTS["shape"])))
+        return prompt if is_held_out(other) else other
 
 
 def draw_timesteps(count: int, size: int, rng: np.random.Generator) -> np.ndarray:

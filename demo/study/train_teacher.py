@@ -11,7 +11,8 @@ On a GPU, with a time instead of a number of steps:
     python -m demo.study.train_teacher --output runs/teacher --device cuda --batch-size 512 --minutes 4
 
 ``--model joint`` trains the demo's other model in the same way: a NextDiT, the class of Lumina 2 and Z-Image.
-With ``--guide FILE`` the targets are not the drawings but what the U-Net in the file sees in their noise.
+With ``--guide FILE`` the targets are not the drawings but what the U-Net in the file sees in their noise, and
+the word embedding is the U-Net's.
 """
 
 from __future__ import annotations
@@ -76,6 +77,10 @@ def initialize(network: torch.nn.Module) -> None:
             torch.nn.init.normal_(parameter, std=0.02)
 
 
+OTHER_SHAPES = 0.5
+"""Part of a guided training's pictures that come with the word of a random shape. Noisy pictures tell their
+shape themselves, so without that the word is learnt last."""
+
 EDGES = ("words.", "unet.input_blocks.0.", "unet.out.", "unet.x_embedder.", "unet.final_layer.linear.")
 
 
@@ -83,6 +88,8 @@ def optimizers(model: torch.nn.ModuleDict, rate: float) -> list[torch.optim.Opti
     """Muon for the weights inside the network; AdamW for first and last layer, words, norms and biases."""
     inner, others = [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         edge = name.startswith(EDGES) or name.endswith("pad_token")
         (others if edge or parameter.ndim < 2 else inner).append(parameter)
     return [Muon(inner, rate), torch.optim.AdamW(others, rate, betas=(0.9, 0.99), weight_decay=0.0)]
@@ -97,8 +104,8 @@ class Gradients:
     def __init__(
         self, model: torch.nn.ModuleDict, threads: int, guide: torch.nn.ModuleDict | None = None
     ) -> None:
-        self.model, self.parameters, self.parts = model, list(model.parameters()), 2 * threads
-        self.guide = guide
+        self.model, self.guide, self.parts = model, guide, 2 * threads
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
     def __call__(self, lesson: Lesson) -> torch.Tensor:
@@ -220,7 +227,10 @@ def train(
     measure: Callable[[Path], dict[str, float]] = draws_right,
 ) -> None:
     """Train ``model`` to ``args.steps``, or until ``stop`` is set; resumes from the folder's saved state."""
-    run, device = Run(args.output), torch.device(args.device)
+    run, device, guide = Run(args.output), torch.device(args.device), None
+    if args.guide:
+        guide = make_model(0, args.guide).to(device).requires_grad_(False)
+        model["words"] = guide["words"]  # one prompt node serves both
     model.to(device, memory_format=torch.channels_last if device.type != "cpu" else torch.preserve_format)
     own = model.state_dict()
     ema = {name: value.detach().clone() for name, value in own.items()}
@@ -232,9 +242,6 @@ def train(
         for optimizer, kept in zip(chosen, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         ema, first, seen = state["ema"], state["step"], state["pictures"]
-    guide = None
-    if args.guide:
-        guide = make_model(0, args.guide).to(device).requires_grad_(False)
     gradients: Gradients | AutocastGradients
     if device.type == "cpu":
         gradients = Gradients(model, args.threads, guide)
@@ -242,7 +249,7 @@ def train(
         gradients = AutocastGradients(model, device, guide)
     steps = range(first, args.steps)
     lessons = DataLoader(
-        Lessons(args.batch_size, args.sizes, args.seed),
+        Lessons(args.batch_size, args.sizes, args.seed, other_shapes=OTHER_SHAPES if guide else 0.0),
         batch_size=None,
         sampler=steps,
         num_workers=args.workers,
@@ -307,7 +314,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     sizes = "48:75,32:15,64:5,96:5"
     add("--output", type=Path, required=True, help="folder for weights, logs and saved state")
     add("--model", choices=("unet", "joint"), default="unet", help="the network (default unet)")
-    add("--guide", type=Path, help="a U-Net's safetensors file, whose predictions are the targets")
+    add(
+        "--guide",
+        type=Path,
+        help="a U-Net's safetensors file: its predictions are the targets, its words stay",
+    )
     add("--compile", action="store_true", help="compile the transformer blocks of --model joint")
     add(
         "--start-from", type=Path, help="a teacher's safetensors file to start from (default: random weights)"

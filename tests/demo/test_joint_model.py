@@ -1,6 +1,7 @@
 """The demo's NextDiT: that it learns, in the same training as the U-Net, and that its file makes a MODEL."""
 
 from importlib import import_module
+from threading import Event
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ import torch
 from demo.files import teacher_file
 from demo.study.evaluate import Settings, Size, sample
 from demo.study.lessons import Lessons
-from demo.study.train_teacher import Gradients, Run, loss_of, make_model, optimizers
-from demo.words import Prompt
+from demo.study.train_teacher import Gradients, Run, loss_of, make_model, optimizers, parse, train
+from demo.words import SLOTS, Prompt
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,16 @@ def test_a_guide_gives_the_targets(pack):
         pictures=torch.zeros_like(lesson.pictures), noise=torch.zeros_like(lesson.noise)
     )
     assert loss_of(make_model(0, None, "joint"), nothing, guide) > 1e-3  # its own pictures are zeros, too
+
+
+def test_a_guided_training_keeps_the_words_of_its_guide(pack, tmp_path):
+    text = f"--output {tmp_path} --guide {teacher_file()} --steps 1 --batch-size 4 --sizes 24:1 --threads 1"
+    model, guide = make_model(0, None, "joint"), make_model(0, teacher_file())
+    train(model, parse(text.split()), Event(), lambda weights: dict.fromkeys((*SLOTS, "mean", "all"), 0.5))
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    for part in ("model", "ema"):
+        assert torch.equal(state[part]["words.weight"], guide["words"].weight)
+        assert state[part]["unet.final_layer.linear.weight"].any()
 
 
 def test_first_and_last_layer_are_left_to_adamw(fresh):

@@ -86,6 +86,15 @@ def test_held_out_prompts_are_not_shown():
     assert not any(map(is_held_out, Lessons(4, {48: 1}, seed=0).prompts))
 
 
+def test_words_may_name_another_shape_than_the_picture_shows_but_no_held_out_prompt():
+    lessons, rng = Lessons(4, {48: 1}, seed=0, other_shapes=0.5), np.random.default_rng(0)
+    told = [lessons.told(prompt, rng) for prompt in lessons.prompts]
+    others = sum(words != prompt for words, prompt in zip(told, lessons.prompts, strict=True))
+    assert 0.3 < others / len(told) < 0.5
+    assert [words[1:] for words in told] == [prompt[1:] for prompt in lessons.prompts]
+    assert not any(map(is_held_out, told))
+
+
 def test_objects_count_more_where_their_place_is_known():
     lesson = Lessons(64, {48: 1}, seed=0, object_weight=6.0)[0]
     heavier = (lesson.weights / picture_weight(lesson.timesteps).view(-1, 1, 1, 1)).round(decimals=3)
