@@ -9,8 +9,13 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def teacher_file() -> Path:
-    """The demo model with self-attention and its word embedding, fp16 safetensors."""
+    """The demo's U-Net with self-attention and the word embedding, fp16 safetensors."""
     return WEIGHTS / "teacher.safetensors"
+
+
+def joint_file() -> Path:
+    """The demo's NextDiT, whose attention joins text and image, with the same words, fp16 safetensors."""
+    return WEIGHTS / "joint.safetensors"
 
 
 def student_file() -> Path:

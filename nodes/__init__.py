@@ -7,7 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .benchmark import Benchmark
 from .compare import Compare
 from .convert_model import ConvertModel
-from .demo_model import DemoLatent, DemoModel
+from .demo_model import DemoLatent, DemoModel, JointDemoModel
 from .demo_prompt import DemoPrompt
 from .distill import Distill
 from .host.files import model_folder
@@ -35,6 +35,7 @@ class DeltaConvExtension(ComfyExtension):
             Benchmark,
             Compare,
             DemoModel,
+            JointDemoModel,
             DemoPrompt,
             DemoLatent,
         ]

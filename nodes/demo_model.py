@@ -1,11 +1,15 @@
-"""ΔConv Demo Model and its empty latent: a small model of our own, to try everything on."""
+"""ΔConv Demo Model, ΔConv Joint Demo Model and their empty latent: small models of our own, to try everything
+on."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..demo.files import teacher_file
+from ..demo.files import joint_file, teacher_file
 from .sockets import CATEGORY
 
 
@@ -30,11 +34,41 @@ class DemoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        from .host.demo.unet import load_demo_model
+        return io.NodeOutput(_load(teacher_file()))
 
-        # Nodes run in inference mode; weights made there could not be trained through or distilled from.
-        with torch.inference_mode(False), torch.no_grad():
-            return io.NodeOutput(load_demo_model(str(teacher_file())))
+
+class JointDemoModel(io.ComfyNode):
+    """Loads the bundled demo model whose attention joins text and image."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DeltaConvJointDemoModel",
+            display_name="ΔConv Joint Demo Model",
+            category=CATEGORY,
+            description=(
+                "A second small diffusion model that comes with ΔConv, with text and image in one attention, "
+                "as in Lumina 2 and Z-Image. Same words, latents and VAE as ΔConv Demo Model."
+            ),
+            inputs=[],
+            outputs=[
+                io.Model.Output(
+                    tooltip="The model with its attention, for which ΔConv Convert Model makes joint mixers."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(_load(joint_file()))
+
+
+def _load(file: Path) -> ModelPatcher:
+    from .host.demo.unet import load_demo_model
+
+    # Nodes run in inference mode; weights made there could not be trained through or distilled from.
+    with torch.inference_mode(False), torch.no_grad():
+        return load_demo_model(str(file))
 
 
 class DemoLatent(io.ComfyNode):

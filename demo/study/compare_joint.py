@@ -1,8 +1,8 @@
 """What can stand in for joint attention, at equal cost: ``python -m demo.study.compare_joint``.
 
-    python -m demo.study.compare_joint --teacher RUN/teacher.safetensors --output FOLDER
+    python -m demo.study.compare_joint --output FOLDER
 
-Takes the demo's NextDiT (`demo.study.train_teacher --model joint`) and puts in place of every attention that
+Takes the demo's NextDiT and puts in place of every attention that
 the image takes part in, the text staying exact: joint mixers fitted without training ("hybrid"), the same
 after some steps of training kernels and gains ("hybrid, trained"), landmarks alone, more of them ("pooled"),
 and a window around each token ("window"); all at about the same multiply-adds. Samples held-out prompts with
@@ -23,7 +23,7 @@ import numpy as np
 
 from deltaconv_core import DeltaConvError, load_checkpoint, save_checkpoint
 
-from ..files import classifier_file
+from ..files import classifier_file, joint_file
 from . import tables
 from .classifier import load_classifier
 from .device import add_device, use_device
@@ -42,7 +42,12 @@ def parse(arguments: list[str] | None = None) -> Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--teacher", type=Path, required=True, help="the teacher's safetensors file")
+    add(
+        "--teacher",
+        type=Path,
+        default=joint_file(),
+        help="the teacher's safetensors file (default: the demo's)",
+    )
     add("--output", type=Path, required=True, help="folder for weights, pictures and tables")
     add("--fit-batches", type=int, default=40, help="batches of noisy drawings to fit on (default 40)")
     add("--train-steps", type=int, default=300, help="of the trained hybrid (default 300)")

@@ -1,9 +1,9 @@
 """Put trained weights and logs into the repository.
 
-    python -m demo.study.ship [--teacher RUN] --student RUN
+    python -m demo.study.ship [--teacher RUN] [--student RUN] [--joint RUN]
 
-Copies the weights to ``demo/weights`` and the logs to ``demo/logs``, and writes size and hash of the ΔConv
-weights into their record in ``weights_manifest.json``.
+Copies the weights to ``demo/weights`` and the logs to ``demo/logs``, and writes size and hash of the
+student's ΔConv weights into their record in ``weights_manifest.json``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from deltaconv_core import load_checkpoint
 
-from ..files import student_file, teacher_file
+from ..files import joint_file, student_file, teacher_file
 
 REPOSITORY = Path(__file__).parents[2]
 LOGS = Path(__file__).parents[1] / "logs"
@@ -45,26 +45,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--teacher", type=Path, help="output folder of demo.study.train_teacher, if it is new"
-    )
-    parser.add_argument(
-        "--student", type=Path, required=True, help="output folder of demo.study.train_student"
-    )
+    add = parser.add_argument
+    add("--teacher", type=Path, help="output folder of demo.study.train_teacher")
+    add("--student", type=Path, help="output folder of demo.study.train_student")
+    add("--joint", type=Path, help="output folder of demo.study.train_teacher --model joint")
     args = parser.parse_args()
-    copies = {
-        args.student / "deltaconv.safetensors": student_file(),
-        args.student / "log.csv": LOGS / "student.csv",
-    }
-    if args.teacher:
-        copies |= {
-            args.teacher / "teacher.safetensors": teacher_file(),
-            args.teacher / "log.csv": LOGS / "teacher.csv",
-        }
-    for source, target in copies.items():
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, target)
-        print(f"{target.relative_to(REPOSITORY)}: {target.stat().st_size:,} bytes")
+    for name, weights, target in (
+        ("teacher", "teacher.safetensors", teacher_file()),
+        ("student", "deltaconv.safetensors", student_file()),
+        ("joint", "teacher.safetensors", joint_file()),
+    ):
+        if run := getattr(args, name):
+            copy(run / weights, target)
+            copy(run / "log.csv", LOGS / f"{name}.csv")
+    if args.student:
+        record_student()
+
+
+def copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    print(f"{target.relative_to(REPOSITORY)}: {target.stat().st_size:,} bytes")
+
+
+def record_student() -> None:
+    """Write the record of the ΔConv weights into the manifest."""
     manifest = REPOSITORY / "weights_manifest.json"
     record = manifest_record(student_file())
     records = [other for other in json.loads(manifest.read_text()) if other["name"] != record["name"]]

@@ -11,7 +11,12 @@ from deltaconv_core.weights.manifest import load_manifest
 @pytest.fixture(scope="module")
 def nodes(pack):
     model, prompt = (import_module(f".nodes.demo_{name}", pack.__name__) for name in ("model", "prompt"))
-    return {"model": model.DemoModel, "latent": model.DemoLatent, "prompt": prompt.DemoPrompt}
+    return {
+        "model": model.DemoModel,
+        "joint": model.JointDemoModel,
+        "latent": model.DemoLatent,
+        "prompt": prompt.DemoPrompt,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +32,12 @@ def test_the_manifest_recommends_weights_for_the_demo_model(pack, model):
     assert record.name == "demo"
 
 
+@pytest.mark.parametrize("kind", ["model", "joint"])
 @pytest.mark.parametrize(("height", "width"), [(48, 48), (33, 47), (64, 40)])
-def test_samples_any_size(nodes, model, height, width):
+def test_samples_any_size(nodes, kind, height, width):
     import comfy.sample
 
+    model = nodes[kind].execute().result[0]
     latent = nodes["latent"].execute(width, height, 2).result[0]["samples"]
     assert latent.shape == (2, 3, height, width)
     positive, negative = (
@@ -54,6 +61,14 @@ def test_model_is_rebuilt_the_same(model):
 
 def test_weights_can_be_trained_through(model):
     assert not any(p.is_inference() for p in model.model.parameters())
+
+
+def test_both_models_have_the_same_words(pack):
+    files, unet = (
+        import_module(f".{name}", pack.__name__) for name in ("demo.files", "nodes.host.demo.unet")
+    )
+    first, other = (unet.load_words(str(file())) for file in (files.teacher_file, files.joint_file))
+    assert torch.equal(first, other)
 
 
 def test_words_reach_the_conditioning(nodes):
