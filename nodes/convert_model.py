@@ -1,4 +1,4 @@
-"""ΔConv Convert Model: hybrid mixers in place of a MODEL's self-attention, fitted in minutes, not trained."""
+"""ΔConv Convert Model: mixers in place of a MODEL's self-attention, fitted in minutes, not trained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ConvertModel(TellsAgain):
             display_name="ΔConv Convert Model",
             category=CATEGORY,
             description="Makes a model's self-attention cheaper without training and without weights from "
-            "elsewhere: it samples a few pictures, fits hybrid mixers to what the attention does, and puts "
+            "elsewhere: it samples a few pictures, fits mixers to what the attention does, and puts "
             "them in place where they are good and fast enough.",
             inputs=[
                 io.Model.Input(
