@@ -26,9 +26,13 @@ HELP = REPOSITORY / "web" / "docs"
 WALK = REPOSITORY / "docs" / "first_hour"
 PANEL = 282  # pixels of the narrowest help panel
 LONGEST = 1200  # seconds of a template
-# A template has no ΔConv Load Weights that runs without a model of the user's, so it is put into this one.
+# No template that runs without a model of the user's has these two, so they are put into this one.
 START = "1_start_here"
-LOAD_WEIGHTS = """weights => {
+ADD_NODES = """weights => {
+    const joint = window.LiteGraph.createNode("DeltaConvJointDemoModel")
+    joint.pos = [-400, 600]
+    joint.size = [330, 58]  // for its title
+    window.app.graph.add(joint)
     const node = window.LiteGraph.createNode("DeltaConvLoadWeights")
     window.app.graph.add(node)
     node.pos = [-400, 800]
@@ -90,7 +94,7 @@ def take_nodes(browser: Any, server: ComfyServer, name: str, done: set[str]) -> 
     if name == START:
         choices = server.object_info()["DeltaConvLoadWeights"]["input"]["required"]["weights"]
         names = choices[0] if isinstance(choices[0], list) else choices[1]["options"]
-        page.page.evaluate(LOAD_WEIGHTS, next(one for one in names if "demo" in one))
+        page.page.evaluate(ADD_NODES, next(one for one in names if "demo" in one))
     run(page)
     for id, kind, x, y in page.page.evaluate(OURS):
         if kind not in done:
