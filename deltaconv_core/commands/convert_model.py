@@ -20,6 +20,10 @@ from .writable import check_file
 
 USUAL = 1024  # pixels, where a pipeline does not say
 SOURCE = ("model", "variant", "model_config", "tokenizer", "prediction")
+MODEL_HELP = (
+    "the folder of a diffusers pipeline (Stable Diffusion 1.x, 2.x, SDXL, PixArt, FLUX, Chroma, SD 3, "
+    "Lumina 2, Z-Image, Qwen-Image), or a .safetensors file with a whole Stable Diffusion model (required)"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "The file loads in ComfyUI (ΔConv Patch Model) and in diffusers, on fine-tunes too."
     model = parser.add_argument_group("model")
     for name in SOURCE:
-        add_option(model, OPTIONS[name])
+        add_option(model, OPTIONS[name], MODEL_HELP if name == "model" else "")
     default = Wishes()
     add = parser.add_argument_group("budget").add_argument
     add(

@@ -42,9 +42,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         add_option(groups[About.of(one).part], one)
 
 
-def add_option(group: argparse._ActionsContainer, one: Field[Any]) -> None:
-    """Adds one of `OPTIONS`."""
-    common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text(one).replace("%", "%%")}
+def add_option(group: argparse._ActionsContainer, one: Field[Any], help: str = "") -> None:
+    """Adds one of `OPTIONS`; `help`: in place of its own."""
+    common: dict[str, Any] = {
+        "default": argparse.SUPPRESS,
+        "help": (help or help_text(one)).replace("%", "%%"),
+    }
     if KINDS[one.name] is SWITCH:
         group.add_argument(flag(one.name), action=argparse.BooleanOptionalAction, **common)
     else:
