@@ -80,7 +80,7 @@ class DemoLatent(io.ComfyNode):
             node_id="DeltaConvDemoLatent",
             display_name="ΔConv Demo Latent",
             category=CATEGORY,
-            description="An empty latent for ΔConv Demo Model: 3 channels at the picture's size.",
+            description="An empty latent for both demo models: 3 channels at the picture's size.",
             inputs=[
                 io.Int.Input(
                     "width", default=48, min=16, max=1024, step=8, tooltip="Picture width in pixels."

@@ -19,7 +19,7 @@ class DemoPrompt(io.ComfyNode):
             node_id="DeltaConvDemoPrompt",
             display_name="ΔConv Demo Prompt",
             category=CATEGORY,
-            description=f"Words for ΔConv Demo Model; none for the negative prompt. {known_words()}",
+            description=f"Words for a demo model; none for the negative prompt. {known_words()}",
             inputs=[
                 io.String.Input(
                     "text",

@@ -42,7 +42,7 @@ class Distill(TellsAgain):
                 io.Model.Input(
                     "model",
                     tooltip="The teacher, a U-Net or PixArt; LoRAs on it are part of it. Or a FLUX, Z-Image, "
-                    "... with joint mixers on it (ΔConv Convert Model): they learn on.",
+                    "... with joint mixers on it (ΔConv Convert Model): they learn further.",
                 ),
                 io.Latent.Input(
                     "latents",

@@ -30,8 +30,8 @@ class AttentionLocality(TellsAgain):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A U-Net (SD 1.x, SD 2.x, SDXL, ...) or PixArt; or, to look only: FLUX, SD3, "
-                    "Lumina 2, Z-Image, Qwen-Image.",
+                    tooltip="A U-Net (SD 1.x, SD 2.x, SDXL, ...) or PixArt; or, to look only: FLUX, Chroma, "
+                    "SD 3, Lumina 2, Z-Image, Qwen-Image.",
                 ),
                 io.Conditioning.Input("positive", tooltip="What is drawn. Sampled without guidance."),
                 io.Latent.Input(
