@@ -2,10 +2,11 @@
 
     python -m demo.study.compare_joint --output FOLDER
 
-Takes the demo's NextDiT and puts in place of every attention that
-the image takes part in, the text staying exact: joint mixers fitted without training ("hybrid"), the same
-after some steps of training kernels and gains ("hybrid, trained"), landmarks alone, more of them ("pooled"),
-and a window around each token ("window"); all at about the same multiply-adds. Samples held-out prompts with
+Takes the demo's NextDiT and puts in place of every attention that the image takes part in, the text staying
+exact: joint mixers fitted without training ("hybrid"), the same with kernels and gains trained for some steps
+("hybrid, trained"), landmarks alone, more of them ("pooled"), a window around each token ("window"), and a
+smaller window with landmarks in one softmax ("window and landmarks", which joint mixers do not have); all at
+about the same multiply-adds. Samples held-out prompts with
 each, with the same noise, and measures what `demo.study.evaluate` measures. Everything is kept in the folder:
 a call that was stopped continues.
 """
@@ -28,13 +29,25 @@ from . import tables
 from .classifier import load_classifier
 from .device import add_device, use_device
 from .evaluate import DRAWN, TEACHER, Folder, Settings, Size, count_gflop, sample, sha256
-from .joint_students import Stands, Teacher, checkpoint, fit, gflop, put, train, window_attention
+from .joint_students import (
+    Stands,
+    Teacher,
+    checkpoint,
+    fit,
+    gflop,
+    near_and_far_attention,
+    put,
+    train,
+    window_attention,
+)
 from .lessons import Lessons
 from .metrics import drawings, held_out_prompts, measure, reference_moments
 from .train_teacher import size_shares
 
 FIT_SEED, TRAIN_SEED = 2000, 3000
-TRAINED, WINDOW = "hybrid, trained", "window"
+TRAINED = "hybrid, trained"
+FUNCTIONS = {"window": window_attention, "window and landmarks": near_and_far_attention}
+"""Without parameters."""
 
 
 def parse(arguments: list[str] | None = None) -> Namespace:
@@ -78,8 +91,10 @@ def run(args: Namespace) -> None:
     teacher, folder = Teacher(args.teacher), args.output
     files = weights(teacher, known, args)
     stands: dict[str, Mapping[str, Any]] = {name: mixers_of(file, teacher) for name, file in files.items()}
-    stands[WINDOW] = dict.fromkeys(teacher.sites, window_attention)
-    hashes = {DRAWN: "", TEACHER: known, WINDOW: known} | {name: sha256(file) for name, file in files.items()}
+    for name, function in FUNCTIONS.items():
+        stands[name] = dict.fromkeys(teacher.sites, function)
+    hashes = {DRAWN: "", TEACHER: known, **dict.fromkeys(FUNCTIONS, known)}
+    hashes |= {name: sha256(file) for name, file in files.items()}
     sizes = [Size(48, args.prompts, args.steps)]
     if args.prompts_large:
         sizes.append(Size(96, args.prompts_large, args.steps))

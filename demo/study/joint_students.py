@@ -19,6 +19,7 @@ from torch import Tensor
 from deltaconv_core import Checkpoint
 from deltaconv_core.distill.hybrid import FitSettings, Fitted, SeeCall, fit_hybrids
 from deltaconv_core.distill.joint_fit import JointFit
+from deltaconv_core.mixers.hybrid.cells import Cells
 from deltaconv_core.mixers.joint import JointLayout, JointMixer, JointSpec
 from deltaconv_core.mixers.joint.flops import joint_flops
 from deltaconv_core.mixers.joint.module import attention
@@ -27,11 +28,13 @@ from .diffusion import alpha_sigma, picture_weight
 from .lessons import Lesson, Lessons
 
 LANDMARKS, KERNEL_SIZE, WINDOW = 100, 5, 11
+NEAR, FAR = 7, 64  # side of the window, and landmarks, where both are in one softmax
 MIXERS: dict[str, dict[str, int]] = {
     "hybrid": {"landmarks": LANDMARKS, "kernel_size": KERNEL_SIZE},
     "pooled": {"landmarks": LANDMARKS + KERNEL_SIZE**2 // 2, "kernel_size": 0},
 }
-"""Shapes of joint mixers: 225 and 224 of those units; a window of 11 x 11 takes 242."""
+"""Shapes of joint mixers: 225 and 224 of those units; a window of 11 x 11 takes 242, one of 7 x 7 with 64
+landmarks 226."""
 
 
 class Stands(Protocol):
@@ -125,6 +128,20 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, layout: JointLayout) -> Te
     return attention(q, k, v, mask)
 
 
+def near_and_far_attention(q: Tensor, k: Tensor, v: Tensor, layout: JointLayout) -> Tensor:
+    """Attention whose image queries see all other tokens, and of the image a window around themselves and
+    landmarks, each counted as often as it has tokens outside of the window. No parameters."""
+    image, near = layout.image, windows(layout.grid, NEAR).to(q.device)
+    cells = Cells.of(layout.grid, FAR, None, k)
+    keys, values = (torch.cat([t, cells.means(t[:, :, image])], dim=2) for t in (k, v))
+    tokens = k.shape[2]
+    bias = q.new_zeros(q.shape[2], keys.shape[2])
+    bias[:, tokens:] = -torch.inf
+    bias[image, image] = near.to(bias).log()
+    bias[image, tokens:] = ((~near).to(bias) @ cells.membership().to(bias)).log()
+    return attention(q, keys, values, bias)
+
+
 @cache
 def windows(grid: tuple[int, int], side: int) -> Tensor:
     """(H * W, H * W) bool: which tokens are in a window around each. At the border it is moved inside, so
@@ -152,7 +169,8 @@ def gflop(teacher: Teacher, stands: Mapping[str, Any], grid: tuple[int, int], wh
         if isinstance(stand, JointMixer):
             taken = joint_flops(stand.spec, grid, exact)
         else:
-            seen = min(WINDOW, grid[0]) * min(WINDOW, grid[1])
+            side, landmarks = (NEAR, FAR) if stand is near_and_far_attention else (WINDOW, 0)
+            seen = min(side, grid[0]) * min(side, grid[1]) + landmarks
             taken = 4 * inner * (exact * (image + exact) + image * (exact + seen))
         change += taken - joint_flops(None, grid, exact, inner)
     return whole + change / 1e9
