@@ -130,6 +130,12 @@ def check_int(name: str, value: object, least: int, most: int) -> None:
         raise DeltaConvError(f"expected {name} to be a whole number from {least} to {most}, got {value!r}")
 
 
+def check_odd(name: str, size: int) -> None:
+    """Of a kernel or window that may also be left out."""
+    if size and size % 2 == 0:
+        raise DeltaConvError(f"expected {name} to be odd, or 0 for none, got {size}")
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise DeltaConvError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}")

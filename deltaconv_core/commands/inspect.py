@@ -21,7 +21,7 @@ HYBRID_HEAD = (
     "dtype", "parameters",
 )  # fmt: skip
 
-JOINT_HEAD = ("site", "channels", "heads", "landmarks", "K", "scales", "dtype", "parameters")
+JOINT_HEAD = ("site", "channels", "heads", "landmarks", "window", "K", "scales", "dtype", "parameters")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,8 +85,9 @@ def _joint_row(site: str, mixer: JointMixer) -> tuple[str, ...]:
     spec = mixer.spec
     scales = ", ".join(f"{scale:.4g}" for scale in spec.scales) if spec.kernel_size else "–"
     return (
-        site, str(spec.dim), str(spec.heads), str(spec.landmarks), str(spec.kernel_size or "–"), scales,
-        _dtypes(mixer.state_dict().values()), f"{spec.num_parameters:,}",
+        site, str(spec.dim), str(spec.heads), str(spec.landmarks), str(spec.window or "–"),
+        str(spec.kernel_size or "–"), scales, _dtypes(mixer.state_dict().values()),
+        f"{spec.num_parameters:,}",
     )  # fmt: skip
 
 

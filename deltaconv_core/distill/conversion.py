@@ -46,16 +46,15 @@ T = TypeVar("T")
 
 JOINT_LANDMARKS = (64, 256, 1024)
 JOINT_KERNELS = (0, 9)
+JOINT_WINDOW, WINDOW_LANDMARKS = 7, (64, 256)
 
 
 def joint_candidates(dim: int, heads: int, head_dim: int) -> list[JointSpec]:
-    """The mixers that are fitted to one joint attention: from few landmarks to many, with and without local
-    kernels; arguments as for `candidates`."""
-    return [
-        JointSpec(dim, heads, head_dim, landmarks=n, kernel_size=size)
-        for n in JOINT_LANDMARKS
-        for size in JOINT_KERNELS
-    ]
+    """The mixers that are fitted to one joint attention: from few landmarks to many, alone, with local
+    kernels, and with a window of single tokens; arguments as for `candidates`."""
+    shapes = [(n, 0, size) for n in JOINT_LANDMARKS for size in JOINT_KERNELS]
+    shapes += [(n, JOINT_WINDOW, 0) for n in WINDOW_LANDMARKS]
+    return [JointSpec(dim, heads, head_dim, *shape) for shape in shapes]
 
 
 def candidates(dim: int, heads: int, head_dim: int) -> list[HybridSpec]:

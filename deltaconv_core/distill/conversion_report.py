@@ -83,6 +83,7 @@ def in_words(spec: HybridSpec | JointSpec | None) -> str:
         return "attention"
     kind = f"{spec.landmarks} landmarks"
     kind += ", Nyström" if isinstance(spec, HybridSpec) and spec.nystrom != "none" else ""
+    kind += f", window {spec.window}" if spec.window else ""
     return kind + (f", K {spec.kernel_size}" if spec.kernel_size else "")
 
 

@@ -56,7 +56,8 @@ class JointFit(HybridFit):
         answers = attention(q[:, :, layout.image][:, :, rows], k, v, asked)
         held_out = self.number % self.settings.held_out == self.settings.held_out - 1
         for spec, both in zip(self.candidates[site], self._of(site, q.device), strict=True):
-            step = max(1, FEATURE_BYTES // (8 * len(q) * spec.inner * count(spec)))
+            # Keys and values of a window exist for each query, in float32.
+            step = max(1, FEATURE_BYTES // (8 * len(q) * spec.inner * (count(spec) + spec.window**2)))
             for start in range(0, len(rows), step):
                 some = slice(start, start + step)
                 x, exact = joint_features(spec, q, k, v, layout, mask, rows[some])

@@ -3,12 +3,11 @@
     python -m demo.study.compare_joint --output FOLDER
 
 Takes the demo's NextDiT and puts in place of every attention that the image takes part in, the text staying
-exact: joint mixers fitted without training ("hybrid"), the same with kernels and gains trained for some steps
-("hybrid, trained"), landmarks alone, more of them ("pooled"), a window around each token ("window"), and a
-smaller window with landmarks in one softmax ("window and landmarks", which joint mixers do not have); all at
-about the same multiply-adds. Samples held-out prompts with
-each, with the same noise, and measures what `demo.study.evaluate` measures. Everything is kept in the folder:
-a call that was stopped continues.
+exact: joint mixers of a window and landmarks in one softmax, fitted without training ("hybrid"), the same
+trained for some steps ("hybrid, trained"), landmarks with kernels instead of the window ("kernels"),
+landmarks alone, more of them ("pooled"), and a larger window alone ("window"); all at about the same
+multiply-adds. Samples held-out prompts with each, with the same noise, and measures what
+`demo.study.evaluate` measures. Everything is kept in the folder: a call that was stopped continues.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from .classifier import load_classifier
 from .device import add_device, use_device
 from .evaluate import DRAWN, TEACHER, Folder, Settings, Size, count_gflop, sample, sha256
 from .joint_students import (
+    MIXERS,
     Stands,
     Teacher,
     checkpoint,
     fit,
     gflop,
-    near_and_far_attention,
     put,
     train,
     window_attention,
@@ -46,7 +45,7 @@ from .train_teacher import size_shares
 
 FIT_SEED, TRAIN_SEED = 2000, 3000
 TRAINED = "hybrid, trained"
-FUNCTIONS = {"window": window_attention, "window and landmarks": near_and_far_attention}
+FUNCTIONS = {"window": window_attention}
 """Without parameters."""
 
 
@@ -108,14 +107,15 @@ def weights(teacher: Teacher, known: str, args: Namespace) -> dict[str, Path]:
     """Name -> file of joint mixers; those that are missing are fitted, or trained."""
     args.output.mkdir(parents=True, exist_ok=True)
     key = {name: getattr(args, name) for name in ("fit_batches", "batch_size", "sizes")} | {"teacher": known}
-    files = {name: args.output / f"{name}.safetensors" for name in ("hybrid", "pooled", TRAINED)}
-    told = {name: json.dumps(key) for name in ("hybrid", "pooled")}
-    told[TRAINED] = json.dumps(key | {"train_steps": args.train_steps, "lr": args.lr})
+    files = {name: args.output / f"{name}.safetensors" for name in (*MIXERS, TRAINED)}
+    told = {name: json.dumps(key | {"shape": shape}) for name, shape in MIXERS.items()}
+    more = {"shape": MIXERS["hybrid"], "train_steps": args.train_steps, "lr": args.lr}
+    told[TRAINED] = json.dumps(key | more)
 
     def missing(name: str) -> bool:
         return not files[name].exists() or load_checkpoint(files[name]).metadata.get("made") != told[name]
 
-    if any(missing(name) for name in ("hybrid", "pooled")):
+    if any(missing(name) for name in MIXERS):
         fitted = fit(teacher, Lessons(args.batch_size, args.sizes, FIT_SEED), args.fit_batches)
         for name, sites in fitted.items():
             errors = {site: round(one.error, 4) for site, one in sites.items()}

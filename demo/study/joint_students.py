@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +20,6 @@ from torch import Tensor
 from deltaconv_core import Checkpoint
 from deltaconv_core.distill.hybrid import FitSettings, Fitted, SeeCall, fit_hybrids
 from deltaconv_core.distill.joint_fit import JointFit
-from deltaconv_core.mixers.hybrid.cells import Cells
 from deltaconv_core.mixers.joint import JointLayout, JointMixer, JointSpec
 from deltaconv_core.mixers.joint.flops import joint_flops
 from deltaconv_core.mixers.joint.module import attention
@@ -27,14 +27,14 @@ from deltaconv_core.mixers.joint.module import attention
 from .diffusion import alpha_sigma, picture_weight
 from .lessons import Lesson, Lessons
 
-LANDMARKS, KERNEL_SIZE, WINDOW = 100, 5, 11
-NEAR, FAR = 7, 64  # side of the window, and landmarks, where both are in one softmax
 MIXERS: dict[str, dict[str, int]] = {
-    "hybrid": {"landmarks": LANDMARKS, "kernel_size": KERNEL_SIZE},
-    "pooled": {"landmarks": LANDMARKS + KERNEL_SIZE**2 // 2, "kernel_size": 0},
+    "hybrid": {"landmarks": 72, "window": 7, "kernel_size": 0},
+    "kernels": {"landmarks": 100, "kernel_size": 5},
+    "pooled": {"landmarks": 121, "kernel_size": 0},
 }
-"""Shapes of joint mixers: 225 and 224 of those units; a window of 11 x 11 takes 242, one of 7 x 7 with 64
-landmarks 226."""
+WINDOW = 11
+"""Shapes of joint mixers, and the side of a window: away from the border of the image they take 242, 225, 242
+and 242 of those units."""
 
 
 class Stands(Protocol):
@@ -128,20 +128,6 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, layout: JointLayout) -> Te
     return attention(q, k, v, mask)
 
 
-def near_and_far_attention(q: Tensor, k: Tensor, v: Tensor, layout: JointLayout) -> Tensor:
-    """Attention whose image queries see all other tokens, and of the image a window around themselves and
-    landmarks, each counted as often as it has tokens outside of the window. No parameters."""
-    image, near = layout.image, windows(layout.grid, NEAR).to(q.device)
-    cells = Cells.of(layout.grid, FAR, None, k)
-    keys, values = (torch.cat([t, cells.means(t[:, :, image])], dim=2) for t in (k, v))
-    tokens = k.shape[2]
-    bias = q.new_zeros(q.shape[2], keys.shape[2])
-    bias[:, tokens:] = -torch.inf
-    bias[image, image] = near.to(bias).log()
-    bias[image, tokens:] = ((~near).to(bias) @ cells.membership().to(bias)).log()
-    return attention(q, keys, values, bias)
-
-
 @cache
 def windows(grid: tuple[int, int], side: int) -> Tensor:
     """(H * W, H * W) bool: which tokens are in a window around each. At the border it is moved inside, so
@@ -158,7 +144,8 @@ def windows(grid: tuple[int, int], side: int) -> Tensor:
 
 
 def gflop(teacher: Teacher, stands: Mapping[str, Any], grid: tuple[int, int], whole: float) -> float:
-    """Of a pass, by that of the teacher, ``whole``: two for each multiply-add."""
+    """Of a pass, by that of the teacher, ``whole``: two for each multiply-add. Of windows, what is seen
+    counts; a mixer computes more of it, behind masks (`joint_flops`)."""
     image, text = grid[0] * grid[1], 6
     text += -text % teacher.network.pad_tokens_multiple
     padding = -image % teacher.network.pad_tokens_multiple
@@ -167,10 +154,10 @@ def gflop(teacher: Teacher, stands: Mapping[str, Any], grid: tuple[int, int], wh
         exact = padding + (text if site.startswith("layers") else 0)
         inner = teacher.sites[site]
         if isinstance(stand, JointMixer):
-            taken = joint_flops(stand.spec, grid, exact)
+            taken = joint_flops(replace(stand.spec, window=0), grid, exact)
+            taken += 4 * inner * image * stand.spec.window**2
         else:
-            side, landmarks = (NEAR, FAR) if stand is near_and_far_attention else (WINDOW, 0)
-            seen = min(side, grid[0]) * min(side, grid[1]) + landmarks
+            seen = min(WINDOW, grid[0]) * min(WINDOW, grid[1])
             taken = 4 * inner * (exact * (image + exact) + image * (exact + seen))
         change += taken - joint_flops(None, grid, exact, inner)
     return whole + change / 1e9

@@ -9,19 +9,13 @@ from deltaconv_core.mixers.joint import JointLayout, JointMixer
 from deltaconv_core.mixers.joint.module import attention
 from demo.study import compare_joint
 from demo.study.joint_students import (
-    FAR,
-    KERNEL_SIZE,
-    LANDMARKS,
     MIXERS,
-    NEAR,
-    WINDOW,
     Override,
     Teacher,
     checkpoint,
     distance,
     fit,
     gflop,
-    near_and_far_attention,
     put,
     train,
     window_attention,
@@ -89,36 +83,20 @@ def test_windows_all_show_as_many():
 def test_a_window_over_the_whole_image_is_attention():
     q, k, v = torch.randn(3, 2, 2, 55, 8, generator=torch.manual_seed(0)).unbind(0)
     layout = JointLayout((7, 7), start=4)  # and two more after it
-    for near in (window_attention, near_and_far_attention):
-        torch.testing.assert_close(near(q, k, v, layout), attention(q, k, v, None))
+    torch.testing.assert_close(window_attention(q, k, v, layout), attention(q, k, v, None))
     layout = JointLayout((1, 51), start=4)
     some, whole = window_attention(q, k, v, layout), attention(q, k, v, None)
     assert torch.equal(some[:, :, :4], whole[:, :, :4])
     assert (some[:, :, 4:] - whole[:, :, 4:]).abs().amax(3).min() > 1e-4
 
 
-@torch.no_grad()
-def test_landmarks_outside_of_the_window_are_attention_where_their_cells_are_alike():
-    q, k, v = torch.randn(3, 2, 2, 262, 8, generator=torch.manual_seed(0)).unbind(0)
-    for t in (k, v):
-        cells = t[:, :, 4:260].unflatten(2, (8, 2, 8, 2))
-        cells[:] = cells[:, :, :, :1, :, :1].clone()
-    layout = JointLayout((16, 16), start=4)
-    torch.testing.assert_close(near_and_far_attention(q, k, v, layout), attention(q, k, v, None))
-    other = torch.randn(k.shape, generator=torch.manual_seed(1))
-    some, whole = near_and_far_attention(q, other, v, layout), attention(q, other, v, None)
-    torch.testing.assert_close(some[:, :, :4], whole[:, :, :4])
-    assert (some[:, :, 4:260] - whole[:, :, 4:260]).abs().amax(3).min() > 1e-4
-
-
 def test_all_cost_about_the_same(teacher):
     stands = {
         name: {site: JointMixer(teacher.spec(site, shape)) for site in teacher.sites}
         for name, shape in MIXERS.items()
-    } | {near: dict.fromkeys(teacher.sites, near) for near in (window_attention, near_and_far_attention)}
+    } | {"window": dict.fromkeys(teacher.sites, window_attention)}
     taken = {name: gflop(teacher, these, (32, 32), 0.0) for name, these in stands.items()}
     assert max(taken.values()) < 0 and max(taken.values()) - min(taken.values()) < 0.03 * -min(taken.values())
-    assert max(2 * LANDMARKS + KERNEL_SIZE**2, 2 * NEAR**2 + 2 * FAR) <= 2 * WINDOW**2
 
 
 def test_training_brings_it_nearer_than_the_fit(teacher, lesson):
@@ -162,7 +140,7 @@ def test_the_command_measures_each_and_continues(file, tmp_path, capsys):
     args = compare_joint.parse(words.split())
     compare_joint.run(args)
     told = capsys.readouterr().out
-    for name in ("attention", "hybrid", "hybrid, trained", "pooled", "window", "window and landmarks"):
+    for name in ("attention", "hybrid", "hybrid, trained", "kernels", "pooled", "window"):
         assert f"| {name} |" in told
     compare_joint.run(args)
     again = capsys.readouterr().out

@@ -22,10 +22,7 @@ def hybrid_flops(spec: HybridSpec, grid: Grid) -> int:
     if spec.landmarks:
         rows, columns = cells_of(grid, spec.landmarks)
         cells = rows * columns
-        seen = cells
-        if spec.window and cells < tokens:
-            high, wide = (min(side, TILE + spec.window - 1) for side in grid)
-            seen += high * wide  # what all queries of a tile see, behind a mask
+        seen = cells + (tile_keys(grid, spec.window) if cells < tokens else 0)
         total += 4 * tokens * seen * inner
         if spec.nystrom != "none" and cells < tokens:
             products = 1 + 4 * NEWTON_STEPS if spec.nystrom == "newton" else 2
@@ -36,3 +33,9 @@ def hybrid_flops(spec: HybridSpec, grid: Grid) -> int:
         sizes = (max(1, int(grid[0] * s)) * max(1, int(grid[1] * s)) for s in spec.scales)
         total += 2 * sum(sizes) * spec.kernel_size**2 * inner
     return total
+
+
+def tile_keys(grid: Grid, window: int) -> int:
+    """What all queries of a tile see of the picture, behind a mask; 0 without a window."""
+    high, wide = (min(side, TILE + window - 1) for side in grid)
+    return high * wide if window else 0

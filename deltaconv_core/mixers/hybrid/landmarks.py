@@ -39,7 +39,8 @@ def global_part(
     if cells.are_tokens:
         return F.scaled_dot_product_attention(asked, k, v, attn_mask=added)
     if spec.window:
-        y = windowed_attention(q, k, v, cells, spec.window)
+        keys, values = (cells.means(t).to(t.dtype) for t in (k, v))
+        y = windowed_attention(q, k, v, cells, spec.window, keys, values)
         return y if rows is None else y[:, :, rows]
     keys, bias = cells.means(k), cells.bias()
     if spec.nystrom == "none":

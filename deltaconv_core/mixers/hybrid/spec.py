@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...block.spec import check_choice, check_int, checked_scales
+from ...block.spec import check_choice, check_int, check_odd, checked_scales
 from ...errors import DeltaConvError
 from ...util.plain_values import built
 
@@ -62,9 +62,8 @@ class HybridSpec:
             ("kernel_size", 0, 255),
         ):
             check_int(name, getattr(self, name), least, most)
-        for name in ("window", "kernel_size"):
-            if (size := getattr(self, name)) and size % 2 == 0:
-                raise DeltaConvError(f"expected {name} to be odd, or 0 for none, got {size}")
+        check_odd("window", self.window)
+        check_odd("kernel_size", self.kernel_size)
         object.__setattr__(self, "scales", checked_scales(self.scales))
         check_choice("nystrom", self.nystrom, NYSTROM)
         check_choice("share", self.share, SHARES)

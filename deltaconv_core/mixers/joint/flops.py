@@ -4,6 +4,7 @@ multiply-add."""
 from __future__ import annotations
 
 from ..hybrid.cells import Grid, cells_of
+from ..hybrid.flops import tile_keys
 from .spec import JointSpec
 
 
@@ -21,7 +22,8 @@ def joint_flops(spec: JointSpec | None, grid: Grid, exact: int, inner: int | Non
         assert inner is not None
         return 4 * (image + exact) ** 2 * inner
     rows, columns = cells_of(grid, spec.landmarks)
-    total = 4 * exact * (image + exact) * spec.inner + 4 * image * (exact + rows * columns) * spec.inner
+    seen = exact + rows * columns + tile_keys(grid, spec.window)
+    total = 4 * exact * (image + exact) * spec.inner + 4 * image * seen * spec.inner
     if spec.kernel_size:
         sizes = (max(1, int(grid[0] * s)) * max(1, int(grid[1] * s)) for s in spec.scales)
         total += 2 * sum(sizes) * spec.kernel_size**2 * spec.inner

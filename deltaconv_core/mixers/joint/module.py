@@ -1,8 +1,9 @@
 """JointMixer: what stands in for the attention of text and image to both, behind its own projections.
 
 Text, padding, references and keys from elsewhere stay exact. Only what the image's queries see of the image
-itself is replaced: by a fixed number of landmarks in the same softmax, and by static kernels on the values of
-what is near, weighed with the image's mass in that softmax. So the cost is linear in the image's tokens.
+itself is replaced: by a fixed number of landmarks in the same softmax, beside a window of single tokens where
+there is one, and by static kernels on the values of what is near, weighed with the landmarks' mass in that
+softmax. So the cost is linear in the image's tokens.
 `reference.py` has the formulas and is the specification of this fast path.
 """
 
@@ -18,14 +19,13 @@ from torch.nn import functional as F
 from ...block import ops
 from ...errors import DeltaConvError
 from ..hybrid.cells import Cells
+from ..hybrid.windowed import HIDDEN, by_query_head, windowed_attention
 from ..local import local_part
 from .place import JointLayout, four_dimensional, refusal_of_mask
 from .spec import JointSpec
 from .tiles import tiled_convolution
 
 ADDED_COLUMNS = 8  # added to queries, keys and values, whose width stays a multiple of 8 for the fast kernels
-HIDDEN = -5000.0
-"""In place of minus infinity: its exponential is 0 as well."""
 
 MaskedAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(q, k, v, mask) -> (B, heads, N, d)."""
@@ -33,8 +33,7 @@ MaskedAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """PyTorch's, also with fewer heads of keys than of queries."""
-    if q.shape[1] != k.shape[1]:  # PyTorch does that itself since 2.5
-        k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
+    k, v = (by_query_head(part, q.shape[1]) for part in (k, v))  # PyTorch does that itself since 2.5
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -110,16 +109,23 @@ class JointMixer(nn.Module):
 
     def image(self, q: Tensor, k: Tensor, v: Tensor, layout: JointLayout, mask: Tensor | None) -> Tensor:
         """(B, heads, H * W, d): the answers to the image's queries alone; `mask` is four-dimensional."""
-        spec, image = self.spec, layout.image
+        spec, image, heads = self.spec, layout.image, self.spec.heads
         seen = SeenByImage.of(spec, k, v, layout, mask)
         weights, cells = seen.weights, seen.cells
-        keys, values = (self._by_query_head(cells.means(t[:, :, image])) for t in (k, v))
+        keys, values = (by_query_head(cells.means(t[:, :, image]), heads) for t in (k, v))
         values = values * self._of_heads(self.gain, values)
         values = values + self._of_heads(self.mean, values) * self._mean(v[:, :, image], weights)
-        exact_k, exact_v = (self._by_query_head(all_but(t, image)) for t in (k, v))
+        exact_k, exact_v = (by_query_head(all_but(t, image), heads) for t in (k, v))
         keys = torch.cat([exact_k, keys.to(k.dtype)], dim=2)
         values = torch.cat([exact_v, values.to(v.dtype)], dim=2)
-        y, mass = weighed(q, keys, values, seen.bias, exact_k.shape[2])
+        if spec.kernel_size or not spec.window:
+            values = marked(values, exact_k.shape[2])
+        if spec.window:
+            own = (t[:, :, image] for t in (k, v))
+            y = windowed_attention(q, *own, cells, spec.window, keys, values, seen.added())
+        else:
+            y = weighed(q, keys, values, seen.bias())
+        y, mass = y[..., : spec.head_dim], y[..., spec.head_dim : spec.head_dim + 1]
         if not spec.kernel_size:
             return y
         return y + mass * self._near(v[:, :, image], layout.grid, weights).to(y.dtype)
@@ -130,7 +136,7 @@ class JointMixer(nn.Module):
         v = v.to(ops.compute_dtype(v[:, 0]))
         if weights is not None:
             v = v * weights[:, None, :, None].to(v.dtype)
-        v = self._by_query_head(v)
+        v = by_query_head(v, spec.heads)
         if v.device.type == "cuda" and spec.scales == (1.0,):
             # cuDNN's depth-wise convolution would take ten times as long.
             image = v.reshape(len(v), spec.heads, *grid, spec.head_dim)
@@ -139,12 +145,7 @@ class JointMixer(nn.Module):
 
     def _mean(self, v: Tensor, weights: Tensor | None) -> Tensor:
         """(B, heads, 1, d), float32 at least: the mean of the image's values."""
-        return self._by_query_head(mean_of(v, weights))
-
-    def _by_query_head(self, tokens: Tensor) -> Tensor:
-        """Keys' or values' heads as many times as there are queries' heads for each."""
-        repeats = self.spec.heads // tokens.shape[1]
-        return tokens if repeats == 1 else tokens.repeat_interleave(repeats, dim=1)
+        return by_query_head(mean_of(v, weights), self.spec.heads)
 
     def _of_heads(self, gain: Tensor, like: Tensor) -> Tensor:
         """(heads, 1, 1), on like's device and in its dtype."""
@@ -182,16 +183,17 @@ class JointMixer(nn.Module):
 
 
 class SeenByImage:
-    """What the image's queries see of the image, under a mask.
+    """What the image's queries see, under a mask.
 
     Attributes:
         cells: that the landmarks are taken of.
         weights: (B, H * W) of the image's keys; None: all alike.
-        bias: (B or 1, heads or 1, H * W or 1, exact keys + P) that is added to their scores.
+        exact: (B or 1, heads or 1, H * W or 1, exact keys) that is added to their scores.
+        image: (B or 1, heads or 1, H * W or 1, 1) that is added to the scores of all the image's keys.
     """
 
-    def __init__(self, cells: Cells, weights: Tensor | None, bias: Tensor) -> None:
-        self.cells, self.weights, self.bias = cells, weights, bias
+    def __init__(self, cells: Cells, weights: Tensor | None, exact: Tensor, image: Tensor) -> None:
+        self.cells, self.weights, self.exact, self.image = cells, weights, exact, image
 
     @classmethod
     def of(
@@ -202,40 +204,51 @@ class SeenByImage:
         if mask is None:
             cells = Cells.of(layout.grid, spec.landmarks, None, k)
             exact = torch.zeros(1, 1, 1, k.shape[2] - layout.tokens, device=k.device, dtype=dtype)
-            return cls(cells, None, torch.cat([exact, cells.sizes.to(dtype).log()[:, None, None]], dim=3))
+            return cls(cells, None, exact, exact.new_zeros(1, 1, 1, 1))
         added = _added(mask, dtype)
         if added.shape[2] > 1:
             added = added[:, :, image]
             cells = Cells.of(layout.grid, spec.landmarks, None, k)
-            among = cells.sizes.to(dtype).log()[:, None, None] + added[..., image.start : image.start + 1]
-            return cls(cells, None, _clamped(all_but(added, image, 3), among))
+            return cls(cells, None, all_but(added, image, 3), added[..., image.start : image.start + 1])
         of_keys = added[:, 0, 0, image].expand(len(k), -1)
         most = of_keys.amax(dim=1, keepdim=True).clamp(min=HIDDEN)
         weights = (of_keys - most).exp()
         cells = Cells.of(layout.grid, spec.landmarks, weights, k)
-        among = (cells.sizes.log() + most)[:, None, None]
-        return cls(cells, weights, _clamped(all_but(added, image, 3), among))
+        return cls(cells, weights, all_but(added, image, 3), most[:, None, None])
+
+    def bias(self) -> Tensor:
+        """(B or 1, heads or 1, H * W or 1, exact keys + P) for exact keys and landmarks."""
+        return _clamped(self.exact, self.cells.sizes.log()[:, None, None] + self.image)
+
+    def added(self) -> Tensor:
+        """What `windowed_attention` takes."""
+        return _clamped(self.exact, self.image)
 
 
-def weighed(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, exact: int) -> tuple[Tensor, Tensor]:
+def marked(values: Tensor, exact: int) -> Tensor:
+    """(B, heads, exact + P, d) with more columns, of which the first says which are landmarks: so attention
+    to them also tells the share that the landmarks have in its softmax."""
+    mark = values.new_zeros(values.shape[2], ADDED_COLUMNS)
+    mark[exact:, 0] = 1
+    return torch.cat([values, mark.expand(*values.shape[:2], -1, -1)], dim=3)
+
+
+def weighed(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
     """Softmax of the image's queries over exact keys and landmarks.
 
-    The bias, where it is one of the keys, and the mark of what is a landmark are columns of the keys and
-    values: so no mask keeps PyTorch's fastest kernels away, and none has to tell what its sums were.
+    The bias, where it is one of the keys, is two columns of the keys: so no mask keeps PyTorch's fastest
+    kernels away.
 
     Args:
         q: (B, heads, n, d).
-        keys, values: (B, heads, exact + P, d).
+        keys: (B, heads, exact + P, d).
+        values: of the keys, `marked`.
         bias: see `SeenByImage`.
-        exact: how many of the keys are no landmarks.
 
     Returns:
-        (B, heads, n, d), and (B, heads, n, 1): the share of the landmarks in each query's softmax.
+        (B, heads, n, width of the values).
     """
     d = q.shape[3]
-    mark = values.new_zeros(values.shape[2], ADDED_COLUMNS)
-    mark[exact:, 0] = 1
-    values = torch.cat([values, mark.expand(*values.shape[:2], -1, -1)], dim=3)
     mask = None
     if bias.shape[1:3] == (1, 1):
         whole = bias[:, 0, 0] * d**0.5
@@ -248,8 +261,7 @@ def weighed(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, exact: int) -
     else:
         mask = bias.to(q.dtype)
         keys, q = F.pad(keys, (0, ADDED_COLUMNS)), F.pad(q, (0, ADDED_COLUMNS))
-    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=d**-0.5)
-    return y[..., :d], y[..., d : d + 1]
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=d**-0.5)
 
 
 def all_but(tokens: Tensor, image: slice, dim: int = 2) -> Tensor:

@@ -6,16 +6,21 @@ E all other keys. Cells p divide the image:
 
     cells      n_p = sum_{j in p} w_j, K_p = sum_{j in p} w_j k_j / n_p, V_p alike, where w_j = exp(b_j) if
                the mask is one of the keys; else w_j = 1, and b_i is what row i has for all of J
-    softmax    Z_i = sum_{e in E} exp(s(q_i, k_e) + b_ie) + sum_p n_p exp(s(q_i, K_p) + b_i)
-    exact      exact_i = sum_{e in E} exp(s(q_i, k_e) + b_ie) v_e / Z_i
-    landmarks  F_ip = n_p exp(s(q_i, K_p) + b_i) / Z_i, far_i = sum_p F_ip V_p, mass m_i = sum_p F_ip
+    window     W_i, the tokens of J at most half a window from i in rows and in columns; empty without one.
+               n_ip = n_p less the w_j of those of its tokens that are in W_i
+    softmax    Z_i = sum_{e in E} exp(s(q_i, k_e) + b_ie) + sum_{j in W_i} w_j exp(s(q_i, k_j) + b_i)
+                   + sum_p n_ip exp(s(q_i, K_p) + b_i)
+    exact      exact_i = (sum_{e in E} exp(s(q_i, k_e) + b_ie) v_e
+                   + sum_{j in W_i} w_j exp(s(q_i, k_j) + b_i) v_j) / Z_i
+    landmarks  F_ip = n_ip exp(s(q_i, K_p) + b_i) / Z_i, far_i = sum_p F_ip V_p, mass m_i = sum_p F_ip
     local      near_i = sum over scales and offsets e: kappa(e) w_{i+e} v_{i+e} / max_j w_j, on averages of v
                where the scale is below 1
     mean       mu = sum_{j in J} w_j v_j / sum_{j in J} w_j
 
     y_i = exact_i + a far_i + m_i (near_i + g mu)     for i in J;     attention for all other queries
 
-Where every cell is one token, a = 1, g = 0 and kappa = 0, this is attention. Shares no code with the fast
+Where every cell is one token, a = 1, g = 0 and kappa = 0, this is attention; where the window covers the
+image, whatever the parameters. Shares no code with the fast
 path; plain differentiable tensor arithmetic only.
 """
 
@@ -118,13 +123,30 @@ def _head(
         everywhere = 0 if of_keys else added[i, image[0]]
         exact = scores(q[i : i + 1], k[others])[0] + added[i, others]
         far = scores(q[i : i + 1], keys)[0] + everywhere
-        most = torch.cat([exact, far]).max().detach()
-        exact, far = torch.exp(exact - most), sizes * torch.exp(far - most)
-        total = exact.sum() + far.sum()
-        exact, far = exact / total, far / total
+        around = _window(i - start, grid, spec.window)
+        close = scores(q[i : i + 1], k[image][around])[0] + everywhere
+        rest = torch.stack([w[[j for j in cell if j not in around]].sum() for cell in cells])
+        most = torch.cat([exact, close, far]).max().detach()
+        exact, close, far = (
+            torch.exp(exact - most),
+            w[around] * torch.exp(close - most),
+            rest * torch.exp(far - most),
+        )
+        total = exact.sum() + close.sum() + far.sum()
+        exact, close, far = exact / total, close / total, far / total
         mixed = own["gain"] * (far @ values) + far.sum() * (near[i - start] + own["mean"] * mean)
-        rows.append(exact @ v[others] + mixed)
+        rows.append(exact @ v[others] + close @ v[image][around] + mixed)
     return torch.stack(rows)
+
+
+def _window(i: int, grid: tuple[int, int], window: int) -> list[int]:
+    """Numbers of the image's tokens around one of them."""
+    radius, (height, width) = window // 2, grid
+    if not window:
+        return []
+    y, x = divmod(i, width)
+    rows, columns = range(y - radius, y + radius + 1), range(x - radius, x + radius + 1)
+    return [r * width + c for r in rows if 0 <= r < height for c in columns if 0 <= c < width]
 
 
 def _local(v: Tensor, grid: tuple[int, int], spec: JointSpec, own: Mapping[str, Tensor]) -> Tensor:

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...block.spec import check_int, checked_scales
-from ...errors import DeltaConvError
+from ...block.spec import check_int, check_odd, checked_scales
 from ...util.plain_values import built
 
 
@@ -21,6 +20,8 @@ class JointSpec:
         head_dim: channels d of one head's queries, keys and values.
         landmarks: at most how many cells P the image is divided into; to the image's queries a cell is
             represented by its mean key and value, whatever the size of the image.
+        window: side of a window around each of the image's queries, odd, whose tokens enter the softmax one
+            by one; the landmarks stand for the tokens outside it. 0: none.
         kernel_size: side K of the local kernels on the image's values, odd; each head has its own. 0: none.
         scales: of the local part, one kernel each, 0 < s <= 1; a scale works on max(1, int(H * s)) rows.
 
@@ -32,6 +33,7 @@ class JointSpec:
     heads: int
     head_dim: int
     landmarks: int = 256
+    window: int = 0
     kernel_size: int = 9
     scales: tuple[float, ...] = (1.0,)
 
@@ -41,11 +43,12 @@ class JointSpec:
             ("heads", 1, 2**12),
             ("head_dim", 1, 2**12),
             ("landmarks", 1, 2**14),
+            ("window", 0, 255),
             ("kernel_size", 0, 255),
         ):
             check_int(name, getattr(self, name), least, most)
-        if self.kernel_size and self.kernel_size % 2 == 0:
-            raise DeltaConvError(f"expected kernel_size to be odd, or 0 for none, got {self.kernel_size}")
+        check_odd("window", self.window)
+        check_odd("kernel_size", self.kernel_size)
         object.__setattr__(self, "scales", checked_scales(self.scales))
 
     @property

@@ -21,6 +21,7 @@ from deltaconv_core.mixers.joint.module import attention
 HEADS, WIDTH, TEXT, AFTER = 2, 4, 3, 2
 SPEC = JointSpec(8, HEADS, WIDTH, landmarks=6, kernel_size=3, scales=(1.0, 0.5))
 PLAIN = JointSpec(8, HEADS, WIDTH, landmarks=6, kernel_size=0)
+WINDOW = replace(SPEC, window=5)
 
 
 def planted(spec):
@@ -41,7 +42,7 @@ def call(number, grid=(6, 8), dtype=torch.float64, batch=2, key_heads=HEADS):
 @pytest.mark.parametrize("key_heads", [1, 2])
 @pytest.mark.parametrize("masked", ["no", "keys", "queries"])
 @pytest.mark.parametrize("grid", [(6, 8), (5, 7), (1, 9)])
-@pytest.mark.parametrize("spec", [SPEC, PLAIN], ids=["kernels", "plain"])
+@pytest.mark.parametrize("spec", [SPEC, PLAIN, WINDOW], ids=["kernels", "plain", "window"])
 def test_exact_part_and_features_times_parameters_are_the_mixer(spec, grid, masked, key_heads):
     mixer, rows = planted(spec), torch.tensor([3, 0, 8, 5])
     q, k, v, layout = call(0, grid, key_heads=key_heads)
@@ -89,16 +90,17 @@ def _order(call, number):
     return generator(0, call, number)
 
 
-def test_the_reported_error_is_that_of_the_mixer():
+@pytest.mark.parametrize("spec", [SPEC, WINDOW], ids=["kernels", "window"])
+def test_the_reported_error_is_that_of_the_mixer(spec):
     """Of the answers to the image's queries, with what is exact in them."""
-    fit = JointFit({"a": [SPEC]}, FitSettings(rows=48, held_out=2))
+    fit = JointFit({"a": [spec]}, FitSettings(rows=48, held_out=2))
     for number in range(2):
         fit.picture(number)
         fit.see("a", *call(number))
     (found,) = fit.fitted()["a"]
     q, k, v, layout = call(1)
     full = attention(q, k, v, None)[:, :, layout.image]
-    for mixer, error in ((found.mixer, found.error), (JointMixer(SPEC), found.start_error)):
+    for mixer, error in ((found.mixer, found.error), (JointMixer(spec), found.start_error)):
         own = (mixer(q, k, v, layout)[:, :, layout.image] - full).norm() / full.norm()
         assert error == pytest.approx(float(own.detach()), rel=1e-5)
 

@@ -14,7 +14,13 @@ from deltaconv_core.mixers.joint.reference import reference_joint
 from deltaconv_core.mixers.joint.tiles import tiled_convolution
 
 HEADS, WIDTH = 4, 4
-KINDS = {"landmarks": {"kernel_size": 0}, "kernels": {"kernel_size": 3, "scales": (1.0, 0.5)}}
+KERNELS = {"kernel_size": 3, "scales": (1.0, 0.5)}
+KINDS = {
+    "landmarks": {"kernel_size": 0},
+    "kernels": KERNELS,
+    "window": {"kernel_size": 0, "window": 3},
+    "window, kernels": KERNELS | {"window": 3},
+}
 GRIDS = [(4, 6), (5, 7), (1, 3), (1, 1)]
 PLACES = {
     "text first": {"before": 5},
@@ -83,12 +89,19 @@ def test_equals_the_reference(kind, grid, place, mask):
     torch.testing.assert_close(mixer(*qkv, layout, some), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("place", ["references after", "fewer key heads"])
+def test_tiles_of_a_window_fit_together(place, mask):
+    test_equals_the_reference("window, kernels", (17, 18), place, mask)
+
+
 @pytest.mark.parametrize("mask", ["none", "of keys", "of queries and keys"])
 @pytest.mark.parametrize("place", ["references after", "fewer key heads"])
-def test_gradients_equal_the_reference_s(place, mask):
+@pytest.mark.parametrize("kind", ["kernels", "window, kernels"])
+def test_gradients_equal_the_reference_s(kind, place, mask):
     grid = (5, 7)
     qkv, layout = tokens(grid, **PLACES[place], dtype=torch.float64)
-    mixer, some = mixer_of(spec_of("kernels"), torch.float64), mask_of(mask, *qkv[:2], layout)
+    mixer, some = mixer_of(spec_of(kind), torch.float64), mask_of(mask, *qkv[:2], layout)
     everything = [*(t.requires_grad_() for t in qkv), *mixer.parameters()]
     found = mixer(*qkv, layout, some)
     wanted = reference_joint(*qkv, grid, layout.start, mixer.spec, dict(mixer.named_parameters()), some)
@@ -108,8 +121,21 @@ def test_with_a_landmark_for_each_token_it_is_attention(kind, grid, place, mask)
     torch.testing.assert_close(mixer(*qkv, layout, some), full_attention(*qkv, some), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", ["window", "window, kernels"])
+def test_with_a_window_over_the_image_it_is_attention(kind, place, mask):
+    """Whatever the parameters: nothing is left to landmarks and kernels."""
+    qkv, layout = tokens((4, 6), **PLACES[place])
+    mixer, some = mixer_of(spec_of(kind, window=11)), mask_of(mask, *qkv[:2], layout)
+    torch.testing.assert_close(mixer(*qkv, layout, some), full_attention(*qkv, some), rtol=1e-5, atol=1e-5)
+    narrower = mixer_of(spec_of(kind, window=5))
+    assert not torch.allclose(narrower(*qkv, layout, some), full_attention(*qkv, some), atol=1e-2)
+
+
 @pytest.mark.parametrize("grid", [(7, 9), (8, 12)])
-def test_is_attention_where_keys_do_not_vary_within_cells(grid):
+@pytest.mark.parametrize("kind", ["kernels", "window"])
+def test_is_attention_where_keys_do_not_vary_within_cells(kind, grid):
     """Whatever the sizes of the cells: on 7 x 9 tokens they have 6, 8, 9 and 12."""
     from deltaconv_core.mixers.hybrid.reference import cells_of
 
@@ -117,7 +143,7 @@ def test_is_attention_where_keys_do_not_vary_within_cells(grid):
     for cell in cells_of(grid, 6):
         for t in (k[:, :, layout.image], v[:, :, layout.image]):
             t[:, :, cell] = t[:, :, cell[:1]]
-    mixed = JointMixer(spec_of("kernels"))(q, k, v, layout)
+    mixed = JointMixer(spec_of(kind))(q, k, v, layout)
     torch.testing.assert_close(mixed, full_attention(q, k, v), rtol=1e-5, atol=1e-5)
 
 
@@ -139,9 +165,10 @@ def test_other_queries_are_answered_by_the_attention_that_is_given():
     assert not torch.allclose(mixed[:, :, layout.image], full[:, :, layout.image], atol=1e-2)
 
 
-def test_hidden_keys_have_no_influence():
+@pytest.mark.parametrize("kind", ["kernels", "window, kernels"])
+def test_hidden_keys_have_no_influence(kind):
     (q, k, v), layout = tokens((5, 7), before=3, after=4)
-    mask, mixer = mask_of("hidden keys", q, k, layout), mixer_of(spec_of("kernels"))
+    mask, mixer = mask_of("hidden keys", q, k, layout), mixer_of(spec_of(kind))
     hidden = ~mask[:, 0, 0, :, None][:, None]
     before = mixer(q, k, v, layout, mask)
     after = mixer(q, k.masked_fill(hidden, 7.0), v.masked_fill(hidden, 7.0), layout, mask)
@@ -159,10 +186,11 @@ def test_where_the_image_has_no_mass_kernels_do_not_act():
 
 
 @pytest.mark.parametrize("samples", [slice(0, 1), slice(1, 2)])
-def test_samples_of_a_batch_do_not_see_each_other(samples):
+@pytest.mark.parametrize("kind", ["kernels", "window, kernels"])
+def test_samples_of_a_batch_do_not_see_each_other(kind, samples):
     """With and without prompt in one call."""
     qkv, layout = tokens((5, 7), before=3, after=2)
-    mixer, mask = mixer_of(spec_of("kernels")), mask_of("of keys", *qkv[:2], layout)
+    mixer, mask = mixer_of(spec_of(kind)), mask_of("of keys", *qkv[:2], layout)
     whole = mixer(*qkv, layout, mask)[samples]
     alone = mixer(*(t[samples] for t in qkv), layout, mask[samples])
     torch.testing.assert_close(alone, whole, rtol=1e-5, atol=1e-5)
@@ -170,10 +198,11 @@ def test_samples_of_a_batch_do_not_see_each_other(samples):
 
 @pytest.mark.parametrize("mask", ["none", "of keys", "of queries and keys"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_errs_as_attention_does(dtype, mask):
+@pytest.mark.parametrize("kind", ["kernels", "window", "window, kernels"])
+def test_half_precision_errs_as_attention_does(kind, dtype, mask):
     """At most twice as far from the reference as attention in the same dtype from attention in float32."""
     qkv, layout = tokens((16, 24), before=20, dtype=dtype)
-    mixer, some = JointMixer(spec_of("kernels", landmarks=384)), mask_of(mask, *qkv[:2], layout)
+    mixer, some = JointMixer(spec_of(kind, landmarks=384)), mask_of(mask, *qkv[:2], layout)
     exact = full_attention(*(t.double() for t in qkv), None if some is None else some.double())
     own, theirs = (
         (y.double() - exact).square().mean().sqrt()
@@ -228,12 +257,14 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("mask", ["none", "of keys"])
 @pytest.mark.parametrize("grid", [(48, 32), (47, 33)])
-def test_nothing_grows_with_the_square_of_the_image(grid, mask):
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_grows_with_the_square_of_the_image(kind, grid, mask):
+    """No tensor is larger than all tokens are, or the scores of a tile of the window."""
     qkv, layout = tokens(grid, before=5, batch=1)
-    some, mixer = mask_of(mask, *qkv[:2], layout), mixer_of(spec_of("kernels"))
+    some, mixer = mask_of(mask, *qkv[:2], layout), mixer_of(spec_of(kind))
     with Largest() as seen:
         mixer(*qkv, layout, some)
-    assert seen.most <= 3 * qkv[0].shape[2] * HEADS * (WIDTH + 8)
+    assert seen.most <= max(3 * qkv[0].shape[2] * HEADS * (WIDTH + 8), 256 * HEADS * (18**2 + 5 + 6))
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(1, 1, 1, 40, dtype=torch.bool)])
@@ -267,7 +298,9 @@ def test_what_does_not_fit_is_refused(change, said):
     ("values", "said"),
     [
         ({"landmarks": 0}, "landmarks"),
-        ({"kernel_size": 4}, "odd"),
+        ({"kernel_size": 4}, "kernel_size to be odd"),
+        ({"window": 4}, "window to be odd"),
+        ({"window": 257}, "window"),
         ({"scales": ()}, "scales"),
         ({"kernel_size": 300}, "kernel_size"),
     ],
@@ -286,5 +319,5 @@ def test_a_spec_survives_json():
     spec = spec_of("kernels")
     assert JointSpec.from_dict(spec.to_dict()) == spec
     assert sum(p.numel() for p in JointMixer(spec).parameters()) == spec.num_parameters
-    with pytest.raises(DeltaConvError, match="unknown \\['window'\\]"):
-        JointSpec.from_dict({**spec.to_dict(), "window": 3})
+    with pytest.raises(DeltaConvError, match="unknown \\['prompt'\\]"):
+        JointSpec.from_dict({**spec.to_dict(), "prompt": 3})

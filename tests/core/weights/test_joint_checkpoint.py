@@ -24,7 +24,7 @@ def small():
     torch.manual_seed(0)
     mixers = {
         SITE: JointMixer(JointSpec(8, 2, 4, landmarks=4, kernel_size=3, scales=(1.0, 0.5))),
-        OTHER: JointMixer(JointSpec(8, 2, 4, landmarks=9, kernel_size=0), dtype=torch.float16),
+        OTHER: JointMixer(JointSpec(8, 2, 4, landmarks=9, window=3, kernel_size=0), dtype=torch.float16),
     }
     with torch.no_grad():
         for mixer in mixers.values():
@@ -81,7 +81,7 @@ def test_inspect_and_the_model_card_show_them(path, tmp_path):
     text = "\n".join(lines_of(load_checkpoint(path)))
     assert f"attention stays at {KEPT}: its error" in text and "joint mixers: 2, " in text
     row = next(line for line in text.splitlines() if line.startswith(SITE))
-    assert row.split()[1:] == ["8", "2", "4", "3", "1,", "0.5", "float32", "40"]
+    assert row.split()[1:] == ["8", "2", "4", "–", "3", "1,", "0.5", "float32", "40"]
     save_hub_folder(load_checkpoint(path), tmp_path / "folder")
     assert load_checkpoint(tmp_path / "folder").mixer == "joint"
     assert "| mixers | 2 " in (tmp_path / "folder" / "README.md").read_text(encoding="utf-8")
