@@ -46,11 +46,12 @@ def windowed_attention(
         (B, heads, H * W, width of the values).
     """
     grid, radius, heads, d = cells.grid, window // 2, q.shape[1], q.shape[3]
-    q, k, v = (t.unflatten(2, grid) for t in (q, k, v))
+    q, k, v = (t.reshape(*t.shape[:2], *grid, d) for t in (q, k, v))
     own = cells.own().reshape(grid)
-    weights = None if cells.weights is None else cells.weights.unflatten(1, grid)
+    weights = None if cells.weights is None else cells.weights.reshape(-1, *grid)
     if added is not None:
-        added = added.expand(-1, -1, own.numel(), -1).unflatten(2, grid)
+        added = added.expand(-1, -1, own.numel(), -1)
+        added = added.reshape(*added.shape[:2], *grid, -1)
     # Queries and keys as wide as the values: PyTorch's fast kernels ask for that.
     wider = values.shape[3] - d
     keys = F.pad(keys, (0, wider))
@@ -100,7 +101,7 @@ def window_bias(seen: Tensor, outside: Tensor, added: Tensor | None) -> Tensor:
     if added is not None:
         others, image = added[..., :-1], added[..., -1:]
         parts = [around + image, others, far + image]
-        shape = torch.broadcast_shapes(*(part.shape[:3] for part in parts))
+        shape = [max(sizes) for sizes in zip(*(part.shape[:3] for part in parts), strict=True)]
         parts = [part.expand(*shape, -1) for part in parts]
     return torch.cat(parts, dim=3).clamp(min=HIDDEN)
 

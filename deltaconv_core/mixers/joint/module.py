@@ -112,23 +112,23 @@ class JointMixer(nn.Module):
         spec, image, heads = self.spec, layout.image, self.spec.heads
         seen = SeenByImage.of(spec, k, v, layout, mask)
         weights, cells = seen.weights, seen.cells
-        keys, values = (by_query_head(cells.means(t[:, :, image]), heads) for t in (k, v))
-        values = values * self._of_heads(self.gain, values)
-        values = values + self._of_heads(self.mean, values) * self._mean(v[:, :, image], weights)
         exact_k, exact_v = (by_query_head(all_but(t, image), heads) for t in (k, v))
+        k, v = k[:, :, image], v[:, :, image]
+        keys, values = (by_query_head(cells.means(t), heads) for t in (k, v))
+        values = values * self._of_heads(self.gain, values)
+        values = values + self._of_heads(self.mean, values) * self._mean(v, weights)
         keys = torch.cat([exact_k, keys.to(k.dtype)], dim=2)
         values = torch.cat([exact_v, values.to(v.dtype)], dim=2)
         if spec.kernel_size or not spec.window:
             values = marked(values, exact_k.shape[2])
         if spec.window:
-            own = (t[:, :, image] for t in (k, v))
-            y = windowed_attention(q, *own, cells, spec.window, keys, values, seen.added())
+            y = windowed_attention(q, k, v, cells, spec.window, keys, values, seen.added())
         else:
             y = weighed(q, keys, values, seen.bias())
         y, mass = y[..., : spec.head_dim], y[..., spec.head_dim : spec.head_dim + 1]
         if not spec.kernel_size:
             return y
-        return y + mass * self._near(v[:, :, image], layout.grid, weights).to(y.dtype)
+        return y + mass * self._near(v, layout.grid, weights).to(y.dtype)
 
     def _near(self, v: Tensor, grid: tuple[int, int], weights: Tensor | None) -> Tensor:
         """The local part: depth-wise convolutions of the image's values (B, key heads, H * W, d)."""
