@@ -29,6 +29,7 @@ CLASSES = {
     "z_image": "ZImageTransformer2DModel",
 }
 EXACT = {"landmarks": 2**14, "kernel_size": 0}
+WINDOW = {"landmarks": 2, "window": 63, "kernel_size": 3}  # over the whole image: exact, whatever the kernels
 MIXED = {"landmarks": 6, "kernel_size": 3}
 GRID, TEXT = (5, 7), 4
 
@@ -158,10 +159,11 @@ def mixers(model, **spec):
     return Checkpoint(found.architecture, blocks)
 
 
-def test_with_a_landmark_for_each_token_it_is_attention_and_comes_off_again(name, ran):
+@pytest.mark.parametrize("exact", [EXACT, WINDOW], ids=["landmarks", "window"])
+def test_where_mixers_are_attention_nothing_changes_and_they_come_off_again(name, exact, ran):
     model = make(name)
     before = draw(model, name)
-    own_report = apply(model, mixers(model, **EXACT))
+    own_report = apply(model, mixers(model, **exact))
     sites = find_joint(model).attentions
     torch.testing.assert_close(draw(model, name), before, rtol=1e-5, atol=1e-5)
     assert len(ran) == len(sites) and {layout.grid for layout in ran} == {GRID}

@@ -32,6 +32,7 @@ FAMILIES = [
     "qwen_image_masked",
 ]
 EXACT = {"landmarks": 2**14, "kernel_size": 0}
+WINDOW = {"landmarks": 2, "window": 63, "kernel_size": 3}  # over the whole image: exact, whatever the kernels
 MIXED = {"landmarks": 6, "kernel_size": 3}
 SIZES = [(12, 16), (9, 14)]
 
@@ -67,11 +68,12 @@ def ran(pack, monkeypatch):
     return calls
 
 
+@pytest.mark.parametrize("exact", [EXACT, WINDOW], ids=["landmarks", "window"])
 @pytest.mark.parametrize("size", SIZES)
-def test_with_a_landmark_for_each_token_pictures_stay_and_the_model_untouched(pack, name, size, ran):
+def test_where_mixers_are_attention_pictures_stay_and_the_model_untouched(pack, name, size, exact, ran):
     model = make_joint(name)
     before, weights = sample_joint(model, name, size), state(model)
-    patched = with_joint(pack, model, make_joint_mixers(pack, model, **EXACT))
+    patched = with_joint(pack, model, make_joint_mixers(pack, model, **exact))
     own = sample_joint(patched, name, size)
     assert len(ran) == 2 * len(joint_sites(pack, model).channels)  # steps; both conditions in one call
     assert {layout.grid for _, _, layout, _ in ran} == {(-(-size[0] // 2), -(-size[1] // 2))}
