@@ -28,12 +28,12 @@ from .diffusion import alpha_sigma, picture_weight
 from .lessons import Lesson, Lessons
 
 MIXERS: dict[str, dict[str, int]] = {
-    "hybrid": {"landmarks": 72, "window": 7, "kernel_size": 0},
+    "hybrid": {"landmarks": 72, "window": 7, "kernel_size": 3},
     "kernels": {"landmarks": 100, "kernel_size": 5},
     "pooled": {"landmarks": 121, "kernel_size": 0},
 }
 WINDOW = 11
-"""Shapes of joint mixers, and the side of a window: away from the border of the image they take 242, 225, 242
+"""Shapes of joint mixers, and the side of a window: away from the border of the image they take 251, 225, 242
 and 242 of those units."""
 
 
