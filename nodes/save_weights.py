@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..deltaconv_core.util.whole_file import release
-from ..deltaconv_core.weights.checkpoint import Checkpoint, save_checkpoint
+from ..deltaconv_core.weights.checkpoint import DELTACONV_KIND, Checkpoint, save_checkpoint
 from .host.files import model_folder
 from .host.files.save import SHORT_DTYPES, prepared
 from .host.report import Report, TellsAgain, tell
@@ -79,7 +79,8 @@ class SaveWeights(TellsAgain):
         finally:
             release(path)
         size = path.stat().st_size / 1e6
+        what = "blocks" if checkpoint.mixer == DELTACONV_KIND else f"{checkpoint.mixer} mixers"
         line = (
-            f"Saved {len(checkpoint.blocks)} blocks for {checkpoint.architecture} to {path} ({size:.3g} MB)."
+            f"Saved {len(checkpoint.blocks)} {what} for {checkpoint.architecture} to {path} ({size:.3g} MB)."
         )
         return io.NodeOutput(ui=ui.PreviewText(tell(Report([line]), cls.hidden)))

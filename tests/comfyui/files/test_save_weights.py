@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from testing.comfy_distill import weights
-from testing.comfy_models import in_pack, patch, sample
+from testing.comfy_models import in_pack, make_hybrids, patch, sample
 from testing.compare import ROUNDING, largest_error, same_weights
 
 
@@ -42,6 +42,10 @@ def test_what_was_saved_is_loaded(pack, models, unet, checkpoint):
     expected = sample(patch(pack, unet, checkpoint))
     assert largest_error(sample(patch(pack, unet, loaded)), expected) < ROUNDING
     assert largest_error(sample(unet), expected) > ROUNDING
+
+
+def test_the_text_says_what_was_saved(pack, models, unet):
+    assert save(pack, make_hybrids(pack, unet)).startswith("Saved 5 hybrid mixers for ")
 
 
 def test_no_file_is_ever_overwritten(pack, models, checkpoint):
