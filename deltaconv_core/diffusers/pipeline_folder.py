@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers")
 ONLY_SAFETENSORS: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
 ADAPTER = "adapter_config.json"
+NO_VOCABULARY = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -61,10 +62,35 @@ def load_pipeline(folder: Path, dtype: torch.dtype, variant: str | None, **parts
         dtype: of the weights.
         variant: which of the weights, such as "fp16".
         parts: loaded already, or None to leave them out.
+
+    Raises:
+        DeltaConvError: see `check_vocabularies`.
     """
+    check_vocabularies(folder, read_json(folder / INDEX), parts)
     pipelines: Any = importlib.import_module("diffusers").DiffusionPipeline
     options = ONLY_SAFETENSORS | ({"variant": variant} if variant else {})
     return pipelines.from_pretrained(folder, **dtype_argument(dtype), **parts, **options)
+
+
+def check_vocabularies(folder: Path, index: dict[str, Any], given: Collection[str]) -> None:
+    """transformers makes tokenizers without a vocabulary, which fail at the first prompt.
+
+    Args:
+        folder, index: of the pipeline, and what `read_index` says.
+        given: parts that are not taken from the folder.
+
+    Raises:
+        DeltaConvError: a tokenizer without a vocabulary.
+    """
+    for part, named in index.items():
+        if part in given or not isinstance(named, list) or "Tokenizer" not in str(named[-1]):
+            continue
+        files = {file.name for file in (folder / part).iterdir()} if (folder / part).is_dir() else set()
+        if not files - NO_VOCABULARY:
+            raise DeltaConvError(
+                f"there is no vocabulary in {folder / part}, so no prompt can be read; get the folder again, "
+                f"with all files of {part}"
+            )
 
 
 def load_joint(folder: Path, dtype: torch.dtype, variant: str | None) -> Any:

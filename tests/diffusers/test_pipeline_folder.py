@@ -133,6 +133,13 @@ def shards(names):
     return spoil
 
 
+def no_vocabulary(folder):
+    """transformers makes a tokenizer of the rest, which fails at the first prompt."""
+    for file in (folder / "tokenizer").iterdir():
+        if file.name != "tokenizer_config.json":
+            file.unlink()
+
+
 def adapter(folder):
     (folder / "text_encoder" / "adapter_config.json").write_text('{"base_model_name_or_path": "other/model"}')
 
@@ -161,10 +168,11 @@ def adapter(folder):
         (shards(["../../../x.safetensors"]), "names '../../../x.safetensors'"),
         (shards([None]), "diffusers cannot load"),
         (adapter, "adapter_config.json brings an adapter"),
+        (no_vocabulary, "there is no vocabulary in"),
     ],
 )
 @pytest.mark.parametrize("command", ["locality", "distill", "model config"])
-def test_nothing_but_weights_is_opened(folder, tmp_path, monkeypatch, capsys, spoil, message, command):
+def test_folders_that_are_refused(folder, tmp_path, monkeypatch, capsys, spoil, message, command):
     spoil(folder)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from ...distill import session
 from ...errors import DeltaConvError
-from ..pipeline_folder import ONLY_SAFETENSORS, dtype_argument, load_pipeline, loading, read_index
+from ..pipeline_folder import (
+    ONLY_SAFETENSORS,
+    check_vocabularies,
+    dtype_argument,
+    load_pipeline,
+    loading,
+    read_index,
+)
 from ..sites import Sites, find_sites, network_of
 from . import single_file
 from .families import Family, family_of
@@ -190,6 +197,7 @@ def _out_of_one_file(
     import diffusers
 
     parts = read_index(folder)
+    check_vocabularies(folder, parts, given)
     with loading(options.model, f" with {folder}"):
         kind: Any = getattr(diffusers, parts["_class_name"])
         leave_out = _left_out(parts)
