@@ -105,14 +105,17 @@ class Plan:
         some, part = q[:, :, :TIMED_QUERIES], mask
         if mask is not None and four_dimensional(mask).shape[2] > 1:
             part = four_dimensional(mask)[:, :, :TIMED_QUERIES]
-        taken = alternate(
-            {
-                "attention": lambda: attend(some, k, v, part),
-                "mixer": lambda: mixer(q, k, v, layout, mask, attend),
-            },
-            q.device,
-            TIMED_CALLS,
-        )
+        try:
+            taken = alternate(
+                {
+                    "attention": lambda: attend(some, k, v, part),
+                    "mixer": lambda: mixer(q, k, v, layout, mask, attend),
+                },
+                q.device,
+                TIMED_CALLS,
+            )
+        except torch.OutOfMemoryError:
+            return Verdict(False, None, "timing it at this size takes more memory than there is")
         own, theirs = (statistics.median(taken[name]) for name in ("mixer", "attention"))
         theirs *= q.shape[2] / some.shape[2]
         compared = f"attention takes {1000 * theirs:.3g} ms a layer, the mixer {1000 * own:.3g} ms"

@@ -38,6 +38,17 @@ def test_the_mixer_runs_where_it_is_clearly_faster(clock, mixer, runs):
     assert ("not faster at this size" in found.reason) != runs and "ms a layer" in found.reason
 
 
+def test_attention_stays_where_the_mixer_does_not_fit_into_memory(monkeypatch):
+    def image(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(JointMixer, "image", image)
+    own = Plan()
+    found = own.verdict(*call())
+    assert not found.mixer and "more memory than there is" in found.reason
+    assert own.verdict(*call()) is found
+
+
 def test_each_kind_of_call_is_timed_once(clock):
     own = Plan()
     for _ in range(2):
