@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-from ..mixers.hybrid import HybridSpec
-from ..mixers.joint import JointSpec
 from ..sites import short_name
 from ..util.text import markdown
 from .conversion import QUALITY, Conversion
@@ -53,7 +51,7 @@ def table(conversion: Conversion, size: tuple[int, int]) -> list[str]:
             {
                 "layer": short_name(layer.site),
                 "tokens": "{} x {}".format(*layer.grid),
-                "stands there": in_words(layer.mixer),
+                "stands there": "attention" if layer.mixer is None else layer.mixer.text,
                 "error": f"{layer.error:.3f}" if mixed else "",
                 "attention ms": _ms(layer.seconds[0]),
                 "mixer ms": _ms(layer.seconds[1]) if mixed else "",
@@ -75,16 +73,6 @@ def report_text(conversion: Conversion, size: tuple[int, int], steps: int) -> st
         *kept,
     ]
     return "\n".join(lines)
-
-
-def in_words(spec: HybridSpec | JointSpec | None) -> str:
-    """A mixer in a few words."""
-    if spec is None:
-        return "attention"
-    kind = f"{spec.landmarks} landmarks"
-    kind += ", Nyström" if isinstance(spec, HybridSpec) and spec.nystrom != "none" else ""
-    kind += f", window {spec.window}" if spec.window else ""
-    return kind + (f", K {spec.kernel_size}" if spec.kernel_size else "")
 
 
 def _wish(conversion: Conversion) -> str:

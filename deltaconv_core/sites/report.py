@@ -55,14 +55,10 @@ def of_joint(checkpoint: Any, sites: Iterable[str]) -> list[str]:
         checkpoint: joint mixers (`Checkpoint`).
         sites: ids, for each of which it has one.
     """
-    kinds: dict[tuple[int, int], list[str]] = {}
+    kinds: dict[str, list[str]] = {}
     for site in sites:
-        spec = checkpoint.blocks[site].spec
-        kinds.setdefault((spec.landmarks, spec.kernel_size), []).append(site)
-    lines = [
-        f"{landmarks} landmarks{f', K {size}' if size else ''}: {len(ids)} attentions ({listing(ids)})."
-        for (landmarks, size), ids in kinds.items()
-    ]
+        kinds.setdefault(checkpoint.blocks[site].spec.text, []).append(site)
+    lines = [f"{kind}: {len(ids)} attentions ({listing(ids)})." for kind, ids in kinds.items()]
     if sizes := checkpoint.metadata.get("sizes"):
         lines.append(f"They were fitted to images of {sizes} tokens.")
     return [

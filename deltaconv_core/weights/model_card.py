@@ -21,8 +21,8 @@ OF_BLOCKS = (
     f"ΔConv blocks ({PUBLICATION}): multi-scale depth-wise convolutions that stand in for the\n"
     f"self-attention of a diffusion model. Made with, and for, {LIBRARY}."
 )
-OF_MIXERS = f"""Mixers between the projections of the model's own attention: a fixed number of landmarks and
-local kernels, fitted to it without training. They are not the block of the ΔConv paper
+OF_MIXERS = f"""Mixers between the projections of the model's own attention: a fixed number of landmarks, some
+with local kernels or a window, fitted to it without training. They are not the block of the ΔConv paper
 ({PUBLICATION}), and need the model that they were fitted to, or a
 fine-tune of it. Made with, and for, {LIBRARY}."""
 

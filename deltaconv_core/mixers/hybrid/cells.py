@@ -12,7 +12,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 Grid = tuple[int, int]
 
@@ -95,10 +94,6 @@ class Cells:
         if self.weights is None and _alike(self.grid, self.shape):
             return None
         return self.sizes.log()[:, None, None, :]
-
-    def membership(self) -> Tensor:
-        """(N, P) of zeros and ones: the cell of each token."""
-        return F.one_hot(self.own(), self.sizes.shape[1]).to(self.sizes.dtype)
 
     def own(self) -> Tensor:
         """(N,) the number of each token's cell."""

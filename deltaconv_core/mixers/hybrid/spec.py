@@ -108,6 +108,13 @@ class HybridSpec:
         kernels = len(self.scales) * self.kernel_size**2
         return self.shared * (kernels + self.mean + bool(self.landmarks))
 
+    @property
+    def text(self) -> str:
+        """The mixer in a few words."""
+        parts = [f"{self.landmarks} landmarks", *(["Nyström"] if self.nystrom != "none" else [])]
+        own = {"window": self.window, "K": self.kernel_size}
+        return ", ".join([*parts, *(f"{name} {n}" for name, n in own.items() if n)])
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
         return {**asdict(self), "scales": list(self.scales)}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..hybrid.features import shifted
-from ..hybrid.windowed import less, window_bias
+from ..hybrid.windowed import by_query_head, outside_of, window_bias
 from .module import JointMixer, SeenByImage, all_but, mean_of
 from .place import JointLayout, four_dimensional
 from .spec import JointSpec
@@ -28,44 +28,40 @@ def joint_features(
         rows: (n,) numbers of the queries in the image.
     """
     mask = None if mask is None else four_dimensional(mask)
-    seen, image, repeats = SeenByImage.of(spec, k, v, layout, mask), layout.image, spec.heads // k.shape[1]
-    q = q[:, :, image][:, :, rows]
-    k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
-    keys, values = (seen.cells.means(t[:, :, image]).to(t.dtype) for t in (k, v))
-    exact_k, exact_v = (all_but(t, image) for t in (k, v))
-    own = v[:, :, image]
-    scores = q @ torch.cat([exact_k, keys], dim=2).mT / spec.head_dim**0.5
+    seen, image = SeenByImage.of(spec, k, v, layout, mask), layout.image
+    q, scale = q[:, :, image][:, :, rows], spec.head_dim**-0.5
+    exact_k, exact_v = (by_query_head(all_but(t, image), spec.heads) for t in (k, v))
+    k, v = (by_query_head(t[:, :, image], spec.heads) for t in (k, v))
+    keys, values = (seen.cells.means(t).to(t.dtype) for t in (k, v))
+    scores = q @ torch.cat([exact_k, keys], dim=2).mT * scale
     bias = seen.added() if spec.window else seen.bias()
     bias = bias[:, :, rows] if bias.shape[2] > 1 else bias
-    window = 0
     if spec.window:
-        around, inside = _around(spec.window, seen, rows)
-        near_k, near_v = (t[:, :, image][:, :, around] for t in (k, v))  # (B, heads, n, window², d)
-        near = (near_k @ q[..., None])[..., 0] / spec.head_dim**0.5
-        scores, window = torch.cat([near, scores], dim=3), near.shape[3]
-        own_cells = seen.cells.own()[around].expand(len(inside), -1, -1)
-        of_cells = inside.new_zeros(*inside.shape[:2], keys.shape[2]).scatter_add(2, own_cells, inside)
-        bias = window_bias(inside, less(seen.cells.sizes[:, None], of_cells), bias)
+        around, weights = _around(spec.window, seen, rows, len(q))
+        near_k, near_v = (t[:, :, around] for t in (k, v))  # (B, heads, n, window², d)
+        scores = torch.cat([(near_k @ q[..., None])[..., 0] * scale, scores], dim=3)
+        sizes = seen.cells.sizes.expand(len(q), -1)
+        bias = window_bias(weights, outside_of(sizes, seen.cells.own()[around][None], weights), bias)
     shares = (scores + bias.to(q.dtype)).softmax(dim=-1)
-    near, exact, among = shares.split([window, exact_k.shape[2], keys.shape[2]], dim=3)
-    answers = exact @ exact_v
+    among = shares[..., -keys.shape[2] :]
+    exact = shares[..., -keys.shape[2] - exact_k.shape[2] : -keys.shape[2]] @ exact_v
     if spec.window:
-        answers = answers + (near[..., None, :] @ near_v)[..., 0, :]
+        exact = exact + (shares[..., None, : spec.window**2] @ near_v)[..., 0, :]
     mass = among.sum(dim=3)[..., None, None]
-    parts = [mass * mean_of(own, seen.weights).to(v.dtype)[:, :, :, None], (among @ values)[:, :, :, None]]
+    parts = [mass * mean_of(v, seen.weights).to(v.dtype)[:, :, :, None], (among @ values)[:, :, :, None]]
     if spec.kernel_size:
-        weighed = own if seen.weights is None else own * seen.weights[:, None, :, None].to(v.dtype)
-        picture = weighed.reshape(*own.shape[:2], *layout.grid, own.shape[3])
-        near = [shifted(picture, scale, spec.kernel_size, rows) for scale in spec.scales]
-        parts.insert(0, mass * torch.cat(near, dim=3))
-    return torch.cat(parts, dim=3), answers
+        weighed = v if seen.weights is None else v * seen.weights[:, None, :, None].to(v.dtype)
+        picture = weighed.reshape(*v.shape[:2], *layout.grid, v.shape[3])
+        taps = [shifted(picture, scale, spec.kernel_size, rows) for scale in spec.scales]
+        parts.insert(0, mass * torch.cat(taps, dim=3))
+    return torch.cat(parts, dim=3), exact
 
 
-def _around(window: int, seen: SeenByImage, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _around(window: int, seen: SeenByImage, rows: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     """The tokens in a window around each of the image's queries.
 
     Returns:
-        (n, window²) their numbers, any where the window reaches beyond the image; (B or 1, n, window²) their
+        (n, window²) their numbers, any where the window reaches beyond the image; (B, n, window²) their
         weights, and zero there.
     """
     height, width = seen.cells.grid
@@ -74,8 +70,8 @@ def _around(window: int, seen: SeenByImage, rows: Tensor) -> tuple[Tensor, Tenso
     x = (rows % width)[:, None, None] + offset
     there = ((y >= 0) & (y < height) & (x >= 0) & (x < width)).flatten(1)
     around = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).flatten(1)
-    inside = there.to(seen.cells.sizes.dtype)[None]
-    return around, inside if seen.weights is None else inside * seen.weights[:, around]
+    weights = there.to(seen.cells.sizes.dtype).expand(batch, -1, -1)
+    return around, weights if seen.weights is None else weights * seen.weights[:, around]
 
 
 def unpack_joint(spec: JointSpec, w: Tensor) -> JointMixer:

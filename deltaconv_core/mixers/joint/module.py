@@ -97,6 +97,8 @@ class JointMixer(nn.Module):
         """
         mask = None if mask is None else four_dimensional(mask)
         self._check(q, k, v, layout, mask)
+        if not len(q):
+            return q.clone()
         start, end = layout.image.start, layout.image.stop
         image = self.image(q[:, :, start:end], k, v, layout, mask)
         if start == 0 and end == q.shape[2]:
@@ -281,9 +283,11 @@ def mean_of(v: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as what is added to the scores."""
+    """The mask as what is added to the scores. Where it puts all keys far below zero, none is hidden."""
     if mask.dtype != torch.bool:
-        return mask.to(dtype)
+        mask = mask.to(dtype)
+        most = mask.amax(dim=3, keepdim=True).clamp(min=torch.finfo(dtype).min)
+        return mask - torch.where(most < HIDDEN / 2, most, 0)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, HIDDEN)
 
 

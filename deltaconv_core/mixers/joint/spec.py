@@ -71,6 +71,12 @@ class JointSpec:
         """Number of weights of one mixer."""
         return self.heads * (len(self.scales) * self.kernel_size**2 + 2)
 
+    @property
+    def text(self) -> str:
+        """The mixer in a few words."""
+        parts = {"window": self.window, "K": self.kernel_size}
+        return ", ".join([f"{self.landmarks} landmarks", *(f"{name} {n}" for name, n in parts.items() if n)])
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
         return {**asdict(self), "scales": list(self.scales)}
