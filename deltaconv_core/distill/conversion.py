@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -52,9 +53,11 @@ JOINT_WINDOW, WINDOW_LANDMARKS = 7, (64, 256)
 def joint_candidates(dim: int, heads: int, head_dim: int) -> list[JointSpec]:
     """The mixers that are fitted to one joint attention: from few landmarks to many, alone, with local
     kernels, and with a window of single tokens; arguments as for `candidates`."""
-    shapes = [(n, 0, size) for n in JOINT_LANDMARKS for size in JOINT_KERNELS]
-    shapes += [(n, JOINT_WINDOW, 0) for n in WINDOW_LANDMARKS]
-    return [JointSpec(dim, heads, head_dim, *shape) for shape in shapes]
+    spec = partial(JointSpec, dim, heads, head_dim)
+    return [
+        *(spec(landmarks=n, kernel_size=size) for n in JOINT_LANDMARKS for size in JOINT_KERNELS),
+        *(spec(landmarks=n, window=JOINT_WINDOW, kernel_size=0) for n in WINDOW_LANDMARKS),
+    ]
 
 
 def candidates(dim: int, heads: int, head_dim: int) -> list[HybridSpec]:

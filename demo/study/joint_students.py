@@ -32,9 +32,8 @@ MIXERS: dict[str, dict[str, int]] = {
     "kernels": {"landmarks": 100, "kernel_size": 5},
     "pooled": {"landmarks": 121, "kernel_size": 0},
 }
-WINDOW = 11
-"""Shapes of joint mixers, and the side of a window: away from the border of the image they take 251, 225, 242
-and 242 of those units."""
+"""Shapes of joint mixers: away from the border of the image they take 251, 225 and 242 of those units."""
+WINDOW = 11  # side of the window alone: 242
 
 
 class Stands(Protocol):
