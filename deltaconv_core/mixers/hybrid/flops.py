@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..neighborhood import TILE
 from .cells import Grid, cells_of
 from .nystrom import NEWTON_STEPS
 from .spec import HybridSpec
+from .windowed import tile_side
 
 
 def hybrid_flops(spec: HybridSpec, grid: Grid) -> int:
@@ -37,5 +37,5 @@ def hybrid_flops(spec: HybridSpec, grid: Grid) -> int:
 
 def tile_keys(grid: Grid, window: int) -> int:
     """What all queries of a tile see of the picture, behind a mask; 0 without a window."""
-    high, wide = (min(side, TILE + window - 1) for side in grid)
+    high, wide = (min(side, tile_side(side) + window - 1) for side in grid)
     return high * wide if window else 0

@@ -60,8 +60,8 @@ def windowed_attention(
     added = sizes.new_zeros(1, 1, 1, 1) if added is None else added
     added = added.expand(batch, -1, height * width, -1)
     added = added.reshape(*added.shape[:2], height, width, -1)
-    high, key_high = (min(side, height) for side in (TILE, TILE + window - 1))
-    wide, key_wide = (min(side, width) for side in (TILE, TILE + window - 1))
+    high, wide = tile_side(height), tile_side(width)
+    key_high, key_wide = min(high + window - 1, height), min(wide + window - 1, width)
     # At the border tiles and their keys are moved inside the picture, so that all have as many.
     columns = [min(first, width - wide) for first in range(0, width, wide)]
     key_columns = [min(max(first - radius, 0), width - key_wide) for first in columns]
@@ -122,6 +122,11 @@ def windowed_attention(
         row = [answered(start, tile) for tile in range(0, len(columns), together)]
         parts.append(torch.cat(row, dim=3)[:, :, first - start :])
     return torch.cat(parts, dim=2).flatten(2, 3)
+
+
+def tile_side(size: int) -> int:
+    """Of the tiles along an axis, as alike as they can be: `TILE` at most."""
+    return -(-size // -(-size // TILE))
 
 
 def tiles_at_once(device: torch.device, row: int) -> int:
