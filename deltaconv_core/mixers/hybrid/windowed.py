@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..neighborhood import TILE
+from ..neighborhood import TILE, near
 from .cells import Cells
 
 HIDDEN = -5000.0
@@ -65,10 +65,9 @@ def windowed_attention(
     # At the border tiles and their keys are moved inside the picture, so that all have as many.
     columns = [min(first, width - wide) for first in range(0, width, wide)]
     key_columns = [min(max(first - radius, 0), width - key_wide) for first in columns]
-    at = torch.arange(max(height, width), device=q.device)
     beside = torch.stack(
         [
-            _within(radius, at[first : first + wide], at[key : key + key_wide])
+            near(slice(first, first + wide), slice(key, key + key_wide), radius, q.device)
             for first, key in zip(columns, key_columns, strict=True)
         ]
     )  # (tiles, queries, keys)
@@ -84,25 +83,22 @@ def windowed_attention(
         count = len(own_columns)
         first_key = min(max(first - radius, 0), height - key_high)
         rows, key_rows = slice(first, first + high), slice(first_key, first_key + key_high)
-        above = _within(radius, at[rows], at[key_rows])
-        near = above[:, None, :, None] & beside[tile : tile + count, None, :, None]
-        near = near.flatten(3).flatten(1, 2)
+        above = near(rows, key_rows, radius, q.device)
+        window_of = above[:, None, :, None] & beside[tile : tile + count, None, :, None]
+        window_of = window_of.flatten(3).flatten(1, 2)
         weight, cell, own_keys, own_values = (
             _tiles(t[:, :, key_rows], own_key_columns, key_wide) for t in (weights, own, k, v)
         )
-        their_sizes, their_keys, their_values = (
-            t[:, None].expand(-1, count, *t.shape[1:]).flatten(0, 1) for t in (sizes, keys, values)
-        )
-        seen = near.repeat(batch, 1, 1) * weight[:, 0].mT  # (B * tiles, queries, keys)
-        outside = outside_of(their_sizes, cell[:, 0].mT, seen)
+        seen = window_of.repeat(batch, 1, 1) * weight[:, 0].mT  # (B * tiles, queries, keys)
+        outside = outside_of(sizes.repeat_interleave(count, dim=0), cell[:, 0].mT, seen)
         bias = window_bias(seen, outside, _tiles(added[:, :, rows], own_columns, wide))
         own_keys, own_values = (
             F.pad(by_query_head(t, q.shape[1]), (0, wider)) for t in (own_keys, own_values)
         )
         y = F.scaled_dot_product_attention(
             F.pad(_tiles(q[:, :, rows], own_columns, wide), (0, wider)),
-            torch.cat([own_keys, their_keys], dim=2),
-            torch.cat([own_values, their_values], dim=2),
+            _with_others(own_keys, keys),
+            _with_others(own_values, values),
             attn_mask=bias.to(q.dtype),
             scale=d**-0.5,
         )
@@ -134,15 +130,17 @@ def tiles_at_once(device: torch.device, row: int) -> int:
     return 1 if device.type == "cpu" and not torch.compiler.is_compiling() else row
 
 
-def _within(radius: int, queries: Tensor, keys: Tensor) -> Tensor:
-    """(queries, keys) bool, along one axis."""
-    return (queries[:, None] - keys).abs() <= radius
-
-
 def _tiles(image: Tensor, columns: Sequence[int], wide: int) -> Tensor:
     """(B, heads, rows, W, d) -> (B * tiles, heads, rows * wide, d)."""
     tiles = torch.stack([image[:, :, :, first : first + wide] for first in columns], dim=1)
     return tiles.flatten(3, 4).flatten(0, 1)
+
+
+def _with_others(own: Tensor, others: Tensor) -> Tensor:
+    """(B * tiles, heads, n, d) of tiles, and after them (B, heads, m, d) of every query's: one copy."""
+    own = own.reshape(len(others), -1, *own.shape[1:])
+    both = torch.cat([own, others[:, None].expand(-1, own.shape[1], -1, -1, -1)], dim=3)
+    return both.flatten(0, 1)
 
 
 def outside_of(sizes: Tensor, cell: Tensor, seen: Tensor) -> Tensor:
